@@ -1,0 +1,55 @@
+//! The image: the bytes of every shard file as they are live, header from disk plus tensors from engine memory.
+
+use crate::memory::{Hash, MemoryError};
+use std::any::Any;
+use std::path::PathBuf;
+
+/// Why live bytes could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A tensor that no engine holds is read from its shard on disk.
+    #[error("{path}: {source}")]
+    Disk {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the engine is gone ({0}): mount again when it runs")]
+    EngineGone(String),
+    #[error("the engine has held its manifest's lock for {0} seconds, so no step boundary could be reached")]
+    NoBoundary(u64),
+}
+
+/// While it lives, no optimizer step changes the weights.
+pub struct StepHold(#[allow(dead_code)] Box<dyn Any + Send>);
+
+impl StepHold {
+    pub fn new(guards: impl Any + Send) -> StepHold {
+        StepHold(Box::new(guards))
+    }
+}
+
+/// Live shard bytes, as views and commits use them. Shards are numbered as in
+/// [`ModelDirectory::shards`](crate::model::ModelDirectory); offsets are bytes in the shard file; sizes never change.
+pub trait ShardBytes: Send + Sync {
+    fn shards(&self) -> usize;
+
+    /// Size of shard file `shard`.
+    fn shard_bytes(&self, shard: usize) -> u64;
+
+    /// Waits for a step boundary and holds it. Reads and hashes under one hold are of one step.
+    fn hold(&self) -> Result<StepHold, ImageError>;
+
+    /// Copies live bytes from `offset` into `dst`; the range lies inside the shard.
+    fn read(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), ImageError>;
+
+    /// Hashes `out.len()` consecutive [`BLOCK`](crate::memory::BLOCK)s of the shard file from block `first` on,
+    /// where the weights are. The file's last block may be short.
+    fn hash(&self, shard: usize, first: u64, out: &mut [Hash]) -> Result<(), ImageError>;
+
+    /// Writes file bytes back into the live weights (rollback). Bytes of the header and of tensors that no engine
+    /// holds are left alone. Whole elements: both ends of the range are on element boundaries of their tensors.
+    fn write(&self, shard: usize, offset: u64, src: &[u8]) -> Result<(), ImageError>;
+}

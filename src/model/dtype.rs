@@ -1,0 +1,141 @@
+//! Element types as safetensors names them, and the float casts between a live weight and its file.
+
+use half::{bf16, f16};
+pub use safetensors::Dtype;
+
+/// The dtype that `name` (as in a header: "BF16", "F32", …) stands for.
+pub fn parse_dtype(name: &str) -> Option<Dtype> {
+    serde_json::from_value(serde_json::Value::String(name.to_string())).ok()
+}
+
+/// Bytes of `elements` values of `dtype`, or `None` when they do not fill whole bytes or overflow.
+pub fn bytes_of(dtype: Dtype, elements: u64) -> Option<u64> {
+    let bits = elements.checked_mul(dtype.bitsize() as u64)?;
+    bits.is_multiple_of(8).then_some(bits / 8)
+}
+
+/// Bytes of one element, or `None` for the types smaller than a byte (F4, F6).
+pub fn element_bytes(dtype: Dtype) -> Option<usize> {
+    let bits = dtype.bitsize();
+    bits.is_multiple_of(8).then_some(bits / 8)
+}
+
+/// The float types that may differ between an engine's memory and the file (vLLM keeps `A_log` in F32 over a BF16 file).
+pub fn is_castable(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64)
+}
+
+/// True when every value of `from` survives a cast to `to` and back, so that a cast tensor nobody touched is
+/// recognised without looking at the file.
+pub fn round_trips(from: Dtype, to: Dtype) -> bool {
+    match (from, to) {
+        (a, b) if a == b => true,
+        (Dtype::F16 | Dtype::BF16, Dtype::F32 | Dtype::F64) | (Dtype::F32, Dtype::F64) => true,
+        _ => false,
+    }
+}
+
+/// Reads one element as f64, which holds every value of the four castable types exactly.
+fn read_float(dtype: Dtype, bytes: &[u8]) -> f64 {
+    match dtype {
+        Dtype::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f64(),
+        Dtype::BF16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f64(),
+        Dtype::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as f64,
+        Dtype::F64 => {
+            f64::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]])
+        }
+        other => unreachable!("{other:?} is not castable: callers check is_castable first"),
+    }
+}
+
+/// Casts `src` (elements of `from`) into `dst` (elements of `to`), rounding to nearest even as PyTorch does.
+/// Both types must be castable, and both slices hold the same number of whole elements.
+pub fn cast_bytes(from: Dtype, src: &[u8], to: Dtype, dst: &mut [u8]) {
+    let (a, b) = (from.bitsize() / 8, to.bitsize() / 8);
+    debug_assert_eq!(src.len() / a, dst.len() / b);
+    // A cast from f64 would round twice if it went through f32; `half` rounds once from either. Double rounding
+    // matters only for F64 sources: the others are exact in f32, and half's f32 path is the one PyTorch takes.
+    for (s, d) in src.chunks_exact(a).zip(dst.chunks_exact_mut(b)) {
+        let value = read_float(from, s);
+        match to {
+            Dtype::F16 => d.copy_from_slice(&narrow(
+                from,
+                value,
+                |v| f16::from_f32(v).to_le_bytes(),
+                |v| f16::from_f64(v).to_le_bytes(),
+            )),
+            Dtype::BF16 => d.copy_from_slice(&narrow(
+                from,
+                value,
+                |v| bf16::from_f32(v).to_le_bytes(),
+                |v| bf16::from_f64(v).to_le_bytes(),
+            )),
+            Dtype::F32 => d.copy_from_slice(&(value as f32).to_le_bytes()),
+            Dtype::F64 => d.copy_from_slice(&value.to_le_bytes()),
+            other => unreachable!("{other:?} is not castable: callers check is_castable first"),
+        }
+    }
+}
+
+fn narrow(from: Dtype, value: f64, single: impl Fn(f32) -> [u8; 2], double: impl Fn(f64) -> [u8; 2]) -> [u8; 2] {
+    if from == Dtype::F64 { double(value) } else { single(value as f32) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_survives_a_round_trip_through_f32_for_every_finite_pattern() {
+        for bits in 0..=u16::MAX {
+            let value = bf16::from_bits(bits);
+            if value.is_nan() {
+                continue;
+            }
+            let mut wide = [0; 4];
+            cast_bytes(Dtype::BF16, &bits.to_le_bytes(), Dtype::F32, &mut wide);
+            let mut back = [0; 2];
+            cast_bytes(Dtype::F32, &wide, Dtype::BF16, &mut back);
+            assert_eq!(u16::from_le_bytes(back), bits);
+        }
+    }
+
+    #[test]
+    fn narrowing_rounds_to_nearest_even() {
+        // 1 + 2^-8 lies half way between two bf16 values, 1 and 1 + 2^-7: the even one is 1.
+        let mut out = [0; 2];
+        cast_bytes(Dtype::F32, &(1.0f32 + 0.00390625).to_le_bytes(), Dtype::BF16, &mut out);
+        assert_eq!(bf16::from_le_bytes(out).to_f32(), 1.0);
+    }
+
+    #[test]
+    fn every_dtype_of_safetensors_has_a_name_we_parse() {
+        for name in [
+            "BOOL",
+            "F4",
+            "F6_E2M3",
+            "F6_E3M2",
+            "U8",
+            "I8",
+            "F8_E5M2",
+            "F8_E4M3",
+            "F8_E8M0",
+            "F8_E4M3FNUZ",
+            "F8_E5M2FNUZ",
+            "I16",
+            "U16",
+            "F16",
+            "BF16",
+            "I32",
+            "U32",
+            "F32",
+            "C64",
+            "F64",
+            "I64",
+            "U64",
+        ] {
+            assert!(parse_dtype(name).is_some(), "{name}");
+        }
+        assert_eq!(parse_dtype("F128"), None);
+    }
+}
