@@ -53,7 +53,13 @@ pub trait ShardBytes: Send + Sync {
         if blocks == 0 { Vec::new() } else { Vec::from([0..blocks]) }
     }
 
-    /// Waits for a step boundary and holds it. Reads and hashes under one hold are of one step.
+    /// Are the engine and its memories still there? What was read before a failing check may be half a step.
+    fn check(&self) -> Result<(), ImageError> {
+        Ok(())
+    }
+
+    /// Waits for a step boundary and holds it. Reads and hashes under one hold are of one step. A thread that has a
+    /// hold must not ask for another: a writer may be waiting in between.
     fn hold(&self) -> Result<StepHold, ImageError>;
 
     /// Copies live bytes from `offset` into `dst`; the range lies inside the shard.

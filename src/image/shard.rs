@@ -61,11 +61,6 @@ impl Image {
         &self.directory
     }
 
-    /// Are engine and memories still there?
-    pub fn check(&self) -> Result<(), ImageError> {
-        self.source.check().map_err(ImageError::EngineGone)
-    }
-
     fn extents_from(&self, shard: usize, offset: u64) -> &[Extent] {
         let extents = &self.shards[shard];
         &extents[extents.partition_point(|e| e.range().end <= offset)..]
@@ -106,6 +101,10 @@ impl ShardBytes for Image {
             }
         }
         ranges
+    }
+
+    fn check(&self) -> Result<(), ImageError> {
+        self.source.check().map_err(ImageError::EngineGone)
     }
 
     fn hold(&self) -> Result<StepHold, ImageError> {

@@ -1,38 +1,59 @@
 //! The life of the process that owns the weights.
 
-use super::Manifest;
-use std::path::PathBuf;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::path::{Path, PathBuf};
 
 /// One engine process, as its manifest names it.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Engine {
     pub name: String,
     pub manifest: PathBuf,
     pub rank: u32,
     pub pid: Option<u32>,
-    start_time: Option<u64>,
+    /// Readable once the process has ended; stays with that process when its pid is given to another.
+    process: Option<OwnedFd>,
 }
 
 impl Engine {
-    pub fn of(manifest: &Manifest) -> Engine {
-        Engine {
-            name: manifest.engine.clone(),
-            manifest: manifest.path.clone(),
-            rank: manifest.rank,
-            pid: manifest.pid,
-            start_time: manifest.start_time,
+    /// Finds process `pid`, which must have started at `start_time` if that is known. An engine without a pid is not watched.
+    pub fn find(
+        name: String,
+        manifest: &Path,
+        rank: u32,
+        pid: Option<u32>,
+        start_time: Option<u64>,
+    ) -> Result<Engine, String> {
+        let mut engine = Engine { name, manifest: manifest.to_path_buf(), rank, pid, process: None };
+        if let Some(number) = pid {
+            let ended = || format!("process {number} has ended");
+            let target = i32::try_from(number).ok().and_then(Pid::from_raw).ok_or_else(ended)?;
+            engine.process = match pidfd_open(target, PidfdFlags::empty()) {
+                Ok(fd) => Some(fd),
+                Err(rustix::io::Errno::SRCH) => return Err(ended()),
+                Err(e) => return Err(format!("process {number} cannot be watched ({e})")),
+            };
+            // Asked after the descriptor was opened: if the start fits now, the descriptor is that process's.
+            match process_start(number) {
+                None => return Err(ended()),
+                Some(start) if start_time.is_some_and(|s| s != start) => {
+                    return Err(format!("process {number} is another one now (it started at tick {start})"));
+                }
+                Some(_) => {}
+            }
         }
+        Ok(engine)
     }
 
-    /// Is the process alive, and still the one that wrote the manifest? A manifest without a pid is not watched.
+    /// Is the process alive?
     pub fn check(&self) -> Result<(), String> {
-        let Some(pid) = self.pid else { return Ok(()) };
-        match process_start(pid) {
-            None => Err(format!("process {pid} has ended")),
-            Some(start) if self.start_time.is_some_and(|s| s != start) => {
-                Err(format!("process {pid} is another one now (started at tick {start})"))
-            }
-            Some(_) => Ok(()),
+        let (Some(process), Some(pid)) = (&self.process, self.pid) else { return Ok(()) };
+        let mut polled = [PollFd::new(process, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        match poll(&mut polled, Some(&now)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => Ok(()),
+            _ => Err(format!("process {pid} has ended")),
         }
     }
 }
@@ -53,30 +74,28 @@ pub(crate) fn process_start(pid: u32) -> Option<u64> {
 mod tests {
     use super::*;
 
+    fn engine(pid: u32, start_time: Option<u64>) -> Result<Engine, String> {
+        Engine::find("test".into(), Path::new("m"), 0, Some(pid), start_time)
+    }
+
     #[test]
     fn a_process_is_told_from_one_that_took_its_pid() {
         let start = process_start(std::process::id()).unwrap();
-        let engine = |start_time| Engine {
-            name: "test".into(),
-            manifest: PathBuf::new(),
-            rank: 0,
-            pid: Some(std::process::id()),
-            start_time,
-        };
-        engine(Some(start)).check().unwrap();
-        engine(None).check().unwrap();
-        assert!(engine(Some(start + 1)).check().unwrap_err().contains("another"));
+        engine(std::process::id(), Some(start)).unwrap().check().unwrap();
+        assert!(engine(std::process::id(), Some(start + 1)).unwrap_err().contains("another"));
+        assert!(engine(u32::MAX, None).unwrap_err().contains("ended"));
     }
 
     #[test]
     fn a_process_that_ended_is_gone_even_before_it_is_reaped() {
-        let mut child = std::process::Command::new("true").spawn().unwrap();
-        let engine =
-            Engine { name: String::new(), manifest: PathBuf::new(), rank: 0, pid: Some(child.id()), start_time: None };
-        while engine.check().is_ok() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let watched = engine(child.id(), None).unwrap();
+        watched.check().unwrap();
+        child.kill().unwrap();
+        while watched.check().is_ok() {
             std::thread::yield_now();
         }
+        assert!(engine(child.id(), None).unwrap_err().contains("ended"));
         child.wait().unwrap();
-        assert!(engine.check().unwrap_err().contains("ended"));
     }
 }

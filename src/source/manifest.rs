@@ -1,6 +1,6 @@
 //! The manifest: the JSON file in which an engine says where its weights are (`docs/manifest.md`).
 
-use super::{Segment, SourceError, map_file};
+use super::{Engine, Segment, SourceError, map_file};
 use crate::memory::HostMemory;
 use crate::model::{Dtype, parse_dtype};
 use serde::Deserialize;
@@ -21,10 +21,7 @@ pub struct Manifest {
     pub path: PathBuf,
     /// Kept open: writers lock it while they change weights.
     pub file: Arc<File>,
-    pub engine: String,
-    pub pid: Option<u32>,
-    /// Clock ticks since boot, as in `/proc/PID/stat`: tells a reused pid.
-    pub start_time: Option<u64>,
+    pub engine: Engine,
     pub rank: u32,
     pub world_size: u32,
     pub memories: Vec<MemoryEntry>,
@@ -82,6 +79,7 @@ struct EngineJson {
     #[serde(default)]
     version: String,
     pid: Option<u32>,
+    /// Clock ticks since boot, as in `/proc/PID/stat`: tells a reused pid.
     start_time: Option<u64>,
     #[serde(default)]
     rank: u32,
@@ -148,23 +146,20 @@ impl Manifest {
             let tensor = tensor_map(t).map_err(|why| bad(format!("tensor '{name}': {why}")))?;
             Ok((name, tensor))
         });
-        let manifest = Manifest {
+        let EngineJson { name, version, pid, start_time, rank, .. } = json.engine;
+        let engine = Engine::find(format!("{name} {version}").trim().to_string(), path, rank, pid, start_time)
+            .map_err(|why| SourceError::EngineGone { path: path.to_path_buf(), why })?;
+        Ok(Manifest {
             path: path.to_path_buf(),
-            engine: format!("{} {}", json.engine.name, json.engine.version).trim().to_string(),
-            pid: json.engine.pid,
-            start_time: json.engine.start_time,
-            rank: json.engine.rank,
+            engine,
+            rank,
             world_size,
             memories: memories.collect(),
             tensors: tensors.collect::<Result<_, SourceError>>()?,
             opaque: json.opaque,
             foreign_owner,
             file: Arc::new(file),
-        };
-        super::Engine::of(&manifest)
-            .check()
-            .map_err(|why| SourceError::EngineGone { path: path.to_path_buf(), why })?;
-        Ok(manifest)
+        })
     }
 }
 

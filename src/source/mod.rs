@@ -140,8 +140,8 @@ impl Source {
                 memories.push(Arc::new(memory.map(manifest, writable)?) as Arc<dyn Memory>);
             }
         }
-        let engines = manifests.iter().map(Engine::of).collect::<Vec<_>>();
-        let boundary = Arc::new(Boundary::new(manifests.into_iter().map(|m| m.file).collect()));
+        let (engines, locks) = manifests.into_iter().map(|m| (m.engine, m.file)).unzip();
+        let boundary = Arc::new(Boundary::new(locks));
         Ok(Source { memories, places: matched.places, only_live: matched.only_live, engines, boundary })
     }
 }
