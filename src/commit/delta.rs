@@ -1,0 +1,292 @@
+//! The change of one tensor between two commits, as two zstd frames: `xor` has one byte for each byte of the tensor, old
+//! ^ new, as other tools that apply weight deltas read it; `values` has the new byte for each byte of `xor` that is not
+//! zero. Together they give the new bytes and the old ones as absolute values, so that applying them, either way, twice
+//! or over a half-written file, ends in the same place.
+
+use super::error::CommitError;
+use crate::memory::Hash;
+use std::io::{self, Read, Write};
+use xxhash_rust::xxh3::Xxh3Default;
+use zstd::stream::{Decoder, Encoder};
+
+/// zstd's level: 1 is what the other tools use. Runs of zeros are nearly free at any level.
+const LEVEL: i32 = 1;
+
+/// What a finished encoder knows about its tensor.
+#[derive(Debug, Clone)]
+pub struct Summary {
+    /// XXH3-128 of the tensor's new bytes.
+    pub checksum: Hash,
+    pub changed_bytes: u64,
+    pub changed_elements: u64,
+}
+
+/// Takes a tensor's old and new bytes in order, and writes the two frames.
+pub struct DeltaEncoder<X: Write, V: Write> {
+    xor: Encoder<'static, X>,
+    values: Encoder<'static, V>,
+    hasher: Xxh3Default,
+    elements: ElementCounter,
+    changed_bytes: u64,
+    difference: Vec<u8>,
+    new_values: Vec<u8>,
+}
+
+impl<X: Write, V: Write> DeltaEncoder<X, V> {
+    /// For a tensor of `bytes` bytes whose elements have `element` bytes.
+    pub fn new(xor: X, values: V, bytes: u64, element: usize) -> io::Result<DeltaEncoder<X, V>> {
+        let mut xor = Encoder::new(xor, LEVEL)?;
+        xor.set_pledged_src_size(Some(bytes))?; // readers that decompress in one call want the size in the frame
+        xor.include_checksum(true)?;
+        let mut values = Encoder::new(values, LEVEL)?;
+        values.include_checksum(true)?;
+        Ok(DeltaEncoder {
+            xor,
+            values,
+            hasher: Xxh3Default::new(),
+            elements: ElementCounter { element, phase: 0, changed: false, count: 0 },
+            changed_bytes: 0,
+            difference: Vec::new(),
+            new_values: Vec::new(),
+        })
+    }
+
+    /// The next bytes of the tensor.
+    pub fn push(&mut self, old: &[u8], new: &[u8]) -> io::Result<()> {
+        self.hasher.update(new);
+        self.difference.clear();
+        self.difference.extend(old.iter().zip(new).map(|(a, b)| a ^ b));
+        self.new_values.clear();
+        let (words, _) = self.difference.as_chunks::<8>();
+        for (i, word) in words.iter().enumerate() {
+            let mut left = u64::from_le_bytes(*word);
+            while left != 0 {
+                let byte = left.trailing_zeros() / 8;
+                self.new_values.push(new[i * 8 + byte as usize]);
+                left &= !(0xff << (byte * 8));
+            }
+        }
+        let tail = words.len() * 8;
+        for (difference, &value) in self.difference[tail..].iter().zip(&new[tail..]) {
+            if *difference != 0 {
+                self.new_values.push(value);
+            }
+        }
+        self.changed_bytes += self.new_values.len() as u64;
+        self.elements.count(&self.difference);
+        self.xor.write_all(&self.difference)?;
+        self.values.write_all(&self.new_values)
+    }
+
+    /// The next bytes of the tensor, where old and new are the same.
+    pub fn push_unchanged(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.hasher.update(bytes);
+        self.difference.clear();
+        self.difference.resize(bytes.len(), 0);
+        self.elements.count(&self.difference);
+        self.xor.write_all(&self.difference)
+    }
+
+    /// The summary, and the two writers with their frames complete.
+    pub fn finish(mut self) -> io::Result<(Summary, X, V)> {
+        self.elements.end();
+        let summary = Summary {
+            checksum: self.hasher.digest128(),
+            changed_bytes: self.changed_bytes,
+            changed_elements: self.elements.count,
+        };
+        Ok((summary, self.xor.finish()?, self.values.finish()?))
+    }
+}
+
+/// Counts elements with any byte that differs, over pieces that may end inside an element.
+struct ElementCounter {
+    element: usize,
+    /// Bytes of the current element seen.
+    phase: usize,
+    changed: bool,
+    count: u64,
+}
+
+impl ElementCounter {
+    fn count(&mut self, difference: &[u8]) {
+        let mut rest = difference;
+        if self.phase == 0 && matches!(self.element, 1 | 2 | 4 | 8) {
+            let (words, tail) = rest.as_chunks::<8>();
+            let (low, high) = match self.element {
+                1 => (0x7f7f_7f7f_7f7f_7f7f, 0x8080_8080_8080_8080),
+                2 => (0x7fff_7fff_7fff_7fff, 0x8000_8000_8000_8000),
+                4 => (0x7fff_ffff_7fff_ffff, 0x8000_0000_8000_0000),
+                _ => (0x7fff_ffff_ffff_ffff, 0x8000_0000_0000_0000u64),
+            };
+            for word in words {
+                let word = u64::from_le_bytes(*word);
+                // The top bit of a lane ends up set when any bit of the lane is: below it by the carry, or itself.
+                self.count += ((((word & low) + low) | word) & high).count_ones() as u64;
+            }
+            rest = tail;
+        }
+        for &byte in rest {
+            self.changed |= byte != 0;
+            self.phase += 1;
+            if self.phase == self.element {
+                self.end();
+            }
+        }
+    }
+
+    fn end(&mut self) {
+        self.count += self.changed as u64;
+        (self.phase, self.changed) = (0, false);
+    }
+}
+
+/// Reads the two frames in order.
+pub struct DeltaDecoder<R: Read> {
+    xor: Decoder<'static, io::BufReader<R>>,
+    values: Decoder<'static, io::BufReader<R>>,
+    difference: Vec<u8>,
+    new_values: Vec<u8>,
+}
+
+impl<R: Read> DeltaDecoder<R> {
+    pub fn new(xor: R, values: R) -> io::Result<DeltaDecoder<R>> {
+        let (mut xor, mut values) = (Decoder::new(xor)?, Decoder::new(values)?);
+        // One frame each; and no more memory than level 1 needs, whatever the frame claims.
+        for decoder in [&mut xor, &mut values] {
+            decoder.window_log_max(27)?;
+        }
+        Ok(DeltaDecoder {
+            xor: xor.single_frame(),
+            values: values.single_frame(),
+            difference: Vec::new(),
+            new_values: Vec::new(),
+        })
+    }
+
+    /// Decodes the next `len` bytes of the tensor; `each(i, new, old)` is called for those that changed, `i` from 0 to
+    /// `len`.
+    pub fn next(&mut self, len: usize, mut each: impl FnMut(usize, u8, u8)) -> io::Result<()> {
+        self.difference.resize(len, 0);
+        self.xor.read_exact(&mut self.difference)?;
+        let changed = self.difference.iter().filter(|&&b| b != 0).count();
+        self.new_values.resize(changed, 0);
+        self.values.read_exact(&mut self.new_values)?;
+        let mut values = self.new_values.iter();
+        let (words, tail) = self.difference.as_chunks::<8>();
+        let tail_start = words.len() * 8;
+        for (i, word) in words.iter().enumerate() {
+            let mut left = u64::from_le_bytes(*word);
+            while left != 0 {
+                let byte = left.trailing_zeros() / 8;
+                if let Some(&new) = values.next() {
+                    each(i * 8 + byte as usize, new, new ^ (left >> (byte * 8)) as u8);
+                }
+                left &= !(0xff << (byte * 8));
+            }
+        }
+        for (i, &difference) in tail.iter().enumerate().filter(|(_, b)| **b != 0) {
+            if let Some(&new) = values.next() {
+                each(tail_start + i, new, new ^ difference);
+            }
+        }
+        Ok(())
+    }
+
+    /// Both frames must be at their ends, where their checksums are compared.
+    pub fn finish(&mut self) -> io::Result<()> {
+        let mut one = [0];
+        match (self.xor.read(&mut one)?, self.values.read(&mut one)?) {
+            (0, 0) => Ok(()),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidData, "a tensor's delta is longer than the tensor")),
+        }
+    }
+}
+
+/// Errors of decoding are damage to the record, not trouble with the disk.
+pub fn decode_error(path: std::path::PathBuf, tensor: &str, e: io::Error) -> CommitError {
+    match e.raw_os_error() {
+        Some(_) => CommitError::io("read", path, e),
+        None => CommitError::corrupt(path, format!("tensor '{tensor}': {e}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use xxhash_rust::xxh3::xxh3_128;
+
+    fn encode(old: &[u8], new: &[u8], element: usize, cuts: &[usize]) -> (Summary, Vec<u8>, Vec<u8>) {
+        let mut encoder = DeltaEncoder::new(Vec::new(), Vec::new(), new.len() as u64, element).unwrap();
+        let mut at = 0;
+        for &cut in cuts.iter().chain([&new.len()]) {
+            let cut = cut.clamp(at, new.len());
+            if old[at..cut] == new[at..cut] {
+                encoder.push_unchanged(&new[at..cut]).unwrap();
+            } else {
+                encoder.push(&old[at..cut], &new[at..cut]).unwrap();
+            }
+            at = cut;
+        }
+        encoder.finish().unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn a_delta_gives_back_old_and_new_bytes_over_anything_in_between(
+            old in prop::collection::vec(any::<u8>(), 1..300),
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..40),
+            mix in any::<u64>(),
+            element in prop::sample::select(vec![1usize, 2, 4, 8, 16]),
+            cuts in prop::collection::vec(0usize..300, 0..4),
+        ) {
+            let mut new = old.clone();
+            for (at, value) in changes {
+                let at = at.index(new.len());
+                new[at] = value;
+            }
+            let mut cuts = cuts;
+            cuts.sort();
+            let (summary, xor, values) = encode(&old, &new, element, &cuts);
+            prop_assert_eq!(summary.checksum, xxh3_128(&new));
+            prop_assert_eq!(summary.changed_bytes, old.iter().zip(&new).filter(|(a, b)| a != b).count() as u64);
+            let changed = old.chunks(element).zip(new.chunks(element)).filter(|(a, b)| a != b).count();
+            prop_assert_eq!(summary.changed_elements, changed as u64);
+            let torn: Vec<u8> = (0..old.len()).map(|i| if mix >> (i % 64) & 1 == 0 { old[i] } else { new[i] }).collect();
+            let (mut forward, mut back) = (torn.clone(), torn);
+            let mut decoder = DeltaDecoder::new(&xor[..], &values[..]).unwrap();
+            let mut at = 0;
+            for &cut in cuts.iter().chain([&new.len()]) {
+                let cut = cut.clamp(at, new.len());
+                decoder.next(cut - at, |i, n, o| {
+                    forward[at + i] = n;
+                    back[at + i] = o;
+                }).unwrap();
+                at = cut;
+            }
+            decoder.finish().unwrap();
+            prop_assert_eq!(forward, new);
+            prop_assert_eq!(back, old);
+        }
+
+        #[test]
+        fn hostile_frames_are_errors(bytes in prop::collection::vec(any::<u8>(), 0..200), flip in any::<prop::sample::Index>()) {
+            let read = |xor: &[u8], values: &[u8]| -> io::Result<()> {
+                let mut decoder = DeltaDecoder::new(xor, values)?;
+                decoder.next(100, |_, _, _| ())?;
+                decoder.finish()
+            };
+            prop_assert!(read(&bytes, &bytes).is_err());
+            let (_, mut xor, values) = encode(&[1; 100], &[2; 100], 1, &[]);
+            read(&xor, &values).unwrap();
+            let at = flip.index(xor.len());
+            xor[at] ^= 0x10;
+            // A flipped bit is caught by the frame's checksum, or it was in a field that does not matter (reserved bits).
+            let mut all_old = true;
+            let outcome = DeltaDecoder::new(&xor[..], &values[..])
+                .and_then(|mut d| d.next(100, |_, _, o| all_old &= o == 1).and_then(|()| d.finish()));
+            prop_assert!(outcome.is_err() || all_old);
+        }
+    }
+}

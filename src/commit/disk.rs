@@ -1,0 +1,162 @@
+//! [`Storage`] on a real directory.
+
+use super::storage::{Access, Lock, Sharing, Stat, Storage, StoredFile};
+use rustix::fs::{FlockOperation, Mode, OFlags, Timespec, Timestamps};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub struct DiskStorage {
+    root: PathBuf,
+}
+
+impl DiskStorage {
+    pub fn new(root: &Path) -> DiskStorage {
+        DiskStorage { root: root.to_path_buf() }
+    }
+
+    fn at(&self, path: &str) -> PathBuf {
+        self.root.join(path)
+    }
+}
+
+fn stat_of(metadata: &std::fs::Metadata) -> Stat {
+    Stat {
+        bytes: metadata.len(),
+        mtime_ns: metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec()),
+        inode: metadata.ino(),
+    }
+}
+
+impl Storage for DiskStorage {
+    fn open(&self, path: &str, access: Access) -> io::Result<Arc<dyn StoredFile>> {
+        let mut options = File::options();
+        options.read(true);
+        match access {
+            Access::Read => {}
+            Access::ReadWrite => {
+                options.write(true);
+            }
+            Access::Create => {
+                options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+            }
+        }
+        Ok(Arc::new(DiskFile(options.open(self.at(path))?)))
+    }
+
+    fn stat(&self, path: &str) -> io::Result<Stat> {
+        Ok(stat_of(&std::fs::metadata(self.at(path))?))
+    }
+
+    fn list(&self, directory: &str) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(self.at(directory))? {
+            if let Ok(name) = entry?.file_name().into_string() {
+                names.push(name); // a name that is not UTF-8 is none of ours
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn create_directory(&self, path: &str) -> io::Result<()> {
+        match std::fs::DirBuilder::new().mode(0o700).create(self.at(path)) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            other => other,
+        }
+    }
+
+    fn remove_directory(&self, path: &str) -> io::Result<()> {
+        std::fs::remove_dir(self.at(path))
+    }
+
+    fn remove_file(&self, path: &str) -> io::Result<()> {
+        std::fs::remove_file(self.at(path))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        std::fs::rename(self.at(from), self.at(to))
+    }
+
+    fn sync_directory(&self, path: &str) -> io::Result<()> {
+        File::open(self.at(path))?.sync_all()
+    }
+
+    fn copy(&self, from: &str, to: &str) -> io::Result<()> {
+        let mut source = File::open(self.at(from))?;
+        let metadata = source.metadata()?;
+        let mut target =
+            File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(self.at(to))?;
+        if rustix::fs::ioctl_ficlone(&target, &source).is_err() {
+            io::copy(&mut source, &mut target)?; // copy_file_range where the kernel has it
+        }
+        target.set_permissions(std::fs::Permissions::from_mode(metadata.mode() & 0o7777 | 0o200))?;
+        // Only root may give a file away; for anyone else the copy is simply theirs.
+        let _ = std::os::unix::fs::fchown(&target, Some(metadata.uid()), Some(metadata.gid()));
+        Ok(())
+    }
+
+    fn sharing(&self, path: &str) -> io::Result<Sharing> {
+        let path = self.at(path);
+        let resolved = path.canonicalize()?;
+        // A hub cache keeps `blobs/<hash>`, and `snapshots/<revision>/<name>` as links to them: a blob is named after its
+        // content and may serve other revisions.
+        let blobs = resolved.parent().filter(|p| p.file_name().is_some_and(|n| n == "blobs"));
+        if blobs.is_some_and(|b| b.with_file_name("snapshots").is_dir()) {
+            return Ok(Sharing::Shared("a blob of a hub cache"));
+        }
+        match std::fs::metadata(&resolved)?.nlink() {
+            0 | 1 => Ok(Sharing::Own),
+            _ => Ok(Sharing::Shared("a file with other hard links")),
+        }
+    }
+
+    fn try_lock(&self, path: &str, exclusive: bool) -> io::Result<Option<Lock>> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let file = rustix::fs::open(self.at(path), flags, Mode::RUSR | Mode::WUSR)?;
+        let operation = match exclusive {
+            true => FlockOperation::NonBlockingLockExclusive,
+            false => FlockOperation::NonBlockingLockShared,
+        };
+        match rustix::fs::flock(&file, operation) {
+            Ok(()) => Ok(Some(Box::new(file))),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+struct DiskFile(File);
+
+impl StoredFile for DiskFile {
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_exact_at(buffer, offset)
+    }
+
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_all_at(bytes, offset)
+    }
+
+    fn set_mtime(&self, nanoseconds: i64) -> io::Result<()> {
+        let keep = Timespec { tv_sec: 0, tv_nsec: libc::UTIME_OMIT };
+        let mtime = Timespec {
+            tv_sec: nanoseconds.div_euclid(1_000_000_000),
+            tv_nsec: nanoseconds.rem_euclid(1_000_000_000) as _,
+        };
+        Ok(rustix::fs::futimens(&self.0, &Timestamps { last_access: keep, last_modification: mtime })?)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync_all()
+    }
+
+    fn stat(&self) -> io::Result<Stat> {
+        Ok(stat_of(&self.0.metadata()?))
+    }
+
+    fn forget_cache(&self) {
+        let _ = rustix::fs::fadvise(&self.0, 0, None, rustix::fs::Advice::DontNeed);
+    }
+}

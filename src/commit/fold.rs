@@ -1,0 +1,196 @@
+//! Fold: brings the weights files up to the newest commit, by writing just the changed blocks in large sequential runs.
+//!
+//! A file that others share (a hub cache's blob, a hard link), and one whose last write or fsync failed, is not written
+//! where it is: a private copy takes the changes, and its place once it is on the disk.
+
+use super::error::CommitError;
+use super::layout::Layout;
+use super::replay::{Layer, Replay};
+use super::stage::Staged;
+use super::state::State;
+use super::storage::{Access, Sharing, Stat, Storage, StoredFile};
+use crate::memory::{BLOCK, Hash, block_hash};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Where private copies grow, on the file system of the model directory and out of its readers' sight.
+pub const INCOMING: &str = ".weightfs/incoming";
+/// Bytes of a shard read, changed and written at a time.
+const WINDOW: usize = 4 << 20;
+
+/// Where the changed blocks come from.
+pub enum Source<'a> {
+    /// The commit just logged, still in memory.
+    Staged(&'a Staged),
+    /// The log: new sides of the records not folded yet, in order.
+    Log(&'a [Layer]),
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Folded {
+    pub blocks: u64,
+    pub bytes: u64,
+}
+
+pub struct Fold<'a> {
+    pub storage: &'a dyn Storage,
+    pub layout: &'a Layout,
+    pub source: Source<'a>,
+    /// Hashes of the newest commit, to check what a file in doubt is rewritten from.
+    pub table: Option<&'a super::blocks::Table>,
+}
+
+impl Fold<'_> {
+    /// Writes every shard that has changes, and notes in `state` what the files look like now. After an error some are
+    /// written and the one that failed is in doubt; folding again ends in the same bytes.
+    pub fn run(&self, state: &mut State, progress: &dyn Fn(u64)) -> Result<Folded, CommitError> {
+        let mut folded = Folded::default();
+        for shard in 0..self.layout.shards.len() {
+            if !self.has_changes(shard) && !state.shards[shard].in_doubt {
+                continue;
+            }
+            match self.shard(shard, &mut folded, state.shards[shard].in_doubt, state.shards[shard].stat) {
+                Ok(stat) => {
+                    state.shards[shard].stat = stat;
+                    state.shards[shard].in_doubt = false;
+                }
+                Err(e) => {
+                    state.shards[shard].in_doubt = true;
+                    return Err(e);
+                }
+            }
+            progress(folded.bytes);
+        }
+        Ok(folded)
+    }
+
+    fn has_changes(&self, shard: usize) -> bool {
+        match self.source {
+            Source::Staged(staged) => !staged.overlapping(shard, 0, u64::MAX).is_empty(),
+            Source::Log(layers) => {
+                self.layout.shards[shard].tensors.iter().any(|t| layers.iter().any(|l| l.record.has(&t.name)))
+            }
+        }
+    }
+
+    fn shard(&self, shard: usize, folded: &mut Folded, in_doubt: bool, before: Stat) -> Result<Stat, CommitError> {
+        let name = &self.layout.shards[shard].name;
+        let io = |doing| move |e| self.layout.io(doing, name, e);
+        let sharing = self.storage.sharing(name).map_err(io("look at"))?;
+        if !in_doubt && sharing == Sharing::Own {
+            let file = self.storage.open(name, Access::ReadWrite).map_err(io("open"))?;
+            self.write_blocks(shard, &file, folded)?;
+            return self.seal(shard, &*file, before);
+        }
+        // The name may be a link to the file that others share; the copy takes the place of the link.
+        let copy = format!("{INCOMING}/{name}");
+        let made = (|| {
+            if in_doubt {
+                self.storage.open(name, Access::Read).map_err(io("open"))?.forget_cache();
+            }
+            self.storage.create_directory(INCOMING).map_err(io("make a private copy of"))?;
+            self.storage.copy(name, &copy).map_err(io("make a private copy of"))?;
+            let file = self.storage.open(&copy, Access::ReadWrite).map_err(io("make a private copy of"))?;
+            self.write_blocks(shard, &file, folded)?;
+            if in_doubt {
+                self.check(shard, &*file)?;
+            }
+            let stat = self.seal(shard, &*file, before)?;
+            self.storage.rename(&copy, name).map_err(io("replace"))?;
+            self.storage.sync_directory(".").map_err(io("replace"))?;
+            Ok(stat)
+        })();
+        if made.is_err() {
+            let _ = self.storage.remove_file(&copy);
+        }
+        made
+    }
+
+    fn write_blocks(&self, shard: usize, file: &Arc<dyn StoredFile>, folded: &mut Folded) -> Result<(), CommitError> {
+        let io = |e| self.layout.io("write", &self.layout.shards[shard].name, e);
+        match self.source {
+            Source::Staged(staged) => {
+                for run in staged.overlapping(shard, 0, u64::MAX) {
+                    file.write_all_at(&run.bytes, run.start()).map_err(io)?;
+                    folded.blocks += run.hashes.len() as u64;
+                    folded.bytes += run.bytes.len() as u64;
+                }
+                Ok(())
+            }
+            Source::Log(layers) => self.write_from_log(shard, file, layers, folded),
+        }
+    }
+
+    fn write_from_log(
+        &self,
+        shard: usize,
+        file: &Arc<dyn StoredFile>,
+        layers: &[Layer],
+        folded: &mut Folded,
+    ) -> Result<(), CommitError> {
+        let name = &self.layout.shards[shard].name;
+        let bytes = self.layout.shards[shard].bytes;
+        let mut source = Replay::new(self.layout, shard, file.clone(), layers);
+        let mut buffer = vec![0; WINDOW];
+        let mut touched = vec![false; WINDOW / BLOCK];
+        let mut at = 0;
+        while at < bytes {
+            let end = (at + WINDOW as u64).min(bytes);
+            if source.is_touched(at, end) {
+                let window = &mut buffer[..(end - at) as usize];
+                touched.fill(false);
+                source.read(at, window, |i| touched[i / BLOCK] = true)?;
+                let mut block = 0;
+                while block * BLOCK < window.len() {
+                    let run = touched[block..].iter().take_while(|t| **t).count();
+                    if run > 0 {
+                        let part = &window[block * BLOCK..((block + run) * BLOCK).min(window.len())];
+                        file.write_all_at(part, at + (block * BLOCK) as u64)
+                            .map_err(|e| self.layout.io("write", name, e))?;
+                        folded.blocks += run as u64;
+                        folded.bytes += part.len() as u64;
+                    }
+                    block += run + 1;
+                }
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Moves the mtime forward, so that rsync and make notice, and makes the file durable.
+    fn seal(&self, shard: usize, file: &dyn StoredFile, before: Stat) -> Result<Stat, CommitError> {
+        let io = |e| self.layout.io("fsync", &self.layout.shards[shard].name, e);
+        let mut mtime = now_ns().max(before.mtime_ns + 1);
+        file.set_mtime(mtime).map_err(io)?;
+        // A file system that keeps whole seconds only needs the next one.
+        if file.stat().map_err(io)?.mtime_ns <= before.mtime_ns {
+            mtime = before.mtime_ns + 2_000_000_000;
+            file.set_mtime(mtime).map_err(io)?;
+        }
+        file.sync().map_err(io)?;
+        file.stat().map_err(io)
+    }
+
+    /// Every block of a rewritten file is what was committed.
+    fn check(&self, shard: usize, file: &dyn StoredFile) -> Result<(), CommitError> {
+        let Some(table) = self.table else { return Ok(()) };
+        let layout = &self.layout.shards[shard];
+        let mut buffer = vec![0; BLOCK];
+        for (block, known) in table.0[shard].iter().enumerate() {
+            let bytes = &mut buffer[..layout.block_bytes(block as u64)];
+            file.read_exact_at(bytes, (block * BLOCK) as u64).map_err(|e| self.layout.io("read", &layout.name, e))?;
+            let hash: Hash = block_hash(bytes);
+            if hash != *known {
+                let why = format!("after a failed write its block {block} is not what was committed");
+                return Err(CommitError::corrupt(self.layout.path(shard), why));
+            }
+        }
+        Ok(())
+    }
+}
+
+pub fn now_ns() -> i64 {
+    // A clock before 1970 counts as 1970: the mtime still moves forward from the one before.
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i64)
+}

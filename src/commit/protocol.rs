@@ -1,0 +1,319 @@
+//! The protocol of a commit from end to end: find, stage, log, fold.
+
+use super::blocks::Change;
+use super::container::{ContainerWriter, FileFacts};
+use super::error::CommitError;
+use super::find::find;
+use super::fold::{Fold, Source};
+use super::journal::{Journal, NewBytes, Streamed, touched_tensors};
+use super::record::{self, Facts, Head, LOG, Record, ShardFacts, UNFINISHED, VALUES, XOR};
+use super::replay::{Layer, layers};
+use super::report::{CommitInfo, CommitReport, FoldOutcome, Phase, PhaseTimes, Progress};
+use super::stage::Staged;
+use super::state::hex;
+use super::{Baseline, CommitRequest, Committer, FoldPolicy, fold, lock, optimizer};
+use crate::image::ShardBytes;
+use crate::memory::BLOCK;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// A commit as the committer's own commands ask for it.
+pub(super) struct Wanted<'a> {
+    pub request: CommitRequest<'a>,
+    /// Where to look for changes, when that is known.
+    pub within: Option<&'a [(usize, Range<u64>)]>,
+    /// The optimizer's state is taken from that commit as well.
+    pub rollback_to: Option<u64>,
+}
+
+/// A record on the disk, and the table after it.
+struct Logged {
+    record: Arc<Record>,
+    baseline: Baseline,
+    changes: Vec<Change>,
+}
+
+impl Committer {
+    /// `working` is held.
+    pub(super) fn commit_locked(&self, live: &dyn ShardBytes, wanted: &Wanted) -> Result<CommitReport, CommitError> {
+        let layout = &self.shared.layout;
+        let baseline = self.baseline(&|_| ())?;
+        self.check_foreign()?;
+        let mut times = PhaseTimes::default();
+        let tell = |phase, done, total| {
+            if let Some(progress) = wanted.request.progress {
+                progress(Progress { phase, done, total });
+            }
+        };
+
+        let start = Instant::now();
+        tell(Phase::Finding, 0, layout.shards.iter().map(|s| s.bytes).sum());
+        let mut hold = Some(live.hold()?);
+        let held = Instant::now();
+        let runs = find(live, layout, &baseline.table, wanted.within)?;
+        times.find = start.elapsed();
+
+        let start = Instant::now();
+        let dirty: u64 = runs.iter().map(|r| r.blocks * BLOCK as u64).sum();
+        tell(Phase::Staging, 0, dirty);
+        let staged = match dirty <= self.options.staging_memory {
+            true => Some(Staged::copy(live, layout, &baseline.table, &runs)?),
+            false => None,
+        };
+        if staged.is_some() {
+            hold = None;
+            times.held = held.elapsed();
+        }
+        times.stage = start.elapsed();
+
+        let start = Instant::now();
+        let runs = staged.as_ref().map_or(runs, Staged::runs);
+        let tensors = touched_tensors(layout, &runs);
+        let bytes = |&(s, t): &(usize, usize)| {
+            let tensor = &layout.shards[s].tensors[t];
+            tensor.end - tensor.start
+        };
+        let total = tensors.iter().map(bytes).sum();
+        let nothing = |times| {
+            let fold = self.fold_by_policy(None, &|_| ());
+            Ok(CommitReport { commit: None, fold, times })
+        };
+        if runs.is_empty() && !self.optimizer_changed(wanted)? {
+            return nothing(times);
+        }
+        let new = match &staged {
+            Some(staged) => NewBytes::Staged(staged),
+            None => NewBytes::Streamed(Streamed::new(live, layout, &baseline.table, &runs)?),
+        };
+        let Some(logged) = self.log(wanted, &baseline, &tensors, new, &|done| tell(Phase::Logging, done, total))?
+        else {
+            return nothing(times);
+        };
+        if hold.take().is_some() {
+            times.held = held.elapsed();
+        }
+        times.log = start.elapsed();
+        let Logged { record, baseline: after, changes } = logged;
+        {
+            let mut published = self.shared.published.write();
+            published.state.newest = record.id();
+            published.state.step = record.facts().step;
+            published.records.push(record.clone());
+            published.baseline = Some(after);
+        }
+
+        let start = Instant::now();
+        let fold = self.fold_by_policy(staged.as_ref(), &|done| tell(Phase::Folding, done, dirty));
+        self.store_blocks(baseline.stored.then_some(&changes[..]));
+        times.fold = start.elapsed();
+        if let Err(e) = self.prune() {
+            log::warn!("{e}");
+        }
+        Ok(CommitReport { commit: Some(CommitInfo::of(&record, self.folded())), fold, times })
+    }
+
+    /// Writes the record of the next commit: when this returns it, the commit is durable. `None` when the weights were
+    /// found to be as they were after all.
+    fn log(
+        &self,
+        wanted: &Wanted,
+        baseline: &Baseline,
+        tensors: &[(usize, usize)],
+        new: NewBytes,
+        progress: &dyn Fn(u64),
+    ) -> Result<Option<Logged>, CommitError> {
+        let id = self.shared.published.read().state.newest + 1;
+        let directory = format!("{LOG}/{UNFINISHED}{}", record::name(id));
+        let logged = self.write_record(id, &directory, wanted, baseline, tensors, new, progress);
+        if !matches!(logged, Ok(Some(_))) {
+            // Best effort: recovery removes what is left, too.
+            let storage = &*self.shared.storage;
+            let _ = remove_tree(storage, &directory);
+            let _ = storage.remove_file(&format!("{}/{}", optimizer::OPTIMIZER, optimizer::file_name(id)));
+        }
+        logged
+    }
+
+    #[allow(clippy::too_many_arguments)] // one call, from `log` above, which cleans up behind it
+    fn write_record(
+        &self,
+        id: u64,
+        directory: &str,
+        wanted: &Wanted,
+        baseline: &Baseline,
+        tensors: &[(usize, usize)],
+        new: NewBytes,
+        progress: &dyn Fn(u64),
+    ) -> Result<Option<Logged>, CommitError> {
+        let (layout, storage) = (&self.shared.layout, &*self.shared.storage);
+        let io = |e| layout.io("write", directory, e);
+        let tip: Vec<Layer> = {
+            let published = self.shared.published.read();
+            layers(&published.records, published.state.folded, published.state.newest)
+        };
+        remove_tree(storage, directory).map_err(io)?;
+        storage.create_directory(directory).map_err(io)?;
+        let names = || tensors.iter().map(|&(s, t)| layout.shards[s].tensors[t].name.as_str());
+        let mut xor = ContainerWriter::create(storage, directory, XOR, names()).map_err(io)?;
+        let mut values = ContainerWriter::create(storage, directory, VALUES, names()).map_err(io)?;
+        let journal = Journal { storage, layout, layers: &tip, new: &new };
+        let (totals, changed) = journal.write(tensors, &mut xor, &mut values, progress)?;
+        let changes = match new {
+            NewBytes::Staged(staged) => staged.changes(),
+            NewBytes::Streamed(streamed) => streamed.into_changes(),
+        };
+        if changes.is_empty() && !self.optimizer_changed(wanted)? {
+            return Ok(None);
+        }
+        let mut table = (*baseline.table).clone();
+        table.apply(&changes);
+        let root = table.root();
+        let optimizer = self.next_optimizer(id, wanted)?;
+        let (xor, values) = (xor.finish().map_err(io)?, values.finish().map_err(io)?);
+        let facts = Facts {
+            format: record::FORMAT,
+            id,
+            time_ns: fold::now_ns() as u64,
+            step: wanted.request.step,
+            message: wanted.request.message.to_string(),
+            rollback_to: wanted.rollback_to,
+            changed_elements: totals.changed_elements,
+            changed_bytes: totals.changed_bytes,
+            changed_blocks: changes.iter().map(|c| c.hashes.len() as u64).sum(),
+            root: hex(root),
+            base_root: hex(baseline.root),
+            shards: layout
+                .shards
+                .iter()
+                .map(|s| ShardFacts { name: s.name.clone(), bytes: s.bytes, header: hex(s.header) })
+                .collect(),
+            xor,
+            values,
+            optimizer,
+        };
+        let head = Head::new(facts, changed.into_iter());
+        head.write(storage, directory).map_err(io)?;
+        storage.sync_directory(directory).map_err(io)?;
+        let place = format!("{LOG}/{}", record::name(id));
+        // The record of a commit that failed in its last sync, which nobody was told of.
+        let failed = format!("{LOG}/{UNFINISHED}failed");
+        remove_tree(storage, &failed).map_err(io)?;
+        if let Err(e) = storage.rename(&place, &failed)
+            && e.kind() != io::ErrorKind::NotFound
+        {
+            return Err(io(e));
+        }
+        remove_tree(storage, &failed).map_err(io)?;
+        storage.rename(directory, &place).map_err(io)?;
+        if let Err(e) = storage.sync_directory(LOG) {
+            let _ = storage.rename(&place, directory);
+            return Err(io(e));
+        }
+        let record = Arc::new(Record::new(&self.shared.storage, head, layout));
+        let baseline = Baseline { table: Arc::new(table), root, stored: false };
+        Ok(Some(Logged { record, baseline, changes }))
+    }
+
+    /// The optimizer's file that the next record names, written and durable.
+    fn next_optimizer(&self, id: u64, wanted: &Wanted) -> Result<Option<FileFacts>, CommitError> {
+        let Some(state) = wanted.request.optimizer else { return self.standing_optimizer(wanted) };
+        let (layout, storage) = (&self.shared.layout, &*self.shared.storage);
+        let facts = optimizer::write(storage, layout, id, state)?;
+        storage.sync_directory(optimizer::OPTIMIZER).map_err(|e| layout.io("fsync", optimizer::OPTIMIZER, e))?;
+        Ok(Some(facts))
+    }
+
+    /// The optimizer's file that stands when the request brings none.
+    fn standing_optimizer(&self, wanted: &Wanted) -> Result<Option<FileFacts>, CommitError> {
+        let record = match wanted.rollback_to {
+            Some(id) => self.shared.record(id)?,
+            None => self.shared.newest_record(),
+        };
+        Ok(record.and_then(|r| r.facts().optimizer.clone()))
+    }
+
+    fn optimizer_changed(&self, wanted: &Wanted) -> Result<bool, CommitError> {
+        let now = self.shared.newest_record().and_then(|r| r.facts().optimizer.clone());
+        let next = match wanted.request.optimizer {
+            Some(state) => {
+                Some(optimizer::facts(state).map_err(|e| self.shared.layout.io("write", optimizer::OPTIMIZER, e))?)
+            }
+            None => self.standing_optimizer(wanted)?,
+        };
+        Ok(match (now, next) {
+            (Some(a), Some(b)) => !optimizer::is_same(&a, &b),
+            (a, b) => a.is_some() != b.is_some(),
+        })
+    }
+
+    /// Folds when the policy says so. `staged` holds the newest commit's blocks.
+    pub(super) fn fold_by_policy(&self, staged: Option<&Staged>, progress: &dyn Fn(u64)) -> FoldOutcome {
+        let pending = {
+            let state = &self.shared.published.read().state;
+            state.newest - state.folded
+        };
+        match self.options.fold {
+            FoldPolicy::Never if pending > 0 => FoldOutcome::ByPolicy,
+            FoldPolicy::Every(n) if 0 < pending && pending < n => FoldOutcome::ByPolicy,
+            _ => self.fold_pending(staged, progress),
+        }
+    }
+
+    /// Folds what is pending. The commits are safe in the log, so nothing that goes wrong here is more than a delay.
+    pub(super) fn fold_pending(&self, staged: Option<&Staged>, progress: &dyn Fn(u64)) -> FoldOutcome {
+        let deferred = |why: String| {
+            log::warn!("the weights files are not brought up to date yet: {why}");
+            FoldOutcome::Deferred { why }
+        };
+        let (mut state, pending) = {
+            let published = self.shared.published.read();
+            (published.state.clone(), layers(&published.records, published.state.folded, published.state.newest))
+        };
+        if pending.is_empty() && !state.shards.iter().any(|s| s.in_doubt) {
+            return FoldOutcome::Folded { blocks: 0, bytes: 0 };
+        }
+        let (layout, storage) = (&self.shared.layout, &*self.shared.storage);
+        let _readers_out = match lock::lock_out_readers(storage, layout) {
+            Ok(Some(lock)) => lock,
+            Ok(None) => return deferred(format!("somebody reads them under {}", lock::READERS)),
+            Err(e) => return deferred(e.to_string()),
+        };
+        let baseline = self.shared.published.read().baseline.clone();
+        let source = match staged {
+            Some(staged) if pending.len() == 1 => Source::Staged(staged),
+            _ => Source::Log(&pending),
+        };
+        let fold = Fold { storage, layout, source, table: baseline.as_ref().map(|b| &*b.table) };
+        let folded = fold.run(&mut state, progress);
+        if folded.is_ok() {
+            state.folded = state.newest;
+        }
+        let stored = state.store(storage, layout);
+        if let Err(e) = &stored {
+            // On the disk the state is the one before, which makes the next start fold again. In memory too, but for
+            // what the files look like.
+            state.folded = self.shared.published.read().state.folded;
+            log::warn!("{e}");
+        }
+        self.shared.published.write().state = state;
+        match (folded, stored) {
+            (Ok(folded), Ok(())) => FoldOutcome::Folded { blocks: folded.blocks, bytes: folded.bytes },
+            (Err(e), _) | (_, Err(e)) => deferred(e.to_string()),
+        }
+    }
+}
+
+/// Removes a directory of files; none there is fine.
+pub(super) fn remove_tree(storage: &dyn super::storage::Storage, directory: &str) -> io::Result<()> {
+    let names = match storage.list(directory) {
+        Ok(names) => names,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    for name in names {
+        storage.remove_file(&format!("{directory}/{name}"))?;
+    }
+    storage.remove_directory(directory)
+}

@@ -1,0 +1,192 @@
+//! Opening a directory: whatever a crash left is made into the newest commit that reached the log.
+
+use super::error::CommitError;
+use super::layout::Layout;
+use super::record::{self, LOG, Record, UNFINISHED};
+use super::replay::{Replay, WINDOW, layers};
+use super::report::{FoldOutcome, Recovery};
+use super::state::State;
+use super::storage::{Access, Storage};
+use super::{Committer, Options, Published, Shared, fold, lock, optimizer, protocol};
+use crate::model::STATE_DIR;
+use parking_lot::{Mutex, RwLock};
+use rayon::prelude::*;
+use std::collections::{BTreeMap, HashSet};
+use std::io;
+use std::sync::Arc;
+use xxhash_rust::xxh3::Xxh3Default;
+
+pub fn open(storage: Arc<dyn Storage>, layout: Layout, options: Options) -> Result<(Committer, Recovery), CommitError> {
+    let new = storage.list(STATE_DIR).is_err();
+    let make = |path: &str| storage.create_directory(path).map_err(|e| layout.io("create", path, e));
+    make(STATE_DIR)?;
+    let writer = lock::lock_writer(&*storage, &layout, options.mount_point.clone())?;
+    make(LOG)?;
+    make(optimizer::OPTIMIZER)?;
+    let sync = |path: &str| storage.sync_directory(path).map_err(|e| layout.io("fsync", path, e));
+    if new {
+        sync(STATE_DIR)?;
+        sync(".")?;
+    }
+    let mut recovery = Recovery { removed_unfinished: remove_leftovers(&*storage, &layout)?, ..Recovery::default() };
+    let ids = ids(&*storage, &layout)?;
+    let records = ids
+        .iter()
+        .map(|&id| Record::open(&storage, &layout, id).map(Arc::new))
+        .collect::<Result<Vec<_>, CommitError>>()?;
+    let state = state(&*storage, &layout, &records)?;
+    let named = records.iter().filter_map(|r| r.facts().optimizer.as_ref()).map(|o| o.file.as_str()).collect();
+    optimizer::remove_unnamed(&*storage, &named).map_err(|e| layout.io("clean", optimizer::OPTIMIZER, e))?;
+    recovery.newest = state.newest;
+    recovery.pending = state.newest - state.folded;
+    let published = Published { state, records, retired: Vec::new(), baseline: None };
+    let shared = Shared { storage, layout, published: RwLock::new(published), held: Mutex::new(BTreeMap::new()) };
+    let committer = Committer { shared: Arc::new(shared), options, working: Mutex::new(()), _writer: writer };
+    recovery.fold = committer.finish_fold()?;
+    Ok((committer, recovery))
+}
+
+/// Ids in the log, ascending and without gaps up to the newest. A prune that was cut short may leave older ones behind.
+pub fn ids(storage: &dyn Storage, layout: &Layout) -> Result<Vec<u64>, CommitError> {
+    let names = match storage.list(LOG) {
+        Ok(names) => names,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(e) => return Err(layout.io("read", LOG, e)),
+    };
+    let mut ids: Vec<u64> = names.iter().filter_map(|n| record::id_of(n)).collect();
+    ids.sort_unstable();
+    let gap = ids.windows(2).rposition(|w| w[1] != w[0] + 1);
+    Ok(gap.map_or(ids.clone(), |g| ids[g + 1..].to_vec()))
+}
+
+/// True when a commit had been under way.
+fn remove_leftovers(storage: &dyn Storage, layout: &Layout) -> Result<bool, CommitError> {
+    let mut commit = false;
+    for name in storage.list(LOG).map_err(|e| layout.io("read", LOG, e))? {
+        if name.starts_with(UNFINISHED) {
+            let directory = format!("{LOG}/{name}");
+            protocol::remove_tree(storage, &directory).map_err(|e| layout.io("remove", &directory, e))?;
+            commit = true;
+        }
+    }
+    protocol::remove_tree(storage, fold::INCOMING).map_err(|e| layout.io("remove", fold::INCOMING, e))?;
+    let temporary = format!("{}.tmp", super::state::STATE);
+    match storage.remove_file(&temporary) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(layout.io("remove", &temporary, e)),
+        _ => Ok(commit),
+    }
+}
+
+fn state(storage: &dyn Storage, layout: &Layout, records: &[Arc<Record>]) -> Result<State, CommitError> {
+    let oldest = records.first().map_or(1, |r| r.id());
+    let mut state = match State::load(storage, layout)? {
+        Some(state) => state,
+        None => {
+            // A new directory; or one whose state was lost: then all of the log is folded again, which does no harm.
+            let mut state = State::new(storage, layout)?;
+            (state.newest, state.folded) = (oldest - 1, oldest - 1);
+            state.store(storage, layout)?;
+            state
+        }
+    };
+    if let Some(newest) = records.last() {
+        if newest.id() < state.newest || state.folded < oldest - 1 {
+            let why = format!("commit {} is not in it", state.newest.min(oldest - 1));
+            return Err(CommitError::corrupt(layout.root.join(LOG), why));
+        }
+        state.newest = newest.id();
+        state.step = newest.facts().step;
+    } else if state.newest > 0 {
+        return Err(CommitError::corrupt(layout.root.join(LOG), format!("commit {} is not in it", state.newest)));
+    }
+    Ok(state)
+}
+
+impl Committer {
+    /// Folds what the log has beyond the weights files, where the policy says so or a fold was cut short. `None` when
+    /// there was nothing to do.
+    fn finish_fold(&self) -> Result<Option<FoldOutcome>, CommitError> {
+        let (pending, in_doubt) = {
+            let published = self.shared.published.read();
+            let state = &published.state;
+            (state.newest - state.folded, state.shards.iter().any(|s| s.in_doubt))
+        };
+        if pending == 0 && !in_doubt {
+            return Ok(None);
+        }
+        let changed = self.shared.changed_shards()?;
+        if changed.is_empty() && !in_doubt {
+            return Ok(Some(self.fold_by_policy(None, &|_| ())));
+        }
+        // The files are not as they were left: either by our own fold that was cut short, and then the log makes them
+        // what it says, or by somebody else, and then it does not.
+        self.check_result_of_fold()?;
+        Ok(Some(self.fold_pending(None, &|_| ())))
+    }
+
+    /// Would every tensor that the pending records change have its committed checksum after a fold?
+    fn check_result_of_fold(&self) -> Result<(), CommitError> {
+        let (records, state) = {
+            let published = self.shared.published.read();
+            (published.records.clone(), published.state.clone())
+        };
+        let layout = &self.shared.layout;
+        let pending = layers(&records, state.folded, state.newest);
+        let mut wanted = Vec::new();
+        let mut seen = HashSet::new();
+        for layer in pending.iter().rev() {
+            for tensor in layer.record.head.weight_map.keys() {
+                if seen.insert(tensor.as_str()) {
+                    let checksum = layer.record.files()?.xor.checksum(tensor);
+                    wanted.push((tensor.as_str(), checksum));
+                }
+            }
+        }
+        let homes: std::collections::HashMap<&str, (usize, usize)> = layout
+            .shards
+            .iter()
+            .enumerate()
+            .flat_map(|(s, shard)| {
+                shard.tensors.iter().enumerate().map(move |(t, tensor)| (tensor.name.as_str(), (s, t)))
+            })
+            .collect();
+        wanted.into_par_iter().try_for_each(|(name, checksum)| {
+            let Some(&(s, t)) = homes.get(name) else {
+                return Err(CommitError::corrupt(layout.root.join(LOG), format!("no tensor is named '{name}'")));
+            };
+            let found = hash_tensor(&self.shared, s, t, &pending)?;
+            match Some(found) == checksum {
+                true => Ok(()),
+                false => Err(CommitError::Foreign {
+                    path: layout.path(s),
+                    commit: state.newest,
+                    why: format!("tensor '{name}' cannot be brought to what was committed"),
+                }),
+            }
+        })
+    }
+}
+
+/// XXH3-128 of a tensor with `layers` over its file.
+pub(super) fn hash_tensor(
+    shared: &Shared,
+    shard: usize,
+    tensor: usize,
+    layers: &[super::replay::Layer],
+) -> Result<crate::memory::Hash, CommitError> {
+    let layout = &shared.layout;
+    let name = &layout.shards[shard].name;
+    let file = shared.storage.open(name, Access::Read).map_err(|e| layout.io("read", name, e))?;
+    let mut replay = Replay::new(layout, shard, file, layers);
+    let tensor = &layout.shards[shard].tensors[tensor];
+    let mut hasher = Xxh3Default::new();
+    let mut buffer = vec![0; WINDOW.min(tensor.end - tensor.start) as usize];
+    let mut at = tensor.start;
+    while at < tensor.end {
+        let window = &mut buffer[..WINDOW.min(tensor.end - at) as usize];
+        replay.read(at, window, |_| ())?;
+        hasher.update(window);
+        at += window.len() as u64;
+    }
+    Ok(hasher.digest128())
+}

@@ -1,0 +1,426 @@
+//! What a user sees of commits on a real directory: what is written, what is refused, what can be had back.
+
+mod commit_support;
+
+use commit_support::*;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use weightfs::commit::*;
+use weightfs::model::ModelDirectory;
+
+struct Setup {
+    directory: tempfile::TempDir,
+    shards: Vec<(String, Vec<u8>)>,
+    model: Arc<ModelDirectory>,
+    live: Live,
+}
+
+impl Setup {
+    fn new() -> Setup {
+        let directory = tempfile::tempdir().unwrap();
+        let shards = two_shards();
+        let model = write_model(directory.path(), &shards);
+        let live = Live::of(&shards);
+        Setup { directory, shards, model, live }
+    }
+
+    fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    fn open(&self) -> Committer {
+        self.open_with(Options::default())
+    }
+
+    fn open_with(&self, options: Options) -> Committer {
+        Committer::open(self.model.clone(), options).unwrap().0
+    }
+
+    fn disk(&self) -> Vec<Vec<u8>> {
+        disk(self.path(), &self.shards)
+    }
+
+    fn mtimes(&self) -> Vec<i128> {
+        let stat = |(name, _): &(String, Vec<u8>)| std::fs::metadata(self.path().join(name)).unwrap();
+        self.shards.iter().map(stat).map(|m| m.mtime() as i128 * 1_000_000_000 + m.mtime_nsec() as i128).collect()
+    }
+}
+
+fn commit(committer: &Committer, live: &Live, step: u64) -> CommitReport {
+    committer.commit(live, &CommitRequest::new("a test", step)).unwrap()
+}
+
+fn read_all(snapshot: &Snapshot) -> Vec<Vec<u8>> {
+    (0..snapshot.shards())
+        .map(|s| {
+            let mut bytes = vec![0; snapshot.shard_bytes(s) as usize];
+            snapshot.read(s, 0, &mut bytes).unwrap();
+            bytes
+        })
+        .collect()
+}
+
+#[test]
+fn a_commit_writes_just_the_changed_blocks_and_moves_mtime_forward() {
+    let setup = Setup::new();
+    let committer = setup.open();
+    committer.ensure_baseline(&|_| ()).unwrap();
+    let before = setup.mtimes();
+    // Two neighbouring blocks and one apart in the second shard.
+    let second = setup.shards[1].1.len();
+    setup.live.set(1, 8190, &[1, 2, 3, 4]);
+    setup.live.set(1, second - 1, &[!setup.shards[1].1[second - 1]]);
+    assert_eq!(committer.dirty_blocks(&setup.live).unwrap(), 3);
+    let report = commit(&committer, &setup.live, 7);
+    let info = report.commit.unwrap();
+    assert_eq!((info.id, info.step, info.changed_blocks), (1, 7, 3));
+    let last = second as u64 % 4096;
+    assert_eq!(report.fold, FoldOutcome::Folded { blocks: 3, bytes: 8192 + last });
+    assert_eq!(setup.disk(), setup.live.bytes());
+    let after = setup.mtimes();
+    assert!(after[1] > before[1], "the changed shard's mtime moves");
+    assert_eq!(after[0], before[0], "the other shard is not touched");
+    assert_eq!(committer.dirty_blocks(&setup.live).unwrap(), 0);
+    assert_eq!(committer.newest().unwrap().id, 1);
+    assert_eq!(committer.step(), 7);
+    assert!(committer.verify(None).unwrap().wrong.is_empty());
+    assert!(committer.verify(Some(1)).unwrap().wrong.is_empty());
+}
+
+#[test]
+fn a_commit_with_nothing_changed_writes_nothing_and_says_so() {
+    let setup = Setup::new();
+    let committer = setup.open();
+    commit(&committer, &setup.live, 1);
+    setup.live.set(0, 5000, &[1, 2, 3]);
+    commit(&committer, &setup.live, 2);
+    let tree = |path: &Path| -> Vec<_> {
+        let mut files = vec![];
+        let mut folders = vec![path.to_path_buf()];
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let entry = entry.unwrap();
+                let metadata = entry.metadata().unwrap();
+                files.push((entry.path(), metadata.len(), metadata.modified().unwrap(), metadata.ino()));
+                if metadata.is_dir() {
+                    folders.push(entry.path());
+                }
+            }
+        }
+        files.sort();
+        files
+    };
+    let before = tree(setup.path());
+    let report = commit(&committer, &setup.live, 3);
+    assert!(report.commit.is_none());
+    assert!(report.to_string().contains("nothing changed"));
+    assert_eq!(tree(setup.path()), before);
+}
+
+#[test]
+fn staging_beyond_its_limit_streams_and_commits_the_same() {
+    for limit in [u64::MAX, 0] {
+        let setup = Setup::new();
+        let committer = setup.open_with(Options { staging_memory: limit, ..Options::default() });
+        let mut random = Random(5);
+        for step in 1..6 {
+            setup.live.scribble(&mut random, 1 << (2 * step));
+            commit(&committer, &setup.live, step);
+            assert_eq!(setup.disk(), setup.live.bytes());
+            assert_eq!(committer.dirty_blocks(&setup.live).unwrap(), 0);
+        }
+        drop(committer);
+        let committer = setup.open();
+        for id in 1..6 {
+            assert_eq!(committer.verify(Some(id)).unwrap().wrong, Vec::<String>::new());
+        }
+    }
+}
+
+#[test]
+fn every_commit_can_be_read_and_rolled_back_to() {
+    let setup = Setup::new();
+    let mut states = vec![setup.live.bytes()];
+    let mut random = Random(9);
+    let committer = setup.open();
+    for step in 1..=5u64 {
+        setup.live.scribble(&mut random, 300);
+        commit(&committer, &setup.live, step);
+        states.push(setup.live.bytes());
+    }
+    for (id, state) in states.iter().enumerate() {
+        let snapshot = committer.snapshot(id as u64).unwrap();
+        assert_eq!(read_all(&snapshot), *state, "commit {id}");
+        let mut part = [0; 5000];
+        snapshot.read(1, 3000, &mut part).unwrap();
+        assert_eq!(part, state[1][3000..8000]);
+    }
+    for (i, id) in [3, 0, 5, 1].into_iter().enumerate() {
+        setup.live.scribble(&mut random, 10);
+        let report = committer.rollback(id, Some(&setup.live)).unwrap();
+        let info = report.commit.commit.unwrap();
+        assert_eq!((info.id, info.rollback_to), (6 + i as u64, Some(id)));
+        assert!(report.live_bytes > 0);
+        assert_eq!(setup.live.bytes(), states[id as usize]);
+        assert_eq!(setup.disk(), states[id as usize]);
+        assert_eq!(committer.dirty_blocks(&setup.live).unwrap(), 0);
+    }
+    let log = history_readonly(setup.path()).unwrap();
+    assert_eq!(log.iter().map(|c| c.id).collect::<Vec<_>>(), (1..=9).collect::<Vec<_>>());
+    assert_eq!(log, committer.history());
+    for id in 1..=9 {
+        assert!(committer.verify(Some(id)).unwrap().wrong.is_empty());
+        assert!(verify_readonly(setup.path(), Some(id)).unwrap().wrong.is_empty());
+    }
+    assert!(matches!(committer.snapshot(10), Err(CommitError::NoSuchCommit { id: 10, newest: 9 })));
+}
+
+#[test]
+fn folds_that_are_put_off_happen_later_with_the_same_bytes() {
+    for policy in ["never", "every:3"] {
+        let setup = Setup::new();
+        let committer = setup.open_with(Options { fold: policy.parse().unwrap(), ..Options::default() });
+        let original = setup.disk();
+        let mut random = Random(3);
+        let mut states = vec![original.clone()];
+        for step in 1..=5u64 {
+            setup.live.scribble(&mut random, 200);
+            let report = commit(&committer, &setup.live, step);
+            states.push(setup.live.bytes());
+            let folded = policy == "every:3" && step == 3;
+            assert_eq!(matches!(report.fold, FoldOutcome::Folded { .. }), folded, "{policy} {step}");
+        }
+        assert_eq!(setup.disk(), states[if policy == "never" { 0 } else { 3 }]);
+        for (id, state) in states.iter().enumerate() {
+            assert_eq!(read_all(&committer.snapshot(id as u64).unwrap()), *state);
+        }
+        assert!(committer.verify(None).unwrap().wrong.is_empty());
+        let held = committer.snapshot(2).unwrap();
+        assert_eq!(read_all(&held)[0], states[2][0]);
+        assert!(matches!(committer.fold().unwrap(), FoldOutcome::Folded { .. }));
+        assert_eq!(setup.disk(), states[5]);
+        assert_eq!(read_all(&held), states[2]);
+        assert_eq!(committer.folded(), 5);
+        assert!(committer.verify(None).unwrap().wrong.is_empty());
+    }
+}
+
+#[test]
+fn a_reader_with_the_shared_lock_puts_the_fold_off_not_the_commit() {
+    let setup = Setup::new();
+    let committer = setup.open();
+    let lock = std::fs::File::create(setup.path().join(".weightfs/lock")).unwrap();
+    lock.lock_shared().unwrap();
+    let before = setup.disk();
+    setup.live.set(0, 4000, b"changed");
+    let report = commit(&committer, &setup.live, 1);
+    assert_eq!(report.commit.as_ref().unwrap().id, 1);
+    assert!(matches!(&report.fold, FoldOutcome::Deferred { why } if why.contains(".weightfs/lock")));
+    assert!(report.to_string().contains("follow later"));
+    assert_eq!(setup.disk(), before);
+    drop(lock);
+    let report = commit(&committer, &setup.live, 1);
+    assert!(report.commit.is_none());
+    assert!(matches!(report.fold, FoldOutcome::Folded { blocks: 1, .. }));
+    assert_eq!(setup.disk(), setup.live.bytes());
+}
+
+#[test]
+fn the_directory_has_one_writer_at_a_time_and_the_second_learns_who() {
+    let setup = Setup::new();
+    let mount = Some("/mnt/here".into());
+    let committer = setup.open_with(Options { mount_point: mount, ..Options::default() });
+    let error = Committer::open(setup.model.clone(), Options::default()).map(|_| ()).unwrap_err();
+    assert_eq!(error.errno(), libc::EBUSY);
+    let text = error.to_string();
+    assert!(text.contains(&std::process::id().to_string()) && text.contains("/mnt/here"), "{text}");
+    drop(committer);
+    setup.open();
+}
+
+#[test]
+fn weights_files_that_somebody_else_changed_are_refused_and_untouched() {
+    let setup = Setup::new();
+    let committer = setup.open();
+    setup.live.set(0, 4000, b"mine");
+    commit(&committer, &setup.live, 1);
+    // Touched only: adopted.
+    let path = setup.path().join(&setup.shards[0].0);
+    let touch = |path: &Path| {
+        std::fs::File::options().write(true).open(path).unwrap().set_modified(std::time::SystemTime::now()).unwrap()
+    };
+    touch(&path);
+    setup.live.set(0, 4000, b"mine again");
+    commit(&committer, &setup.live, 2);
+    // Another file of the same size in its place.
+    let mut theirs = std::fs::read(&path).unwrap();
+    theirs[9000..9006].copy_from_slice(b"theirs");
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, &theirs).unwrap();
+    setup.live.set(0, 4000, b"and again!");
+    let before = std::fs::read(setup.path().join(".weightfs/state.json")).unwrap();
+    let error = committer.commit(&setup.live, &CommitRequest::new("", 3)).unwrap_err();
+    assert!(matches!(&error, CommitError::Foreign { commit: 2, .. }), "{error}");
+    assert!(error.to_string().contains("1 of its") && error.to_string().contains("remove .weightfs"), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), theirs);
+    assert_eq!(std::fs::read(setup.path().join(".weightfs/state.json")).unwrap(), before);
+    drop(committer);
+    let committer = setup.open();
+    assert!(matches!(committer.ensure_baseline(&|_| ()), Err(CommitError::Foreign { .. })));
+    assert_eq!(committer.verify(None).unwrap().wrong.len(), 1);
+    // Put back: all is well.
+    theirs[9000..9006].copy_from_slice(&setup.live.bytes()[0][9000..9006]);
+    std::fs::write(&path, &theirs).unwrap();
+    commit(&committer, &setup.live, 3);
+    assert_eq!(setup.disk(), setup.live.bytes());
+}
+
+#[test]
+fn pruned_commits_say_so_and_snapshots_held_stay_valid() {
+    let setup = Setup::new();
+    let committer = setup.open_with(Options { keep: Keep::Newest(2), ..Options::default() });
+    let mut random = Random(77);
+    let mut states = vec![setup.live.bytes()];
+    let mut held = vec![committer.snapshot(0).unwrap()];
+    for step in 1..=6u64 {
+        setup.live.scribble(&mut random, 100);
+        commit(&committer, &setup.live, step);
+        states.push(setup.live.bytes());
+        held.push(committer.snapshot(step).unwrap());
+    }
+    assert_eq!(std::fs::read_dir(setup.path().join(".weightfs/log")).unwrap().count(), 2);
+    for (snapshot, state) in held.iter().zip(&states) {
+        assert_eq!(read_all(snapshot), *state, "commit {}", snapshot.id());
+    }
+    let error = committer.snapshot(4).map(|_| ()).unwrap_err();
+    assert_eq!(error.to_string(), "commit 4 was pruned: the oldest that is kept is 5");
+    assert!(matches!(committer.rollback(3, None), Err(CommitError::Pruned { .. })));
+    assert_eq!(committer.history().iter().map(|c| c.id).collect::<Vec<_>>(), [5, 6]);
+    drop(held);
+    drop(committer);
+    let committer = setup.open();
+    committer.rollback(5, Some(&setup.live)).unwrap();
+    assert_eq!(setup.disk(), states[5]);
+    assert_eq!(setup.live.bytes(), states[5]);
+}
+
+#[test]
+fn optimizer_state_is_part_of_its_commit_and_comes_back_with_a_rollback() {
+    let setup = Setup::new();
+    let committer = setup.open_with(Options { keep: Keep::Newest(3), ..Options::default() });
+    let state = |n: u8| OptimizerState {
+        header: format!(r#"{{"step":{n},"text":"\"quoted\""}}"#),
+        tensors: vec![
+            OptimizerTensor { name: "a.exp_avg".into(), dtype: "F32".into(), shape: vec![2, 2], bytes: vec![n; 16] },
+            OptimizerTensor { name: "seed".into(), dtype: "U8".into(), shape: vec![], bytes: vec![n] },
+        ],
+    };
+    let commit = |n: u8, optimizer: Option<&OptimizerState>| {
+        setup.live.set(0, 3000, &[n; 5]);
+        committer.commit(&setup.live, &CommitRequest { optimizer, ..CommitRequest::new("", n as u64) }).unwrap()
+    };
+    commit(1, Some(&state(1)));
+    commit(2, Some(&state(2)));
+    commit(3, None);
+    assert_eq!(committer.optimizer_state(1).unwrap(), Some(state(1)));
+    assert_eq!(committer.optimizer_state(3).unwrap(), Some(state(2)));
+    assert!(commit(3, Some(&state(2))).commit.is_none(), "weights and optimizer are as they were");
+    assert_eq!(commit(3, Some(&state(3))).commit.unwrap().id, 4);
+    committer.rollback(2, None).unwrap();
+    assert_eq!(committer.optimizer_state(5).unwrap(), Some(state(2)));
+    assert!(committer.optimizer_state(1).is_err(), "pruned");
+    let files = std::fs::read_dir(setup.path().join(".weightfs/optimizer")).unwrap().count();
+    assert_eq!(files, 2);
+    for id in 3..=5 {
+        assert!(committer.verify(Some(id)).unwrap().wrong.is_empty());
+    }
+}
+
+#[test]
+fn blobs_of_a_hub_cache_and_hard_links_are_replaced_by_private_copies() {
+    for kind in ["hub", "hard link", "plain link"] {
+        let cache = tempfile::tempdir().unwrap();
+        let shards = vec![("model.safetensors".to_string(), shard(&[("a", "BF16", 9000, 2)], 4))];
+        let (blobs, snapshot) = (cache.path().join("blobs"), cache.path().join("snapshots/main"));
+        std::fs::create_dir_all(&blobs).unwrap();
+        std::fs::create_dir_all(&snapshot).unwrap();
+        let blob = match kind {
+            "plain link" => cache.path().join("elsewhere"),
+            _ => blobs.join("0123abcd"),
+        };
+        std::fs::write(&blob, &shards[0].1).unwrap();
+        let file = snapshot.join("model.safetensors");
+        match kind {
+            "hard link" => std::fs::hard_link(&blob, &file).unwrap(),
+            _ => std::os::unix::fs::symlink(&blob, &file).unwrap(),
+        }
+        let model = Arc::new(ModelDirectory::open(&snapshot).unwrap());
+        let live = Live::of(&shards);
+        let committer = Committer::open(model, Options::default()).unwrap().0;
+        for step in 1..3 {
+            live.set(0, 5000, &[step; 3]);
+            commit(&committer, &live, step as u64);
+            assert_eq!(disk(&snapshot, &shards), live.bytes(), "{kind}");
+        }
+        let through = kind == "plain link";
+        assert_eq!(std::fs::read(&blob).unwrap() == live.bytes()[0], through, "{kind}");
+        assert_eq!(std::fs::symlink_metadata(&file).unwrap().is_symlink(), through);
+        assert!(!snapshot.join(".weightfs/incoming/model.safetensors").exists());
+        assert_eq!(read_all(&committer.snapshot(0).unwrap())[0], shards[0].1);
+    }
+}
+
+#[test]
+fn blocks_that_cannot_be_believed_are_hashed_again() {
+    let setup = Setup::new();
+    let committer = setup.open();
+    setup.live.set(0, 4000, b"mine");
+    commit(&committer, &setup.live, 1);
+    drop(committer);
+    let path = setup.path().join(".weightfs/blocks");
+    let good = std::fs::read(&path).unwrap();
+    for at in [0, 20, 30, 50, 64, good.len() - 1] {
+        let mut bad = good.clone();
+        bad[at] ^= 1;
+        std::fs::write(&path, &bad).unwrap();
+        let committer = setup.open();
+        assert_eq!(committer.dirty_blocks(&setup.live).unwrap(), 0);
+        assert_eq!(std::fs::read(&path).unwrap(), good, "byte {at}");
+    }
+    std::fs::write(&path, b"").unwrap();
+    setup.open().ensure_baseline(&|_| ()).unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), good);
+}
+
+#[test]
+fn damage_to_any_file_of_the_log_is_noticed() {
+    let setup = Setup::new();
+    let committer = setup.open();
+    setup.live.scribble(&mut Random(1), 500);
+    let optimizer = OptimizerState { header: "{}".into(), tensors: vec![] };
+    let request = CommitRequest { optimizer: Some(&optimizer), ..CommitRequest::new("x", 1) };
+    committer.commit(&setup.live, &request).unwrap();
+    drop(committer);
+    let log = setup.path().join(".weightfs/log/weight_v000001");
+    let mut files: Vec<_> = std::fs::read_dir(&log).unwrap().map(|e| e.unwrap().path()).collect();
+    files.push(setup.path().join(".weightfs/optimizer/weight_v000001.safetensors"));
+    assert_eq!(files.len(), 4);
+    for path in files {
+        let good = std::fs::read(&path).unwrap();
+        let mut random = Random(2);
+        for _ in 0..30 {
+            let mut bad = good.clone();
+            let at = random.below(bad.len() as u64) as usize;
+            bad[at] ^= 1 << random.below(8);
+            std::fs::write(&path, &bad).unwrap();
+            let found = verify_readonly(setup.path(), Some(1));
+            assert!(found.is_err() || !found.as_ref().unwrap().wrong.is_empty(), "{} byte {at}", path.display());
+        }
+        std::fs::write(&path, &good[..good.len() / 2]).unwrap();
+        let found = verify_readonly(setup.path(), Some(1));
+        assert!(found.is_err() || !found.unwrap().wrong.is_empty());
+        std::fs::write(&path, &good).unwrap();
+    }
+    assert!(verify_readonly(setup.path(), Some(1)).unwrap().wrong.is_empty());
+}
