@@ -7,3 +7,5 @@ pub mod commit;
 pub mod image;
 pub mod memory;
 pub mod model;
+pub mod source;
+pub mod view;

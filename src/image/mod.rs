@@ -1,7 +1,14 @@
 //! The image: the bytes of every shard file as they are live, header from disk plus tensors from engine memory.
 
-use crate::memory::{Hash, MemoryError};
+mod runs;
+mod shard;
+mod tensor;
+
+pub use shard::Image;
+
+use crate::memory::{BLOCK, Hash, MemoryError};
 use std::any::Any;
+use std::ops::Range;
 use std::path::PathBuf;
 
 /// Why live bytes could not be read or written.
@@ -39,7 +46,20 @@ pub trait ShardBytes: Send + Sync {
     /// Size of shard file `shard`.
     fn shard_bytes(&self, shard: usize) -> u64;
 
-    /// Waits for a step boundary and holds it. Reads and hashes under one hold are of one step.
+    /// The blocks of shard `shard` that can change: those with bytes of a live tensor, in order, not touching.
+    /// The others are header and tensors that no engine holds.
+    fn live_blocks(&self, shard: usize) -> Vec<Range<u64>> {
+        let blocks = self.shard_bytes(shard).div_ceil(BLOCK as u64);
+        if blocks == 0 { Vec::new() } else { Vec::from([0..blocks]) }
+    }
+
+    /// Are the engine and its memories still there? What was read before a failing check may be half a step.
+    fn check(&self) -> Result<(), ImageError> {
+        Ok(())
+    }
+
+    /// Waits for a step boundary and holds it. Reads and hashes under one hold are of one step. A thread that has a
+    /// hold must not ask for another: a writer may be waiting in between.
     fn hold(&self) -> Result<StepHold, ImageError>;
 
     /// Copies live bytes from `offset` into `dst`; the range lies inside the shard.

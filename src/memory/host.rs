@@ -15,6 +15,7 @@ pub struct HostMemory {
     guard: Option<Guard>,
     map: MmapRaw,
     file: Option<SharedFile>,
+    writable: bool,
     /// For messages: a path, or what it is for.
     what: String,
 }
@@ -31,11 +32,12 @@ impl HostMemory {
     pub fn anonymous(bytes: u64, what: &str) -> io::Result<HostMemory> {
         // A mapping of zero bytes is refused by the kernel; one spare page stands in for it.
         let map = MmapOptions::new().len(bytes.max(1) as usize).map_anon()?.into();
-        Ok(HostMemory { guard: None, map, file: None, what: what.to_string() })
+        Ok(HostMemory { guard: None, map, file: None, writable: true, what: what.to_string() })
     }
 
-    /// Maps the first `bytes` of `file` for reading and writing; the file must have that many.
-    pub fn shared(file: File, bytes: u64, what: &str) -> io::Result<HostMemory> {
+    /// Maps the first `bytes` of `file`, which must have that many. Writing to a memory mapped without `writable`
+    /// is a mistake of the caller and refused.
+    pub fn shared(file: File, bytes: u64, what: &str, writable: bool) -> io::Result<HostMemory> {
         let metadata = file.metadata()?;
         if metadata.len() < bytes {
             return Err(io::Error::new(
@@ -46,10 +48,12 @@ impl HostMemory {
         if bytes == 0 {
             return HostMemory::anonymous(0, what);
         }
-        let map = MmapOptions::new().len(bytes as usize).map_raw(&file)?;
+        let mut options = MmapOptions::new();
+        options.len(bytes as usize);
+        let map = if writable { options.map_raw(&file)? } else { options.map_raw_read_only(&file)? };
         let guard = fault::guard(map.as_mut_ptr() as usize, map.len())?;
         let file = SharedFile { file, named: metadata.nlink() > 0 };
-        Ok(HostMemory { guard: Some(guard), map, file: Some(file), what: what.to_string() })
+        Ok(HostMemory { guard: Some(guard), map, file: Some(file), writable, what: what.to_string() })
     }
 
     fn gone(&self, why: &str) -> MemoryError {
@@ -76,6 +80,13 @@ impl HostMemory {
         MemoryError::OutOfBounds { what: self.what.clone(), offset, end, bytes: self.bytes() }
     }
 
+    fn may_write(&self) -> Result<(), MemoryError> {
+        match self.writable {
+            true => Ok(()),
+            false => Err(MemoryError::ReadOnly { what: self.what.clone() }),
+        }
+    }
+
     fn at_run(&self, run: Strided, packed: usize) -> Result<*mut u8, MemoryError> {
         assert_eq!(run.count * run.element as u64, packed as u64, "the packed side has the run's size");
         let end = run.end().ok_or_else(|| self.outside(run.offset, u64::MAX))?;
@@ -97,6 +108,7 @@ impl Memory for HostMemory {
     }
 
     fn write(&self, offset: u64, src: &[u8]) -> Result<(), MemoryError> {
+        self.may_write()?;
         let dst = self.at(offset, src.len() as u64)?;
         // SAFETY: as in `read`; the mapping is writable and no reference to its bytes exists.
         unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), dst, src.len()) };
@@ -115,6 +127,7 @@ impl Memory for HostMemory {
     }
 
     fn write_strided(&self, run: Strided, src: &[u8]) -> Result<(), MemoryError> {
+        self.may_write()?;
         let base = self.at_run(run, src.len())?;
         for (i, element) in src.chunks_exact(run.element).enumerate() {
             // SAFETY: as in `read_strided`; the mapping is writable.
@@ -157,7 +170,7 @@ mod tests {
     fn a_file_truncated_under_its_mapping_is_gone_and_nothing_crashes() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
-        let memory = HostMemory::shared(file.try_clone().unwrap(), 1 << 20, "test").unwrap();
+        let memory = HostMemory::shared(file.try_clone().unwrap(), 1 << 20, "test", true).unwrap();
         memory.write(0, &[1; 8]).unwrap();
         file.set_len(4096).unwrap();
         let mut buffer = vec![9; 1 << 20];
@@ -171,7 +184,7 @@ mod tests {
     fn a_deleted_file_is_noticed_by_check() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(10).unwrap();
-        let memory = HostMemory::shared(file.reopen().unwrap(), 10, "test").unwrap();
+        let memory = HostMemory::shared(file.reopen().unwrap(), 10, "test", true).unwrap();
         memory.check().unwrap();
         drop(file);
         assert!(memory.check().unwrap_err().to_string().contains("deleted"));

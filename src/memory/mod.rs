@@ -17,6 +17,8 @@ pub enum MemoryError {
     /// The engine truncated, deleted or unmapped it. Nothing read since then counts.
     #[error("{what} is gone: {why}")]
     Gone { what: String, why: String },
+    #[error("{what} is mapped for reading only")]
+    ReadOnly { what: String },
     #[error("{what}: bytes {offset}..{end} lie outside its {bytes} bytes")]
     OutOfBounds { what: String, offset: u64, end: u64, bytes: u64 },
 }

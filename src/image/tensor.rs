@@ -1,0 +1,207 @@
+//! One live tensor: any range of its elements, between the file's byte order and dtype and the engine's segments.
+
+use super::runs::{Run, Walk};
+use crate::memory::{Memory, MemoryError, Strided};
+use crate::model::{Dtype, TensorEntry, bytes_of, cast_bytes, element_bytes, round_trips};
+use crate::source::{Segment, row_major};
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::Arc;
+
+thread_local! {
+    /// Scratch for casts, kept between calls so that hashing a cast tensor does not allocate a block at a time.
+    static CAST: RefCell<(Vec<u8>, Vec<u8>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
+
+/// A tensor whose bytes are in engine memory.
+#[derive(Debug)]
+pub(super) struct LiveTensor {
+    /// Bytes in the shard file.
+    pub file: Range<u64>,
+    dtype: Dtype,
+    /// Bytes of one element in the file; 1 for types smaller than a byte, which are copied as bytes.
+    element: u64,
+    /// Primary pieces in order of their first element, then replicas.
+    pieces: Vec<Piece>,
+}
+
+#[derive(Debug)]
+struct Piece {
+    memory: Arc<dyn Memory>,
+    offset: u64,
+    element: u64,
+    dtype: Dtype,
+    walk: Walk,
+    replica: bool,
+}
+
+impl LiveTensor {
+    pub fn new(tensor: &TensorEntry, segments: &[Segment], memories: &[Arc<dyn Memory>]) -> LiveTensor {
+        let pieces = segments.iter().map(|s| {
+            let walk = match element_bytes(tensor.dtype) {
+                Some(_) => Walk::new(s, &row_major(&tensor.shape)),
+                None => Walk::new(&as_bytes(tensor, s), &[1]),
+            };
+            let element = element_bytes(s.dtype).unwrap_or(1) as u64;
+            let memory = memories[s.memory].clone();
+            Piece { memory, offset: s.offset, element, dtype: s.dtype, walk, replica: s.replica }
+        });
+        let mut pieces: Vec<Piece> = pieces.collect();
+        pieces.sort_by_key(|p| (p.replica, p.walk.span().start));
+        let element = element_bytes(tensor.dtype).unwrap_or(1) as u64;
+        LiveTensor { file: tensor.start..tensor.end, dtype: tensor.dtype, element, pieces }
+    }
+
+    /// True when a live value may stand for several file values (a BF16 weight over an F32 file), so that reading it
+    /// needs the file's bytes: those are kept where the live value is what they round to.
+    pub fn needs_base(&self) -> bool {
+        self.pieces.iter().any(|p| !p.replica && !round_trips(self.dtype, p.dtype))
+    }
+
+    /// Copies file bytes `offset..` of the shard (inside [`LiveTensor::file`]) into `dst`. `base` fetches the same
+    /// range as it is on disk and is called only if [`LiveTensor::needs_base`].
+    pub fn read<E: From<MemoryError>>(
+        &self,
+        offset: u64,
+        dst: &mut [u8],
+        base: impl Fn(u64, &mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (from, to) = (offset - self.file.start, offset - self.file.start + dst.len() as u64);
+        let (first, last) = (from / self.element, to.div_ceil(self.element));
+        if from % self.element == 0 && to % self.element == 0 {
+            return self.read_elements(first, last, dst, &base);
+        }
+        // A range that cuts an element (a block of a file whose data is not aligned): read whole ones, keep the part.
+        let mut whole = vec![0; ((last - first) * self.element) as usize];
+        self.read_elements(first, last, &mut whole, &base)?;
+        let skip = (from - first * self.element) as usize;
+        dst.copy_from_slice(&whole[skip..skip + dst.len()]);
+        Ok(())
+    }
+
+    fn read_elements<E: From<MemoryError>>(
+        &self,
+        first: u64,
+        last: u64,
+        dst: &mut [u8],
+        base: &impl Fn(u64, &mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        if self.needs_base() {
+            base(self.file.start + first * self.element, dst)?;
+        }
+        for piece in self.pieces.iter().take_while(|p| !p.replica) {
+            piece.walk.runs(first, last, |run| -> Result<(), E> {
+                let a = ((run.tensor - first) * self.element) as usize;
+                let out = &mut dst[a..a + (run.count * self.element) as usize];
+                if piece.dtype == self.dtype {
+                    piece.copy_out(run, out)?;
+                } else {
+                    piece.cast_out(run, self.dtype, out)?;
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Writes whole elements of file bytes into every piece, replicas included.
+    pub fn write(&self, offset: u64, src: &[u8]) -> Result<(), MemoryError> {
+        let (from, to) = (offset - self.file.start, offset - self.file.start + src.len() as u64);
+        debug_assert!(from % self.element == 0 && to % self.element == 0, "whole elements");
+        let (first, last) = (from / self.element, to / self.element);
+        for piece in &self.pieces {
+            piece.walk.runs(first, last, |run| {
+                let a = ((run.tensor - first) * self.element) as usize;
+                let bytes = &src[a..a + (run.count * self.element) as usize];
+                if piece.dtype == self.dtype {
+                    piece.copy_in(run, bytes)
+                } else {
+                    piece.cast_in(run, self.dtype, bytes)
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// If the file's bytes from `offset` on lie contiguously in one memory: that memory, where, and how many.
+    pub fn direct(&self, offset: u64) -> Option<(&dyn Memory, u64, u64)> {
+        let from = offset - self.file.start;
+        let (element, within) = (from / self.element, from % self.element);
+        let piece = self.pieces.iter().take_while(|p| !p.replica).find(|p| p.walk.span().contains(&element))?;
+        if piece.dtype != self.dtype {
+            return None;
+        }
+        let mut found = None;
+        let total = (self.file.end - self.file.start) / self.element;
+        // The first run is the one wanted; the error only ends the walk.
+        let _ = piece.walk.runs(element, total, |run| {
+            found = Some(run);
+            Err(())
+        });
+        let run = found.filter(|r| r.tensor == element && (r.stride == 1 || r.count == 1))?;
+        let at = piece.offset + run.memory * self.element + within;
+        Some((&*piece.memory, at, run.count * self.element - within))
+    }
+}
+
+/// A tensor of a type smaller than a byte, as the bytes it is packed in (its one segment is whole and packed: checked).
+fn as_bytes(tensor: &TensorEntry, segment: &Segment) -> Segment {
+    let bytes = bytes_of(tensor.dtype, tensor.elements()).unwrap_or(0);
+    Segment { at: vec![0], shape: vec![bytes], strides: vec![1], dtype: Dtype::U8, ..segment.clone() }
+}
+
+impl Piece {
+    fn strided(&self, run: Run) -> Strided {
+        Strided {
+            offset: self.offset + run.memory * self.element,
+            stride: run.stride * self.element,
+            element: self.element as usize,
+            count: run.count,
+        }
+    }
+
+    fn copy_out(&self, run: Run, dst: &mut [u8]) -> Result<(), MemoryError> {
+        match run.stride {
+            1 => self.memory.read(self.offset + run.memory * self.element, dst),
+            _ => self.memory.read_strided(self.strided(run), dst),
+        }
+    }
+
+    fn copy_in(&self, run: Run, src: &[u8]) -> Result<(), MemoryError> {
+        match run.stride {
+            1 => self.memory.write(self.offset + run.memory * self.element, src),
+            _ => self.memory.write_strided(self.strided(run), src),
+        }
+    }
+
+    /// `dst` holds the file's present bytes if the cast loses anything; an element whose live value is what its file
+    /// value rounds to keeps the file's.
+    fn cast_out(&self, run: Run, file: Dtype, dst: &mut [u8]) -> Result<(), MemoryError> {
+        CAST.with_borrow_mut(|(live, rounded)| {
+            let bytes = (run.count * self.element) as usize;
+            live.resize(bytes, 0);
+            self.copy_out(run, live)?;
+            if round_trips(file, self.dtype) {
+                cast_bytes(self.dtype, live, file, dst);
+                return Ok(());
+            }
+            rounded.resize(bytes, 0);
+            cast_bytes(file, dst, self.dtype, rounded);
+            let (n, m) = (self.element as usize, dst.len() / run.count as usize);
+            for ((now, was), out) in live.chunks_exact(n).zip(rounded.chunks_exact(n)).zip(dst.chunks_exact_mut(m)) {
+                if now != was {
+                    cast_bytes(self.dtype, now, file, out);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn cast_in(&self, run: Run, file: Dtype, src: &[u8]) -> Result<(), MemoryError> {
+        CAST.with_borrow_mut(|(live, _)| {
+            live.resize((run.count * self.element) as usize, 0);
+            cast_bytes(file, src, self.dtype, live);
+            self.copy_in(run, live)
+        })
+    }
+}

@@ -1,0 +1,101 @@
+//! The life of the process that owns the weights.
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::path::{Path, PathBuf};
+
+/// One engine process, as its manifest names it.
+#[derive(Debug)]
+pub struct Engine {
+    pub name: String,
+    pub manifest: PathBuf,
+    pub rank: u32,
+    pub pid: Option<u32>,
+    /// Readable once the process has ended; stays with that process when its pid is given to another.
+    process: Option<OwnedFd>,
+}
+
+impl Engine {
+    /// Finds process `pid`, which must have started at `start_time` if that is known. An engine without a pid is not watched.
+    pub fn find(
+        name: String,
+        manifest: &Path,
+        rank: u32,
+        pid: Option<u32>,
+        start_time: Option<u64>,
+    ) -> Result<Engine, String> {
+        let mut engine = Engine { name, manifest: manifest.to_path_buf(), rank, pid, process: None };
+        if let Some(number) = pid {
+            let ended = || format!("process {number} has ended");
+            let target = i32::try_from(number).ok().and_then(Pid::from_raw).ok_or_else(ended)?;
+            engine.process = match pidfd_open(target, PidfdFlags::empty()) {
+                Ok(fd) => Some(fd),
+                Err(rustix::io::Errno::SRCH) => return Err(ended()),
+                Err(e) => return Err(format!("process {number} cannot be watched ({e})")),
+            };
+            // Asked after the descriptor was opened: if the start fits now, the descriptor is that process's.
+            match process_start(number) {
+                None => return Err(ended()),
+                Some(start) if start_time.is_some_and(|s| s != start) => {
+                    return Err(format!("process {number} is another one now (it started at tick {start})"));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(engine)
+    }
+
+    /// Is the process alive?
+    pub fn check(&self) -> Result<(), String> {
+        let (Some(process), Some(pid)) = (&self.process, self.pid) else { return Ok(()) };
+        let mut polled = [PollFd::new(process, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        match poll(&mut polled, Some(&now)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => Ok(()),
+            _ => Err(format!("process {pid} has ended")),
+        }
+    }
+}
+
+/// When process `pid` started, in clock ticks since boot (field 22 of `/proc/PID/stat`, proc(5)); `None` when there is
+/// no such process or it is only waiting to be reaped, its memory gone.
+pub(crate) fn process_start(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is the command in parentheses and may hold anything, so fields are counted after the last ')'.
+    let fields: Vec<&str> = stat[stat.rfind(')')? + 1..].split_whitespace().collect();
+    match fields.first() {
+        Some(&"Z" | &"X") | None => None,
+        Some(_) => fields.get(19)?.parse().ok(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn engine(pid: u32, start_time: Option<u64>) -> Result<Engine, String> {
+        Engine::find("test".into(), Path::new("m"), 0, Some(pid), start_time)
+    }
+
+    #[test]
+    fn a_process_is_told_from_one_that_took_its_pid() {
+        let start = process_start(std::process::id()).unwrap();
+        engine(std::process::id(), Some(start)).unwrap().check().unwrap();
+        assert!(engine(std::process::id(), Some(start + 1)).unwrap_err().contains("another"));
+        assert!(engine(u32::MAX, None).unwrap_err().contains("ended"));
+    }
+
+    #[test]
+    fn a_process_that_ended_is_gone_even_before_it_is_reaped() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let watched = engine(child.id(), None).unwrap();
+        watched.check().unwrap();
+        child.kill().unwrap();
+        while watched.check().is_ok() {
+            std::thread::yield_now();
+        }
+        assert!(engine(child.id(), None).unwrap_err().contains("ended"));
+        child.wait().unwrap();
+    }
+}

@@ -1,0 +1,201 @@
+//! The manifest: the JSON file in which an engine says where its weights are (`docs/manifest.md`).
+
+use super::{Engine, Segment, SourceError, map_file};
+use crate::memory::HostMemory;
+use crate::model::{Dtype, parse_dtype};
+use serde::Deserialize;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A manifest is tens of bytes a segment; vLLM's largest models stay under 100 MB.
+const MAX_BYTES: u64 = 1 << 30;
+/// More pieces of one tensor than any engine makes (experts times ranks); bounds the work of checking them.
+const MAX_SEGMENTS: usize = 16384;
+
+/// A manifest whose JSON was read and whose author was checked. Segments are checked against a model directory later.
+#[derive(Debug)]
+pub struct Manifest {
+    pub path: PathBuf,
+    /// Kept open: writers lock it while they change weights.
+    pub file: Arc<File>,
+    pub engine: Engine,
+    pub rank: u32,
+    pub world_size: u32,
+    pub memories: Vec<MemoryEntry>,
+    pub tensors: HashMap<String, TensorMap>,
+    pub opaque: HashMap<String, String>,
+    /// Set when another user wrote it: its memory files must be that user's own.
+    foreign_owner: Option<u32>,
+}
+
+#[derive(Debug, Clone)]
+pub enum MemoryEntry {
+    File { path: PathBuf, bytes: u64 },
+    CudaIpc { bytes: u64 },
+}
+
+#[derive(Debug, Clone)]
+pub struct TensorMap {
+    pub dtype: Dtype,
+    pub shape: Vec<u64>,
+    pub segments: Vec<Segment>,
+}
+
+impl MemoryEntry {
+    pub fn bytes(&self) -> u64 {
+        match self {
+            MemoryEntry::File { bytes, .. } | MemoryEntry::CudaIpc { bytes } => *bytes,
+        }
+    }
+
+    pub fn map(&self, manifest: &Manifest, writable: bool) -> Result<HostMemory, SourceError> {
+        match self {
+            MemoryEntry::File { path, bytes } => map_file(path, *bytes, manifest.foreign_owner, writable),
+            MemoryEntry::CudaIpc { .. } => {
+                Err(SourceError::NeedsCuda { path: manifest.path.clone(), what: "a memory of kind cuda-ipc".into() })
+            }
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Json {
+    weightfs: u32,
+    #[serde(default)]
+    engine: EngineJson,
+    memories: Vec<MemoryJson>,
+    tensors: BTreeMap<String, TensorJson>,
+    #[serde(default)]
+    opaque: HashMap<String, String>,
+}
+
+#[derive(Deserialize, Default)]
+struct EngineJson {
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    version: String,
+    pid: Option<u32>,
+    /// Clock ticks since boot, as in `/proc/PID/stat`: tells a reused pid.
+    start_time: Option<u64>,
+    #[serde(default)]
+    rank: u32,
+    world_size: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "kind")]
+enum MemoryJson {
+    #[serde(rename = "file")]
+    File { path: PathBuf, bytes: u64 },
+    #[serde(rename = "cuda-ipc")]
+    CudaIpc { bytes: u64 },
+}
+
+#[derive(Deserialize)]
+struct TensorJson {
+    dtype: String,
+    shape: Vec<u64>,
+    segments: Vec<SegmentJson>,
+}
+
+#[derive(Deserialize)]
+struct SegmentJson {
+    memory: usize,
+    offset: u64,
+    at: Vec<u64>,
+    shape: Vec<u64>,
+    strides: Vec<u64>,
+    dtype: String,
+}
+
+impl Manifest {
+    pub fn read(path: &Path) -> Result<Manifest, SourceError> {
+        let io = |source| SourceError::Io { path: path.to_path_buf(), source };
+        let bad = |why: String| SourceError::BadManifest { path: path.to_path_buf(), why };
+        let file = File::open(path).map_err(io)?;
+        let metadata = file.metadata().map_err(io)?;
+        if !metadata.is_file() {
+            return Err(bad("it is not a regular file".into()));
+        }
+        if metadata.len() > MAX_BYTES {
+            return Err(bad(format!("it has {} bytes, over the limit of {MAX_BYTES}", metadata.len())));
+        }
+        let foreign_owner = trust(path, &metadata)?;
+        let mut text = Vec::new();
+        std::io::Read::read_to_end(&mut &file, &mut text).map_err(io)?;
+        if text.starts_with(b"PK\x03\x04") {
+            return Err(SourceError::NeedsCuda { path: path.to_path_buf(), what: "a file of torch handles".into() });
+        }
+        let json: Json = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
+        if json.weightfs != 1 {
+            return Err(bad(format!("it is of version {}, this weightfs reads version 1", json.weightfs)));
+        }
+        let world_size = json.engine.world_size.unwrap_or(1);
+        if json.engine.rank >= world_size {
+            return Err(bad(format!("rank {} is not one of {world_size}", json.engine.rank)));
+        }
+        let memories = json.memories.into_iter().map(|m| match m {
+            MemoryJson::File { path, bytes } => MemoryEntry::File { path, bytes },
+            MemoryJson::CudaIpc { bytes } => MemoryEntry::CudaIpc { bytes },
+        });
+        let tensors = json.tensors.into_iter().map(|(name, t)| {
+            let tensor = tensor_map(t).map_err(|why| bad(format!("tensor '{name}': {why}")))?;
+            Ok((name, tensor))
+        });
+        let EngineJson { name, version, pid, start_time, rank, .. } = json.engine;
+        let engine = Engine::find(format!("{name} {version}").trim().to_string(), path, rank, pid, start_time)
+            .map_err(|why| SourceError::EngineGone { path: path.to_path_buf(), why })?;
+        Ok(Manifest {
+            path: path.to_path_buf(),
+            engine,
+            rank,
+            world_size,
+            memories: memories.collect(),
+            tensors: tensors.collect::<Result<_, SourceError>>()?,
+            opaque: json.opaque,
+            foreign_owner,
+            file: Arc::new(file),
+        })
+    }
+}
+
+fn tensor_map(json: TensorJson) -> Result<TensorMap, String> {
+    let dtype = |name: &str| parse_dtype(name).ok_or_else(|| format!("unknown dtype '{name}'"));
+    if json.segments.len() > MAX_SEGMENTS {
+        return Err(format!("{} segments, over the limit of {MAX_SEGMENTS}", json.segments.len()));
+    }
+    let segments = json.segments.into_iter().map(|s| {
+        let dtype = dtype(&s.dtype)?;
+        Ok(Segment {
+            memory: s.memory,
+            offset: s.offset,
+            at: s.at,
+            shape: s.shape,
+            strides: s.strides,
+            dtype,
+            replica: false,
+        })
+    });
+    Ok(TensorMap { dtype: dtype(&json.dtype)?, shape: json.shape, segments: segments.collect::<Result<_, String>>()? })
+}
+
+/// A manifest tells us which files to write: it must come from us, from root, or (when we are root) from a user who
+/// then may only name files of their own, and nobody else may have been able to edit it.
+fn trust(path: &Path, metadata: &std::fs::Metadata) -> Result<Option<u32>, SourceError> {
+    let untrusted = |why: String| SourceError::Untrusted { path: path.to_path_buf(), why };
+    if metadata.mode() & 0o022 != 0 {
+        return Err(untrusted(format!("others may write it (mode {:o}): chmod 600 it", metadata.mode() & 0o777)));
+    }
+    let (owner, me) = (metadata.uid(), rustix::process::geteuid().as_raw());
+    if owner == me || owner == 0 {
+        return Ok(None);
+    }
+    if me != 0 {
+        return Err(untrusted(format!("user {owner} wrote it, and you are user {me}")));
+    }
+    Ok(Some(owner))
+}

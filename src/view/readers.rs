@@ -1,0 +1,103 @@
+//! Who has weights open, and whether that holds the view still.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// One open weights file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reader {
+    pub shard: usize,
+    pub pid: u32,
+    pub since: Instant,
+}
+
+/// All open weights files, by handle.
+#[derive(Debug)]
+pub struct Readers {
+    open: BTreeMap<u64, Reader>,
+    newest: Option<Instant>,
+    hold: Duration,
+}
+
+/// What an open means for the view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Opened {
+    /// Nobody holds the view: bring it to the newest step first.
+    MoveFirst,
+    /// Others are reading: join them at the step they see.
+    Join,
+}
+
+impl Readers {
+    /// `hold`: how long after the newest open the view stays still for those who have it open.
+    pub fn new(hold: Duration) -> Readers {
+        Readers { open: BTreeMap::new(), newest: None, hold }
+    }
+
+    /// Whether somebody holds the view at `now`.
+    pub fn holding(&self, now: Instant) -> bool {
+        !self.open.is_empty() && self.newest.is_some_and(|n| now.duration_since(n) < self.hold)
+    }
+
+    /// What an open at `now` must do before it counts.
+    pub fn before_open(&self, now: Instant) -> Opened {
+        if self.holding(now) { Opened::Join } else { Opened::MoveFirst }
+    }
+
+    pub fn add(&mut self, handle: u64, reader: Reader) {
+        self.newest = Some(reader.since);
+        self.open.insert(handle, reader);
+    }
+
+    /// Forgets `handle`; true when it was the last one.
+    pub fn remove(&mut self, handle: u64) -> bool {
+        self.open.remove(&handle).is_some() && self.open.is_empty()
+    }
+
+    pub fn len(&self) -> usize {
+        self.open.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    /// Processes that have weights open, each once.
+    pub fn pids(&self) -> Vec<u32> {
+        let mut pids: Vec<u32> = self.open.values().map(|r| r.pid).collect();
+        pids.sort_unstable();
+        pids.dedup();
+        pids
+    }
+
+    /// How much longer the view stays still if nobody else opens it.
+    pub fn remaining(&self, now: Instant) -> Option<Duration> {
+        let newest = self.newest.filter(|_| self.holding(now))?;
+        Some(self.hold.saturating_sub(now.duration_since(newest)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_view_is_held_from_the_first_open_to_the_last_close_or_the_end_of_the_hold() {
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        let reader = |s| Reader { shard: 0, pid: 7, since: at(s) };
+        let mut readers = Readers::new(Duration::from_secs(600));
+        assert_eq!(readers.before_open(at(0)), Opened::MoveFirst);
+        readers.add(1, reader(0));
+        assert_eq!(readers.before_open(at(10)), Opened::Join);
+        readers.add(2, reader(10));
+        assert!(!readers.remove(1));
+        assert!(readers.holding(at(609)));
+        assert_eq!(readers.remaining(at(600)), Some(Duration::from_secs(10)));
+        // The reader that maps the file for days no longer keeps everybody in the past.
+        assert_eq!(readers.before_open(at(610)), Opened::MoveFirst);
+        assert!(readers.remove(2));
+        assert!(!readers.remove(2));
+        assert!(!readers.holding(at(11)));
+    }
+}
