@@ -414,6 +414,8 @@ impl Tree {
             Some(Handle::CommitWeights(id, shard)) => Reading::CommitWeights(*id, *shard),
             Some(Handle::Disk(file)) => Reading::Disk(file.try_clone()?),
             Some(Handle::Text(text)) => Reading::Text(text.clone()),
+            // Empty, so that copying the whole directory works.
+            Some(Handle::Control) => return Ok(Vec::new()),
             _ => return Err(FsError::new(Errno::BADF, "it is not open for reading")),
         };
         match reading {

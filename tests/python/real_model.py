@@ -67,7 +67,7 @@ def main(source):
                 check("the disk is as it was", same(model, before))
                 trace = f"{scratch}/trace"
                 tracer = subprocess.Popen(
-                    ["strace", "-f", "-y", "-e", "trace=pwrite64,write,pwritev,pwritev2,ftruncate", "-e", "signal=none", "-o", trace, "-p", str(facts["pid"])],
+                    ["strace", "-f", "-y", "-s", "0", "-e", "trace=pwrite64,write,pwritev,pwritev2,ftruncate", "-e", "signal=none", "-o", trace, "-p", str(facts["pid"])],
                     stderr=subprocess.PIPE, text=True)
                 while "attached" not in tracer.stderr.readline():
                     pass
@@ -77,10 +77,12 @@ def main(source):
                 check("after the commit the disk equals the live weights", same(model, want))
                 written = 0
                 for line in open(trace):
-                    call = re.search(r"(\w+)\(\d+<([^>]*)>.*, (\d+)(?:, (\d+))?\) = (\d+)", line)
-                    if call and re.search(r"/model/[^/]*\.safetensors$", call[2]):
-                        check(f"a whole run of blocks is written at {call[4]}", call[1] == "pwrite64" and int(call[4]) % 4096 == 0)
-                        written += -(-int(call[5]) // 4096)
+                    name = re.search(r"(\w+)\(\d+<([^>]*)>", line)
+                    if name and re.search(r"/model/[^/]*\.safetensors$", name[2]):
+                        call = re.search(r"pwrite64\(.*, (\d+), (\d+)\) += (\d+)", line)
+                        if not call or int(call[2]) % 4096 or call[1] != call[3]:
+                            check(f"every write is of whole blocks: {line.strip()}", False)
+                        written += -(-int(call[3]) // 4096)
                 check(f"the commit wrote {written} blocks of the shards, {blocks} had changed", written == blocks)
                 read_everywhere(mnt, scratch, "committed", want)
                 print("status:", json.dumps(status(mnt)["last_command"]))
