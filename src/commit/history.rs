@@ -2,7 +2,7 @@
 
 use super::error::CommitError;
 use super::layout::Layout;
-use super::record::{LOG, Record, UNFINISHED};
+use super::record::{self, LOG, Record, UNFINISHED};
 use super::report::{CommitInfo, VerifyReport};
 use super::state::State;
 use super::storage::Storage;
@@ -55,8 +55,6 @@ impl Committer {
         let (layout, storage) = (&shared.layout, &*shared.storage);
         let mut pruned = false;
         loop {
-            let gone = format!("{LOG}/{UNFINISHED}pruned");
-            protocol::remove_tree(storage, &gone).map_err(|e| layout.io("prune", &gone, e))?;
             {
                 // Under this lock no snapshot begins that would miss the record.
                 let mut published = shared.published.write();
@@ -68,16 +66,16 @@ impl Committer {
                 if !shared.held.lock().is_empty() {
                     record.keep()?;
                 }
+                let gone = format!("{LOG}/{UNFINISHED}pruned-{}", record::name(record.id()));
                 storage.rename(record.directory(), &gone).map_err(|e| layout.io("prune", record.directory(), e))?;
                 published.records.remove(0);
                 published.retired.push(record);
                 shared.drop_unneeded(&mut published);
             }
             pruned = true;
-            protocol::remove_tree(storage, &gone).map_err(|e| layout.io("prune", &gone, e))?;
         }
         if pruned {
-            storage.sync_directory(LOG).map_err(|e| layout.io("fsync", LOG, e))?;
+            protocol::discard_unfinished(storage, None).map_err(|e| layout.io("prune", LOG, e))?;
             let published = shared.published.read();
             let named = published.records.iter().filter_map(|r| r.facts().optimizer.as_ref());
             let named = named.map(|o| o.file.as_str()).collect();

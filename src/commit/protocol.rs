@@ -124,18 +124,29 @@ impl Committer {
         new: NewBytes,
         progress: &dyn Fn(u64),
     ) -> Result<Option<Logged>, CommitError> {
+        let (layout, storage) = (&self.shared.layout, &*self.shared.storage);
         let id = self.shared.published.read().state.newest + 1;
         let directory = format!("{LOG}/{UNFINISHED}{}", record::name(id));
+        let place = format!("{LOG}/{}", record::name(id));
+        // A record of this id is one whose last sync failed, so that nobody was told of it.
+        discard_unfinished(storage, Some(&record::name(id))).map_err(|e| layout.io("clean", LOG, e))?;
         let logged = self.write_record(id, &directory, wanted, baseline, tensors, new, progress);
         if !matches!(logged, Ok(Some(_))) {
             // Best effort: recovery removes what is left, too.
-            let storage = &*self.shared.storage;
             let _ = remove_tree(storage, &directory);
             let _ = storage.remove_file(&format!("{}/{}", optimizer::OPTIMIZER, optimizer::file_name(id)));
+            return logged;
+        }
+        storage.rename(&directory, &place).map_err(|e| layout.io("write", &place, e))?;
+        if let Err(e) = storage.sync_directory(LOG) {
+            // The disk may hold the record under either name, so all of it stays until a sync works.
+            let _ = storage.rename(&place, &directory);
+            return Err(layout.io("fsync", LOG, e));
         }
         logged
     }
 
+    /// All of the record, durable, under the name that does not count yet.
     #[allow(clippy::too_many_arguments)] // one call, from `log` above, which cleans up behind it
     fn write_record(
         &self,
@@ -153,7 +164,6 @@ impl Committer {
             let published = self.shared.published.read();
             layers(&published.records, published.state.folded, published.state.newest)
         };
-        remove_tree(storage, directory).map_err(io)?;
         storage.create_directory(directory).map_err(io)?;
         let names = || tensors.iter().map(|&(s, t)| layout.shards[s].tensors[t].name.as_str());
         let mut xor = ContainerWriter::create(storage, directory, XOR, names()).map_err(io)?;
@@ -196,21 +206,6 @@ impl Committer {
         let head = Head::new(facts, changed.into_iter());
         head.write(storage, directory).map_err(io)?;
         storage.sync_directory(directory).map_err(io)?;
-        let place = format!("{LOG}/{}", record::name(id));
-        // The record of a commit that failed in its last sync, which nobody was told of.
-        let failed = format!("{LOG}/{UNFINISHED}failed");
-        remove_tree(storage, &failed).map_err(io)?;
-        if let Err(e) = storage.rename(&place, &failed)
-            && e.kind() != io::ErrorKind::NotFound
-        {
-            return Err(io(e));
-        }
-        remove_tree(storage, &failed).map_err(io)?;
-        storage.rename(directory, &place).map_err(io)?;
-        if let Err(e) = storage.sync_directory(LOG) {
-            let _ = storage.rename(&place, directory);
-            return Err(io(e));
-        }
         let record = Arc::new(Record::new(&self.shared.storage, head, layout));
         let baseline = Baseline { table: Arc::new(table), root, stored: false };
         Ok(Some(Logged { record, baseline, changes }))
@@ -303,6 +298,25 @@ impl Committer {
             (Err(e), _) | (_, Err(e)) => deferred(e.to_string()),
         }
     }
+}
+
+/// Removes what the log has of unfinished and pruned records, and the record `also`. They lose their names for good
+/// first: a record that comes back after a crash comes back whole. True when there was any.
+pub(super) fn discard_unfinished(storage: &dyn super::storage::Storage, also: Option<&str>) -> io::Result<bool> {
+    let mut gone: Vec<String> = Vec::new();
+    for name in storage.list(LOG)? {
+        if name.starts_with(UNFINISHED) {
+            gone.push(format!("{LOG}/{name}"));
+        } else if also == Some(&name) {
+            gone.push(format!("{LOG}/{UNFINISHED}failed-{name}"));
+            storage.rename(&format!("{LOG}/{name}"), &format!("{LOG}/{UNFINISHED}failed-{name}"))?;
+        }
+    }
+    if !gone.is_empty() {
+        storage.sync_directory(LOG)?;
+    }
+    gone.iter().try_for_each(|directory| remove_tree(storage, directory))?;
+    Ok(!gone.is_empty())
 }
 
 /// Removes a directory of files; none there is fine.

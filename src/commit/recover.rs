@@ -2,7 +2,7 @@
 
 use super::error::CommitError;
 use super::layout::Layout;
-use super::record::{self, LOG, Record, UNFINISHED};
+use super::record::{self, LOG, Record};
 use super::replay::{Replay, WINDOW, layers};
 use super::report::{FoldOutcome, Recovery};
 use super::state::State;
@@ -61,14 +61,7 @@ pub fn ids(storage: &dyn Storage, layout: &Layout) -> Result<Vec<u64>, CommitErr
 
 /// True when a commit had been under way.
 fn remove_leftovers(storage: &dyn Storage, layout: &Layout) -> Result<bool, CommitError> {
-    let mut commit = false;
-    for name in storage.list(LOG).map_err(|e| layout.io("read", LOG, e))? {
-        if name.starts_with(UNFINISHED) {
-            let directory = format!("{LOG}/{name}");
-            protocol::remove_tree(storage, &directory).map_err(|e| layout.io("remove", &directory, e))?;
-            commit = true;
-        }
-    }
+    let commit = protocol::discard_unfinished(storage, None).map_err(|e| layout.io("clean", LOG, e))?;
     protocol::remove_tree(storage, fold::INCOMING).map_err(|e| layout.io("remove", fold::INCOMING, e))?;
     let temporary = format!("{}.tmp", super::state::STATE);
     match storage.remove_file(&temporary) {

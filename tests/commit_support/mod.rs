@@ -1,6 +1,9 @@
 //! What the tests of commits share: small model directories, and live weights that are just bytes.
 #![allow(dead_code)] // each test file uses a part of it
 
+pub mod memory;
+pub mod world;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::Mutex;
