@@ -51,6 +51,9 @@ pub struct MountArguments {
     /// Seconds after the newest open for which readers hold the view still
     #[arg(long, value_name = "SECONDS", default_value = "600")]
     view_hold: u64,
+    /// Serve copies through FUSE even where the kernel could read them without us
+    #[arg(long)]
+    no_passthrough: bool,
     #[arg(long, default_value = "info")]
     log_level: log::LevelFilter,
     /// Default: stderr in the foreground, MODEL_DIR/.weightfs/mount.log in the background
@@ -121,7 +124,9 @@ fn serve(a: &MountArguments, directory: Arc<ModelDirectory>, point: PathBuf, log
     let mounted = Arc::new(Mounted::new(opened.image, committer, point.clone(), &options)?);
     let tree = Arc::new(Tree::new(mounted.clone()));
     let (gone, is_gone) = channel();
-    let _serving = fuse::serve(tree, &point, a.allow_other, gone).map_err(mount_failed)?;
+    let _serving =
+        fuse::serve(tree, &point, fuse::Options { allow_other: a.allow_other, passthrough: !a.no_passthrough }, gone)
+            .map_err(mount_failed)?;
     std::thread::spawn(move || {
         let _ = is_gone.recv();
         let _ = end.send(End::Unmounted);

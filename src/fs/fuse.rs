@@ -38,9 +38,18 @@ pub struct Serving {
     _session: ManuallyDrop<fuser::BackgroundSession>,
 }
 
-/// Mounts `tree` at `mount_point` and serves it from threads of its own; `ended` is called when the mount is gone and
-/// the last file on it closed. With `allow_other`, other users may read what file modes let them.
-pub fn serve(tree: Arc<Tree>, mount_point: &Path, allow_other: bool, ended: Sender<()>) -> io::Result<Serving> {
+/// How a tree is mounted.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Other users may read what file modes let them.
+    pub allow_other: bool,
+    /// The kernel may read the view's copies without us, if it can.
+    pub passthrough: bool,
+}
+
+/// Mounts `tree` at `mount_point` and serves it from threads of its own; `ended` is told when the mount is gone and the
+/// last file on it closed.
+pub fn serve(tree: Arc<Tree>, mount_point: &Path, options: Options, ended: Sender<()>) -> io::Result<Serving> {
     let mounted = tree.mounted().clone();
     let mut config = Config::default();
     config.mount_options = vec![
@@ -52,7 +61,7 @@ pub fn serve(tree: Arc<Tree>, mount_point: &Path, allow_other: bool, ended: Send
         MountOption::NoExec,
         MountOption::NoAtime,
     ];
-    config.acl = if allow_other { SessionACL::All } else { SessionACL::Owner };
+    config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
     config.n_threads = Some(THREADS);
     config.clone_fd = true;
     let polls = Arc::new(Mutex::new(HashMap::new()));
@@ -61,9 +70,10 @@ pub fn serve(tree: Arc<Tree>, mount_point: &Path, allow_other: bool, ended: Send
     let session = Session::new(adapter, mount_point, &config)?;
     if let Some(view) = mounted.view() {
         // Asked once, before anybody opens: one inode must be served one way for as long as it is open.
-        let probe = BackingId::create_raw(&session, view.file(0));
+        let probe = options.passthrough.then(|| BackingId::create_raw(&session, view.file(0))).transpose();
         mounted.set_passthrough(match probe {
-            Ok(_) => Ok(()),
+            Ok(Some(_)) => Ok(()),
+            Ok(None) => Err("asked for by --no-passthrough".into()),
             Err(e) if e.raw_os_error() == Some(rustix::io::Errno::PERM.raw_os_error()) => {
                 Err("passthrough needs CAP_SYS_ADMIN".into())
             }
