@@ -20,6 +20,9 @@ use weightfs::image::{ImageError, ShardBytes, StepHold};
 use weightfs::memory::{BLOCK, Hash, hash_into};
 use weightfs::model::ModelDirectory;
 
+/// Changed blocks: place and bytes of each run.
+type Runs = Vec<(u64, Vec<u8>)>;
+
 struct Live(Vec<Vec<u8>>);
 
 impl ShardBytes for Live {
@@ -92,7 +95,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// The log's bytes into a new file, the changed blocks over a copy, plainly.
-fn plain(work: &Path, log: &Path, shards: &[(PathBuf, Vec<(u64, Vec<u8>)>)]) -> Duration {
+fn plain(work: &Path, log: &Path, shards: &[(PathBuf, Runs)]) -> Duration {
     let log: Vec<u8> =
         std::fs::read_dir(log).unwrap().flat_map(|e| std::fs::read(e.unwrap().path()).unwrap()).collect();
     timed(|| {
@@ -109,8 +112,8 @@ fn plain(work: &Path, log: &Path, shards: &[(PathBuf, Vec<(u64, Vec<u8>)>)]) -> 
     })
 }
 
-fn runs(before: &[u8], after: &[u8]) -> Vec<(u64, Vec<u8>)> {
-    let mut runs: Vec<(u64, Vec<u8>)> = Vec::new();
+fn runs(before: &[u8], after: &[u8]) -> Runs {
+    let mut runs: Runs = Vec::new();
     for (i, (a, b)) in before.chunks(BLOCK).zip(after.chunks(BLOCK)).enumerate() {
         if a != b {
             let at = (i * BLOCK) as u64;

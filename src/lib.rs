@@ -3,7 +3,9 @@
 //! `source` (where an engine keeps its weights) to `image` (shard files made of them) to `view` (copies of one step)
 //! to `fs` (files), and from `image` to `commit` (the directory on disk).
 
+pub mod cli;
 pub mod commit;
+pub mod fs;
 pub mod image;
 pub mod memory;
 pub mod model;

@@ -41,6 +41,8 @@ pub enum CommitError {
     Pruned { id: u64, oldest: u64 },
     #[error("{path} is damaged ({why}): restore it from a backup, or remove .weightfs to give up the history")]
     Corrupt { path: PathBuf, why: String },
+    #[error("the weights files do not hold the newest commit yet ({why}): try again when that is over")]
+    NotFolded { why: String },
     #[error("{path} holds no commits: commit once to begin a history")]
     NoHistory { path: PathBuf },
 }
@@ -80,7 +82,7 @@ impl CommitError {
                 libc::ESTALE
             }
             // The engine is there, but in the middle of something.
-            CommitError::Image(ImageError::NoBoundary(_)) => libc::EBUSY,
+            CommitError::Image(ImageError::NoBoundary(_)) | CommitError::NotFolded { .. } => libc::EBUSY,
             CommitError::NoSuchCommit { .. } | CommitError::Pruned { .. } | CommitError::NoHistory { .. } => {
                 libc::ENOENT
             }

@@ -26,7 +26,7 @@ impl Run {
     }
 }
 
-/// The changed blocks among `within` (byte ranges of a shard; everything when `None`), in order.
+/// The changed blocks among `within` (byte ranges of a shard; all that can change when `None`), in order.
 pub fn find(
     live: &dyn ShardBytes,
     layout: &Layout,
@@ -37,7 +37,9 @@ pub fn find(
     let ranges = match within {
         Some(ranges) => ranges,
         None => {
-            whole = layout.shards.iter().enumerate().map(|(s, shard)| (s, 0..shard.bytes)).collect();
+            let bytes = |b: Range<u64>| b.start * BLOCK as u64..b.end * BLOCK as u64;
+            let live_bytes = |s| live.live_blocks(s).into_iter().map(move |blocks| (s, bytes(blocks)));
+            whole = (0..layout.shards.len()).flat_map(live_bytes).collect();
             &whole
         }
     };

@@ -181,6 +181,18 @@ impl Committer {
         Ok(outcome)
     }
 
+    /// Folds what a policy left in the log, so that the weights files may be read as the newest commit (to load them, or
+    /// for tensors that no engine holds).
+    pub fn bring_up_to_date(&self) -> Result<(), CommitError> {
+        if self.newest().is_none_or(|c| c.folded) {
+            return Ok(());
+        }
+        match self.fold()? {
+            FoldOutcome::Deferred { why } => Err(CommitError::NotFolded { why }),
+            FoldOutcome::Folded { .. } | FoldOutcome::ByPolicy => Ok(()),
+        }
+    }
+
     /// The optimizer's state as of a commit, if it has one.
     pub fn optimizer_state(&self, id: u64) -> Result<Option<OptimizerState>, CommitError> {
         let record = self.shared.record(id)?;

@@ -63,6 +63,8 @@ impl Committer {
             false => None,
         };
         if staged.is_some() {
+            // What was copied from an engine that is gone by now may be half a step.
+            live.check()?;
             hold = None;
             times.held = held.elapsed();
         }

@@ -3,7 +3,7 @@
 use super::record::{Facts, Record};
 use serde::Serialize;
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// One line of the history.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -70,7 +70,7 @@ pub struct PhaseTimes {
     pub held: Duration,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 pub struct CommitReport {
     /// `None` when nothing had changed, and so nothing was written.
     pub commit: Option<CommitInfo>,
@@ -153,4 +153,17 @@ pub struct Progress {
     pub phase: Phase,
     pub done: u64,
     pub total: u64,
+}
+
+impl CommitInfo {
+    pub fn time(&self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_nanos(self.time_ns)
+    }
+
+    /// RFC 3339 in UTC, to the second.
+    pub fn time_text(&self) -> String {
+        let seconds = (self.time_ns / 1_000_000_000).try_into().unwrap_or(i64::MAX);
+        // Fails beyond the year 9999, where no clock is.
+        jiff::Timestamp::from_second(seconds).map_or_else(|_| "?".into(), |t| t.to_string())
+    }
 }

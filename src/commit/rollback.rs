@@ -37,9 +37,9 @@ impl Committer {
         Ok(RollbackReport { commit, live_bytes })
     }
 
-    /// Writes what differs, element by element whole.
+    /// Writes what differs, element by element whole, while nobody reads: half a rollback is no step.
     fn write_back(&self, snapshot: &Snapshot, live: &dyn ShardBytes) -> Result<u64, CommitError> {
-        let _hold = live.hold()?;
+        let _alone = live.exclude()?;
         let mut written = 0;
         let (mut then, mut now) = (Vec::new(), Vec::new());
         for (s, shard) in self.shared.layout.shards.iter().enumerate() {

@@ -50,7 +50,7 @@ pub trait ShardBytes: Send + Sync {
     /// The others are header and tensors that no engine holds.
     fn live_blocks(&self, shard: usize) -> Vec<Range<u64>> {
         let blocks = self.shard_bytes(shard).div_ceil(BLOCK as u64);
-        if blocks == 0 { Vec::new() } else { Vec::from([0..blocks]) }
+        Vec::from_iter((blocks > 0).then_some(0..blocks))
     }
 
     /// Are the engine and its memories still there? What was read before a failing check may be half a step.
@@ -61,6 +61,12 @@ pub trait ShardBytes: Send + Sync {
     /// Waits for a step boundary and holds it. Reads and hashes under one hold are of one step. A thread that has a
     /// hold must not ask for another: a writer may be waiting in between.
     fn hold(&self) -> Result<StepHold, ImageError>;
+
+    /// Waits until nobody holds the weights still, and keeps everybody out while they are changed (rollback). Reads and
+    /// writes under it are the caller's alone.
+    fn exclude(&self) -> Result<StepHold, ImageError> {
+        self.hold()
+    }
 
     /// Copies live bytes from `offset` into `dst`; the range lies inside the shard.
     fn read(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), ImageError>;

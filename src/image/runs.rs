@@ -39,8 +39,9 @@ impl Walk {
     pub fn new(segment: &Segment, tensor_strides: &[u64]) -> Walk {
         let first = segment.at.iter().zip(tensor_strides).map(|(a, s)| a * s).sum();
         let mut dims: Vec<Dim> = Vec::new();
-        for d in 0..segment.shape.len() {
-            let dim = Dim { size: segment.shape[d], tensor: tensor_strides[d], memory: segment.strides[d] };
+        let steps = segment.shape.iter().zip(tensor_strides).zip(&segment.strides);
+        for ((&size, &tensor), &memory) in steps {
+            let dim = Dim { size, tensor, memory };
             if dim.size == 1 {
                 continue;
             }

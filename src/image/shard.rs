@@ -115,6 +115,13 @@ impl ShardBytes for Image {
         Ok(StepHold::new(hold))
     }
 
+    fn exclude(&self) -> Result<StepHold, ImageError> {
+        self.check()?;
+        let step = self.source.boundary.exclude().map_err(|e| ImageError::NoBoundary(e.seconds()))?;
+        self.check()?;
+        Ok(StepHold::new(step))
+    }
+
     fn read(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), ImageError> {
         let file = &self.directory.shards[shard];
         let end = offset + dst.len() as u64;

@@ -1,6 +1,7 @@
 //! Memory of the host: a file that an engine shares (in /dev/shm, usually), a memfd of ours, or anonymous memory.
 
 use super::fault::{self, Guard};
+use super::hash::prefetch;
 use super::{BLOCK, Hash, Memory, MemoryError, Strided, block_hash};
 use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
@@ -139,6 +140,7 @@ impl Memory for HostMemory {
     fn hash_blocks(&self, offset: u64, out: &mut [Hash]) -> Result<(), MemoryError> {
         let base = self.at(offset, (out.len() * BLOCK) as u64)?;
         for (i, hash) in out.iter_mut().enumerate() {
+            prefetch(base.wrapping_add((i + 1) * BLOCK));
             // SAFETY: block i is inside the range checked above. The slice lives for this one call; the hash reads
             // every byte once and branches on none, so an engine's concurrent write can change the result, which is
             // compared or taken again after a copy, and nothing else.

@@ -60,6 +60,12 @@ pub struct StepGuard {
     boundary: Arc<Boundary>,
 }
 
+/// The only step in progress anywhere.
+#[derive(Debug)]
+pub struct ExcludeGuard {
+    step: StepGuard,
+}
+
 impl Boundary {
     pub fn new(manifests: Vec<Arc<File>>) -> Boundary {
         Boundary { state: Mutex::default(), changed: Condvar::new(), manifests }
@@ -88,7 +94,7 @@ impl Boundary {
         if state.holds == 0 && !self.manifests.is_empty() {
             state.locking = true;
             drop(state);
-            let locked = self.lock_manifests();
+            let locked = self.lock_manifests(FlockOperation::NonBlockingLockShared);
             state = self.state.lock();
             state.locking = false;
             if let Err(e) = locked {
@@ -117,12 +123,19 @@ impl Boundary {
         StepGuard { boundary: self.clone() }
     }
 
-    fn lock_manifests(&self) -> Result<(), NoBoundary> {
+    /// A step that other processes must not overlap either: their writers and ours take turns.
+    pub fn exclude(self: &Arc<Self>) -> Result<ExcludeGuard, NoBoundary> {
+        let step = self.step();
+        self.lock_manifests(FlockOperation::NonBlockingLockExclusive)?;
+        Ok(ExcludeGuard { step })
+    }
+
+    fn lock_manifests(&self, operation: FlockOperation) -> Result<(), NoBoundary> {
         let deadline = Instant::now() + WRITER_PATIENCE;
         for (i, file) in self.manifests.iter().enumerate() {
             let mut pause = Duration::from_micros(50);
             loop {
-                match flock(file, FlockOperation::NonBlockingLockShared) {
+                match flock(file, operation) {
                     Ok(()) => break,
                     // A file system without locks (rare: some network mounts) cannot tell us of writers.
                     Err(e) if e != rustix::io::Errno::WOULDBLOCK && e != rustix::io::Errno::INTR => break,
@@ -154,6 +167,13 @@ impl Drop for HoldGuard {
             self.boundary.manifests.iter().for_each(unlock);
         }
         self.boundary.changed.notify_all();
+    }
+}
+
+impl Drop for ExcludeGuard {
+    fn drop(&mut self) {
+        // Before the step ends: a hold that begins then takes the manifests' locks anew.
+        self.step.boundary.manifests.iter().for_each(unlock);
     }
 }
 

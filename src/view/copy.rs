@@ -105,7 +105,7 @@ impl CopiedShards {
             let all = shard.bytes.div_ceil(BLOCK as u64);
             let mut hashes = shard.hashes.lock();
             hashes.resize(all as usize, 0);
-            let ranges = if first { Vec::from([0..all]) } else { image.live_blocks(index) };
+            let ranges = if first { Vec::from_iter((all > 0).then_some(0..all)) } else { image.live_blocks(index) };
             pieces(&ranges, &mut hashes).into_par_iter().try_for_each(|(range, known)| {
                 let touched = |n: u64, len: u64| {
                     // From the first change on, the copy is of no one step until the refresh is through.

@@ -1,0 +1,120 @@
+//! One reader through a real mount, beside the same file in /dev/shm in the same run: `read` in 1 MiB pieces and `mmap`
+//! summed page by page, cold (the mount's first reading) and warm, for each way of serving. Also the time until a mount
+//! is ready beside the time to read its files. Prints a table; `docs/performance.md` holds figures.
+//!
+//! `WEIGHTFS_BENCH_MB` sets the model's size (default 512). Needs /dev/fuse, and root for passthrough.
+
+use memmap2::Mmap;
+use std::fs::File;
+use std::hint::black_box;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+const ROUNDS: usize = 7;
+const WEIGHTFS: &str = env!("CARGO_BIN_EXE_weightfs");
+
+fn main() {
+    let megabytes = std::env::var("WEIGHTFS_BENCH_MB").ok().and_then(|v| v.parse().ok()).unwrap_or(512usize);
+    let scratch = tempfile::tempdir_in("/dev/shm").expect("/dev/shm");
+    let model = scratch.path().join("model");
+    make_model(&model, megabytes << 20);
+    let peer = model.join("model.safetensors");
+    let bytes = peer.metadata().expect("the model").len();
+    println!("{} MB, medians of {ROUNDS}, GB/s; ratio to the same file in /dev/shm in the same run", bytes >> 20);
+    println!("{:<26} {:>10} {:>10} {:>7}", "", "mount", "/dev/shm", "ratio");
+    for view in ["held", "live"] {
+        let point = tempfile::tempdir().expect("a mount point");
+        let read_files = seconds(|| {
+            black_box(read_all(&peer));
+        });
+        let ready = seconds(|| weightfs(&["mount", "--view", view], &[&model, point.path()]));
+        let filled = seconds(|| while fact(point.path(), "view_ready") != "yes" {});
+        let mounted = point.path().join("model.safetensors");
+        let label = if view == "held" { fact(point.path(), "view") } else { "direct".into() };
+        for (name, reader) in [("read", read_all as fn(&Path) -> u64), ("mmap", sum_mapped)] {
+            let cold = seconds(|| {
+                black_box(reader(&mounted));
+            });
+            let cold_peer = seconds(|| {
+                black_box(reader(&peer));
+            });
+            row(&format!("{label} {name} cold"), bytes, cold, cold_peer);
+            let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+            for _ in 0..ROUNDS {
+                ours.push(seconds(|| {
+                    black_box(reader(&mounted));
+                }));
+                theirs.push(seconds(|| {
+                    black_box(reader(&peer));
+                }));
+            }
+            row(&format!("{label} {name} warm"), bytes, median(ours), median(theirs));
+        }
+        println!(
+            "{label}: ready after {ready:.2} s, view filled {filled:.2} s later; reading the files takes {read_files:.2} s"
+        );
+        weightfs(&["umount"], &[point.path()]);
+    }
+}
+
+fn make_model(dir: &Path, bytes: usize) {
+    std::fs::create_dir(dir).expect("the model directory");
+    let data: Vec<u8> = (0..bytes).map(|i| (i.wrapping_mul(2_654_435_761) >> 7) as u8).collect();
+    let tensor = safetensors::tensor::TensorView::new(safetensors::Dtype::BF16, vec![bytes / 2048, 1024], &data);
+    let tensors = [("w", tensor.expect("a tensor"))];
+    safetensors::serialize_to_file(tensors, None, &dir.join("model.safetensors")).expect("the weights");
+    std::fs::write(dir.join("config.json"), "{}").expect("the config");
+}
+
+fn weightfs(words: &[&str], paths: &[&Path]) {
+    let paths: Vec<PathBuf> = paths.iter().map(|p| p.to_path_buf()).collect();
+    let status = Command::new(WEIGHTFS).args(words).args(paths).stdout(std::process::Stdio::null()).status();
+    assert!(status.expect("weightfs runs").success(), "weightfs {words:?} failed");
+}
+
+/// The first word of a line of `status`.
+fn fact(point: &Path, key: &str) -> String {
+    let status = std::fs::read_to_string(point.join("status")).expect("status");
+    let line = status.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(' '));
+    line.and_then(|l| l.split(' ').next()).unwrap_or("?").to_string()
+}
+
+fn read_all(path: &Path) -> u64 {
+    let mut file = File::open(path).expect("the file opens");
+    let mut buffer = vec![0; 1 << 20];
+    let mut total = 0;
+    loop {
+        match file.read(&mut buffer).expect("it reads") {
+            0 => return total,
+            n => total += n as u64,
+        }
+    }
+}
+
+/// Sums eight bytes of every cache line, which is what a loader that copies to a device makes the memory do.
+fn sum_mapped(path: &Path) -> u64 {
+    let file = File::open(path).expect("the file opens");
+    // SAFETY: nobody truncates the file while the benchmark runs.
+    let map = unsafe { Mmap::map(&file) }.expect("it maps");
+    map.chunks_exact(64)
+        .map(|line| u64::from_le_bytes(line[..8].try_into().unwrap_or_default()))
+        .fold(0, u64::wrapping_add)
+}
+
+fn row(name: &str, bytes: u64, ours: f64, peer: f64) {
+    let rate = |seconds: f64| bytes as f64 / seconds / 1e9;
+    println!("{name:<26} {:>10.2} {:>10.2} {:>7.2}", rate(ours), rate(peer), peer / ours);
+}
+
+fn seconds(work: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    work();
+    start.elapsed().as_secs_f64()
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}

@@ -1,0 +1,89 @@
+//! The command line: nothing else parses arguments or prints.
+
+mod background;
+mod commit;
+mod diagnose;
+mod history;
+mod mount;
+mod policy;
+mod umount;
+mod weights;
+
+use crate::commit::Recovery;
+use clap::{Parser, Subcommand};
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "weightfs", version, about, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Mount the live weights of MODEL_DIR at MOUNT_POINT
+    Mount(mount::MountArguments),
+    /// Unmount; files that are open stay usable until they are closed
+    Umount(umount::UmountArguments),
+    /// Commit the live weights to MODEL_DIR without a mount (from cron)
+    Commit(commit::CommitArguments),
+    /// Say which tensors of MODEL_DIR the engine's manifests cover
+    Diagnose(diagnose::DiagnoseArguments),
+    /// List the commits of MODEL_DIR
+    Log(history::LogArguments),
+    /// Check MODEL_DIR against its newest commit, or one commit against its checksums
+    Verify(history::VerifyArguments),
+    /// Make MODEL_DIR what it was at an earlier commit (for live weights: `echo 'rollback ID' > MOUNT_POINT/ctl`)
+    Rollback(history::RollbackArguments),
+    /// Finish what a crash left unfinished; every other command does so by itself
+    Recover(history::DirectoryArguments),
+    /// Bring the weights files up to the newest commit
+    Fold(history::DirectoryArguments),
+}
+
+/// Runs the command in `arguments` (the first is the program's name). Every failure is one line on stderr.
+pub fn run(arguments: Vec<OsString>) -> ExitCode {
+    let parsed = match Arguments::try_parse_from(&arguments) {
+        Ok(parsed) => parsed,
+        // clap's own text; asking for help or the version is success.
+        Err(e) => {
+            let _ = e.print();
+            return ExitCode::from(if e.use_stderr() { 2 } else { 0 });
+        }
+    };
+    let result = match parsed.command {
+        Command::Mount(a) => mount::run(a, &arguments),
+        Command::Umount(a) => umount::run(a),
+        Command::Commit(a) => commit::run(a),
+        Command::Diagnose(a) => diagnose::run(a),
+        Command::Log(a) => history::log(a),
+        Command::Verify(a) => history::verify(a),
+        Command::Rollback(a) => history::rollback(a),
+        Command::Recover(a) => history::recover(a),
+        Command::Fold(a) => history::fold(a),
+    };
+    match result {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("weightfs: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Says in a line what recovery did, if it did anything.
+fn say(recovery: &Recovery) {
+    let said = recovery.to_string();
+    if !said.is_empty() {
+        eprintln!("weightfs: {said}");
+    }
+}
+
+/// Logs go to stderr unless a command says otherwise; `RUST_LOG` wins over `level`.
+fn log_to(level: log::LevelFilter, target: env_logger::Target) {
+    let environment = env_logger::Env::default().default_filter_or(level.as_str());
+    // Initialising twice (several commands in one process) keeps the first.
+    let _ = env_logger::Builder::from_env(environment).target(target).try_init();
+}

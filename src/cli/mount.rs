@@ -1,0 +1,274 @@
+//! `weightfs mount`: from arguments to a served tree, and its end.
+
+use super::background;
+use super::policy::PolicyArguments;
+use super::weights::WeightsArguments;
+use crate::commit::{CommitError, Committer, Options as CommitOptions};
+use crate::fs::{Mounted, Tree, ViewMode, ViewOptions, fuse, mounts};
+use crate::model::ModelDirectory;
+use anyhow::{Context, bail};
+use clap::{Args, ValueEnum};
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Duration;
+
+/// How often engine and memories are looked at: readers are promised ESTALE within a second.
+const WATCH: Duration = Duration::from_millis(250);
+/// How long a signal waits for readers to close their files before the daemon ends under them.
+const GRACE: Duration = Duration::from_secs(5);
+/// The background's log starts anew beyond this, one old one is kept.
+const LOG_BYTES: u64 = 8 << 20;
+
+#[derive(Args)]
+pub struct MountArguments {
+    /// The checkpoint: config.json, tokenizer, *.safetensors
+    model_dir: PathBuf,
+    /// An empty directory
+    mount_point: PathBuf,
+    /// Stay in the foreground (systemd, containers)
+    #[arg(short, long)]
+    foreground: bool,
+    #[command(flatten)]
+    weights: WeightsArguments,
+    #[command(flatten)]
+    policy: PolicyArguments,
+    /// Let other users read what file modes allow
+    #[arg(long)]
+    allow_other: bool,
+    /// Show weights, but no ctl: nothing can be trained or committed, and other mounts may
+    #[arg(long)]
+    read_only: bool,
+    /// held: readers see one step from first open to last close, from a copy in memory; live: each read is of the step it
+    /// finds; auto: held if there is memory for it
+    #[arg(long, value_enum, default_value = "auto")]
+    view: View,
+    /// Seconds after the newest open for which readers hold the view still
+    #[arg(long, value_name = "SECONDS", default_value = "600")]
+    view_hold: u64,
+    /// Serve copies through FUSE even where the kernel could read them without us
+    #[arg(long)]
+    no_passthrough: bool,
+    #[arg(long, default_value = "info")]
+    log_level: log::LevelFilter,
+    /// Default: stderr in the foreground, MODEL_DIR/.weightfs/mount.log in the background
+    #[arg(long, value_name = "FILE")]
+    log_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum View {
+    Auto,
+    Held,
+    Live,
+}
+
+enum End {
+    Signal(i32),
+    Unmounted,
+}
+
+pub fn run(a: MountArguments, arguments: &[OsString]) -> anyhow::Result<ExitCode> {
+    if !a.foreground && !background::is_background() {
+        return background::start(arguments);
+    }
+    if background::is_background() {
+        background::leave_terminal();
+    }
+    let directory = Arc::new(ModelDirectory::open(&a.model_dir)?);
+    let point = free_mount_point(&a.mount_point, &directory.path)?;
+    let log = log_file(&a, &directory)?;
+    super::log_to(
+        a.log_level,
+        match &log {
+            Some(path) => env_logger::Target::Pipe(Box::new(File::options().append(true).open(path)?)),
+            None => env_logger::Target::Stderr,
+        },
+    );
+    serve(&a, directory, point, log.as_deref())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn serve(a: &MountArguments, directory: Arc<ModelDirectory>, point: PathBuf, log: Option<&Path>) -> anyhow::Result<()> {
+    // Signals are ours from here on: one that comes while we load ends us before anything is mounted.
+    let (end, ends) = channel();
+    forward_signals(end.clone())?;
+    let committer = match a.read_only {
+        true => None,
+        false => {
+            let options = CommitOptions { mount_point: Some(point.clone()), ..a.policy.options() };
+            let (committer, recovery) = Committer::open(directory.clone(), options).map_err(hint)?;
+            super::say(&recovery);
+            committer.bring_up_to_date()?;
+            Some(Arc::new(committer))
+        }
+    };
+    let opened = a.weights.open(&directory, !a.read_only)?;
+    if let (Some(committer), Some(hashes)) = (&committer, opened.hashes) {
+        committer.set_baseline(hashes)?;
+    }
+    if let Ok(End::Signal(signal)) = ends.try_recv() {
+        bail!("stopped by signal {signal} before the mount was ready");
+    }
+    let mode = match a.view {
+        View::Auto => ViewMode::Auto,
+        View::Held => ViewMode::Held,
+        View::Live => ViewMode::Live,
+    };
+    let options = ViewOptions { mode, hold: Duration::from_secs(a.view_hold) };
+    let mounted = Arc::new(Mounted::new(opened.image, committer, point.clone(), &options)?);
+    let tree = Arc::new(Tree::new(mounted.clone()));
+    let (gone, is_gone) = channel();
+    let _serving =
+        fuse::serve(tree, &point, fuse::Options { allow_other: a.allow_other, passthrough: !a.no_passthrough }, gone)
+            .map_err(mount_failed)?;
+    std::thread::spawn(move || {
+        let _ = is_gone.recv();
+        let _ = end.send(End::Unmounted);
+    });
+    log::info!("{} is mounted at {}", directory.path.display(), point.display());
+    if background::is_background()
+        && let Err(e) = background::ready(log)
+    {
+        mounts::detach(&point)?;
+        return Err(e);
+    }
+    let preparing = mounted.clone();
+    std::thread::Builder::new().name("prepare".into()).spawn(move || preparing.prepare())?;
+    until_the_end(&mounted, &ends, &point)
+}
+
+fn until_the_end(mounted: &Mounted, ends: &Receiver<End>, point: &Path) -> anyhow::Result<()> {
+    loop {
+        match ends.recv_timeout(WATCH) {
+            Err(RecvTimeoutError::Timeout) => mounted.watch(),
+            Err(RecvTimeoutError::Disconnected) | Ok(End::Unmounted) => {
+                log::info!("unmounted");
+                return Ok(());
+            }
+            Ok(End::Signal(signal)) => {
+                log::info!("signal {signal}: unmounting");
+                mounted.finish_command();
+                mounts::detach(point).with_context(|| format!("unmounting {}", point.display()))?;
+                // Readers have a moment to close what they have open; passthrough and mappings survive us anyway.
+                while !matches!(ends.recv_timeout(GRACE), Ok(End::Unmounted) | Err(_)) {}
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn forward_signals(end: std::sync::mpsc::Sender<End>) -> anyhow::Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        for signal in signals.forever() {
+            // A terminal that closes is no reason for a background mount to end.
+            if !(signal == SIGHUP && background::is_background()) {
+                let _ = end.send(End::Signal(signal));
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// Checks the mount point, and clears away what a killed daemon left there.
+fn free_mount_point(given: &Path, model: &Path) -> anyhow::Result<PathBuf> {
+    let mut point = absolute(given)?;
+    if let Some(mount) = mounts::find(&point)
+        && mount.is_ours()
+    {
+        match std::fs::metadata(&point) {
+            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NOTCONN.raw_os_error()) => {
+                mounts::detach(&point).with_context(|| format!("clearing the dead mount at {}", point.display()))?;
+                eprintln!("weightfs: cleared the mount that a killed daemon left at {}", point.display());
+            }
+            _ => bail!("{} is mounted already: `weightfs umount {}` first", given.display(), given.display()),
+        }
+    }
+    let metadata = match std::fs::metadata(&point) {
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            bail!("the mount point {} does not exist: make it with mkdir", given.display())
+        }
+        other => other.with_context(|| format!("the mount point {}", given.display()))?,
+    };
+    if !metadata.is_dir() {
+        bail!("the mount point {} is not a directory", given.display());
+    }
+    point = point.canonicalize()?;
+    // Either way round, reading one would read the other for ever.
+    if point.starts_with(model) || model.starts_with(&point) {
+        bail!(
+            "the mount point {} and the model directory {} must not lie in each other",
+            given.display(),
+            model.display()
+        );
+    }
+    if std::fs::read_dir(&point)?.next().is_some() {
+        bail!(
+            "the mount point {} is not empty: use an empty directory, so that nothing is hidden by the mount",
+            given.display()
+        );
+    }
+    Ok(point)
+}
+
+/// An absolute path without links, also where its last part is a dead mount, which cannot be looked at.
+pub fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+    if let Ok(real) = path.canonicalize() {
+        return Ok(real);
+    }
+    let path = std::path::absolute(path)?;
+    match (path.parent().and_then(|p| p.canonicalize().ok()), path.file_name()) {
+        (Some(parent), Some(name)) => Ok(parent.join(name)),
+        _ => Ok(path),
+    }
+}
+
+/// Where the log goes: a file that is there and ours, or nothing for stderr.
+fn log_file(a: &MountArguments, directory: &ModelDirectory) -> anyhow::Result<Option<PathBuf>> {
+    let path = match &a.log_file {
+        Some(path) => std::path::absolute(path)?,
+        None if !background::is_background() || a.read_only => return Ok(None),
+        None => {
+            let state = directory.state_dir();
+            match std::fs::DirBuilder::new().mode(0o700).create(&state) {
+                Err(e) if e.kind() != ErrorKind::AlreadyExists => {
+                    let hint = "mount with --read-only if it must not be written";
+                    return Err(anyhow::Error::from(e).context(format!("{} cannot be made ({hint})", state.display())));
+                }
+                _ => state.join("mount.log"),
+            }
+        }
+    };
+    if std::fs::metadata(&path).is_ok_and(|m| m.len() > LOG_BYTES) {
+        std::fs::rename(&path, path.with_extension("log.1"))?;
+    }
+    let open = File::options().append(true).create(true).mode(0o600).open(&path);
+    open.with_context(|| format!("the log file {}", path.display()))?;
+    Ok(Some(path))
+}
+
+/// What else can be done when the directory cannot be had for writing.
+fn hint(e: CommitError) -> anyhow::Error {
+    match e {
+        CommitError::Busy { .. } | CommitError::ReadOnly { .. } => anyhow::anyhow!("{e}; or mount with --read-only"),
+        other => other.into(),
+    }
+}
+
+fn mount_failed(e: std::io::Error) -> anyhow::Error {
+    let why = match e.kind() {
+        ErrorKind::NotFound => "there is no /dev/fuse or no fusermount3: load the fuse module, install fuse3",
+        ErrorKind::PermissionDenied => {
+            "not permitted: run as root or install fuse3 (in a container: --device /dev/fuse --cap-add SYS_ADMIN)"
+        }
+        _ => "see the kernel's log",
+    };
+    anyhow::Error::from(e).context(format!("FUSE could not be mounted; {why}"))
+}

@@ -1,0 +1,66 @@
+//! `--weights`: own, or manifests.
+
+use crate::image::Image;
+use crate::memory::Hash;
+use crate::model::ModelDirectory;
+use crate::source::{Source, load_own};
+use anyhow::{Context, bail};
+use clap::Args;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+#[derive(Args, Clone)]
+pub struct WeightsArguments {
+    /// Where the live weights are: `own` (weightfs loads the model itself), or an engine's manifest; give the option
+    /// once for each rank
+    #[arg(long, value_name = "own|MANIFEST", default_value = "own")]
+    weights: Vec<PathBuf>,
+    /// Where own weights are kept
+    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
+    device: String,
+}
+
+/// An opened source, and the hashes of the files if they were read for it.
+pub struct Opened {
+    pub image: Arc<Image>,
+    pub hashes: Option<Vec<Vec<Hash>>>,
+}
+
+impl WeightsArguments {
+    fn manifests(&self) -> anyhow::Result<Option<&[PathBuf]>> {
+        let own = self.weights.iter().filter(|w| w.as_os_str() == "own").count();
+        match own {
+            0 => Ok(Some(&self.weights)),
+            1 if self.weights.len() == 1 => Ok(None),
+            _ => bail!("--weights own cannot be mixed with manifests or given twice"),
+        }
+    }
+
+    /// The manifests, for commands that make no sense on weights of our own.
+    pub fn need_manifests(&self) -> anyhow::Result<&[PathBuf]> {
+        self.manifests()?
+            .context("name the engine's manifest: --weights MANIFEST (own weights are the files themselves)")
+    }
+
+    /// Finds and maps the weights. `writable`: training or rollback may change them.
+    pub fn open(&self, directory: &Arc<ModelDirectory>, writable: bool) -> anyhow::Result<Opened> {
+        match self.device.as_str() {
+            "auto" | "cpu" => {}
+            device if device == "cuda" || device.starts_with("cuda:") => {
+                bail!("--device {device}: this version of weightfs has no CUDA: use --device cpu")
+            }
+            device => bail!("--device {device} is unknown: use auto or cpu"),
+        }
+        let (source, hashes) = match self.manifests()? {
+            Some(manifests) => (Source::from_manifests(directory, manifests, writable)?, None),
+            None => {
+                let own = load_own(directory)?;
+                (own.source, Some(own.hashes))
+            }
+        };
+        for tensor in source.only_live.iter().take(5) {
+            log::warn!("tensor '{tensor}' is only live: there is no such tensor on disk, so it is not shown");
+        }
+        Ok(Opened { image: Arc::new(Image::new(directory.clone(), Arc::new(source))), hashes })
+    }
+}

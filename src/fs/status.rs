@@ -1,0 +1,198 @@
+//! `status` and `status.json`: the same facts, as `key value` lines and as JSON with numbers. Keys are stable: they are
+//! listed in `docs/semantics.md`, new ones are added, none changes its meaning.
+
+use serde::Serialize;
+use std::fmt::Write;
+
+/// All that a mount tells about itself at one moment.
+#[derive(Debug, Clone, Serialize)]
+pub struct Status {
+    /// idle, training, committing, paused, frozen or failed.
+    pub state: &'static str,
+    pub model: String,
+    pub mount_point: String,
+    /// The daemon's process.
+    pub pid: u32,
+    pub source: SourceFacts,
+    pub step: u64,
+    pub view: ViewFacts,
+    pub readers: ReaderFacts,
+    pub committed: Option<CommitFacts>,
+    /// Whether live weights differ from the newest commit, as far as was looked: yes, no or unknown.
+    pub dirty: &'static str,
+    pub job: Option<JobFacts>,
+    pub jobs_queued: u64,
+    pub jobs: Vec<JobFacts>,
+    pub last_command: Option<CommandFacts>,
+    pub last_error: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct SourceFacts {
+    /// own, or the engine's name and version.
+    pub engine: String,
+    pub pids: Vec<u32>,
+    pub device: String,
+    /// Of all shards.
+    pub bytes: u64,
+    pub tensors: u64,
+    pub live: u64,
+    pub opaque: u64,
+    pub only_on_disk: u64,
+    pub only_live: u64,
+    /// Why the engine counts as gone.
+    pub gone: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct ViewFacts {
+    pub step: u64,
+    /// passthrough, copied or direct.
+    pub served: &'static str,
+    /// Why not passthrough, if it is not.
+    pub why: Option<String>,
+    /// Host memory the copies take.
+    pub bytes: u64,
+    pub ready: bool,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct ReaderFacts {
+    pub open: u64,
+    pub pids: Vec<u32>,
+    /// Seconds until the view moves even if nobody closes.
+    pub hold_seconds_left: Option<u64>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct CommitFacts {
+    pub id: u64,
+    pub step: u64,
+    /// RFC 3339, UTC.
+    pub time: String,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct JobFacts {
+    pub id: u64,
+    pub state: String,
+    pub samples_done: u64,
+    pub samples: u64,
+    pub loss: Option<f32>,
+    pub losses: Vec<f32>,
+    pub tokens_per_second: Option<f64>,
+    pub eta_seconds: Option<u64>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct CommandFacts {
+    pub command: String,
+    /// ok, or the name of the errno it failed with.
+    pub result: String,
+    /// What it did, or why it failed.
+    pub says: String,
+}
+
+impl Status {
+    /// The text of `status`.
+    pub fn text(&self) -> String {
+        let mut out = String::new();
+        // Values are kept to one line each: a reader splits at the first space and at newlines.
+        let mut line = |key: &str, value: String| {
+            let _ = writeln!(out, "{key} {}", value.replace(['\n', '\r'], " "));
+        };
+        let s = &self.source;
+        line("state", self.state.into());
+        line("model", self.model.clone());
+        line("mount", self.mount_point.clone());
+        line("pid", self.pid.to_string());
+        line(
+            "source",
+            match s.pids.is_empty() {
+                true => s.engine.clone(),
+                false => format!("{} pid {}", s.engine, numbers(&s.pids)),
+            },
+        );
+        if let Some(gone) = &s.gone {
+            line("source_gone", gone.clone());
+        }
+        line("device", s.device.clone());
+        line("bytes", s.bytes.to_string());
+        line(
+            "tensors",
+            format!(
+                "{} ({} live, {} opaque, {} only on disk, {} only live)",
+                s.tensors, s.live, s.opaque, s.only_on_disk, s.only_live
+            ),
+        );
+        line("step", self.step.to_string());
+        line("view_step", self.view.step.to_string());
+        line(
+            "view",
+            match &self.view.why {
+                Some(why) => format!("{} ({why})", self.view.served),
+                None => self.view.served.into(),
+            },
+        );
+        line("view_bytes", self.view.bytes.to_string());
+        line("view_ready", yes(self.view.ready).into());
+        line(
+            "readers",
+            match self.readers.pids.is_empty() {
+                true => self.readers.open.to_string(),
+                false => format!("{} pid {}", self.readers.open, numbers(&self.readers.pids)),
+            },
+        );
+        if let Some(left) = self.readers.hold_seconds_left {
+            line("view_held", format!("{left} s more at most"));
+        }
+        line(
+            "committed",
+            match &self.committed {
+                Some(c) => format!("{} step {} at {}", c.id, c.step, c.time),
+                None => "none".into(),
+            },
+        );
+        line("dirty", self.dirty.into());
+        line(
+            "job",
+            match &self.job {
+                Some(j) => format!(
+                    "{} {} sample {}/{}{}{}{}",
+                    j.id,
+                    j.state,
+                    j.samples_done,
+                    j.samples,
+                    j.loss.map_or(String::new(), |l| format!(" loss {l:.4}")),
+                    j.tokens_per_second.map_or(String::new(), |t| format!(" {t:.0} tokens/s")),
+                    j.eta_seconds.map_or(String::new(), |e| format!(" eta {e} s"))
+                ),
+                None => "none".into(),
+            },
+        );
+        line("jobs_queued", self.jobs_queued.to_string());
+        line(
+            "last_command",
+            match &self.last_command {
+                Some(c) => format!("{}: {}: {}", c.command, c.result, c.says),
+                None => "none".into(),
+            },
+        );
+        line("last_error", self.last_error.clone().unwrap_or_else(|| "none".into()));
+        out
+    }
+
+    /// The text of `status.json`.
+    pub fn json(&self) -> String {
+        // Plain structs of strings and numbers: serialising them cannot fail.
+        serde_json::to_string_pretty(self).unwrap_or_else(|e| format!("{{\"error\": \"{e}\"}}")) + "\n"
+    }
+}
+
+fn numbers(values: &[u32]) -> String {
+    values.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+}
+
+fn yes(value: bool) -> &'static str {
+    if value { "yes" } else { "no" }
+}
