@@ -141,8 +141,9 @@ impl Committer {
         }
         storage.rename(&directory, &place).map_err(|e| layout.io("write", &place, e))?;
         if let Err(e) = storage.sync_directory(LOG) {
-            // The disk may hold the record under either name, so all of it stays until a sync works.
-            let _ = storage.rename(&place, &directory);
+            // The disk may hold the record under either name, so all of it stays until a sync works: the next commit's,
+            // unless this one does. A crash before that may still bring the commit about, whole.
+            let _ = storage.rename(&place, &directory).and_then(|()| discard_unfinished(storage, None));
             return Err(layout.io("fsync", LOG, e));
         }
         logged
