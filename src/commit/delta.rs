@@ -7,7 +7,9 @@ use super::error::CommitError;
 use crate::memory::Hash;
 use std::io::{self, Read, Write};
 use xxhash_rust::xxh3::Xxh3Default;
-use zstd::stream::{Decoder, Encoder};
+use zstd::stream::Decoder;
+use zstd::stream::raw::{self, CParameter, Operation};
+use zstd::stream::zio::Writer;
 
 /// zstd's level: 1 is what the other tools use. Runs of zeros are nearly free at any level.
 const LEVEL: i32 = 1;
@@ -21,10 +23,33 @@ pub struct Summary {
     pub changed_elements: u64,
 }
 
+/// What an encoder works in, kept from tensor to tensor: making it anew costs as much as encoding a small tensor.
+pub struct Scratch {
+    xor: raw::Encoder<'static>,
+    values: raw::Encoder<'static>,
+    difference: Vec<u8>,
+    new_values: Vec<u8>,
+}
+
+impl Scratch {
+    /// `threads` beyond one compress parts of a large tensor at the same time, still into one frame.
+    pub fn new(threads: u32) -> io::Result<Scratch> {
+        let encoder = || {
+            let mut encoder = raw::Encoder::new(LEVEL)?;
+            encoder.set_parameter(CParameter::ChecksumFlag(true))?;
+            if threads > 1 {
+                encoder.set_parameter(CParameter::NbWorkers(threads))?;
+            }
+            Ok::<_, io::Error>(encoder)
+        };
+        Ok(Scratch { xor: encoder()?, values: encoder()?, difference: Vec::new(), new_values: Vec::new() })
+    }
+}
+
 /// Takes a tensor's old and new bytes in order, and writes the two frames.
 pub struct DeltaEncoder<X: Write, V: Write> {
-    xor: Encoder<'static, X>,
-    values: Encoder<'static, V>,
+    xor: Writer<X, raw::Encoder<'static>>,
+    values: Writer<V, raw::Encoder<'static>>,
     hasher: Xxh3Default,
     elements: ElementCounter,
     changed_bytes: u64,
@@ -34,20 +59,19 @@ pub struct DeltaEncoder<X: Write, V: Write> {
 
 impl<X: Write, V: Write> DeltaEncoder<X, V> {
     /// For a tensor of `bytes` bytes whose elements have `element` bytes.
-    pub fn new(xor: X, values: V, bytes: u64, element: usize) -> io::Result<DeltaEncoder<X, V>> {
-        let mut xor = Encoder::new(xor, LEVEL)?;
-        xor.set_pledged_src_size(Some(bytes))?; // readers that decompress in one call want the size in the frame
-        xor.include_checksum(true)?;
-        let mut values = Encoder::new(values, LEVEL)?;
-        values.include_checksum(true)?;
+    pub fn new(scratch: Scratch, xor: X, values: V, bytes: u64, element: usize) -> io::Result<DeltaEncoder<X, V>> {
+        let Scratch { xor: mut xor_frame, values: mut values_frame, difference, new_values } = scratch;
+        xor_frame.reinit()?;
+        values_frame.reinit()?;
+        xor_frame.set_pledged_src_size(Some(bytes))?; // readers that decompress in one call want the size in the frame
         Ok(DeltaEncoder {
-            xor,
-            values,
+            xor: Writer::new(xor, xor_frame),
+            values: Writer::new(values, values_frame),
             hasher: Xxh3Default::new(),
             elements: ElementCounter { element, phase: 0, changed: false, count: 0 },
             changed_bytes: 0,
-            difference: Vec::new(),
-            new_values: Vec::new(),
+            difference,
+            new_values,
         })
     }
 
@@ -87,15 +111,19 @@ impl<X: Write, V: Write> DeltaEncoder<X, V> {
         self.xor.write_all(&self.difference)
     }
 
-    /// The summary, and the two writers with their frames complete.
-    pub fn finish(mut self) -> io::Result<(Summary, X, V)> {
+    /// The summary, the two writers with their frames complete, and the scratch for the next tensor.
+    pub fn finish(mut self) -> io::Result<(Summary, X, V, Scratch)> {
         self.elements.end();
         let summary = Summary {
             checksum: self.hasher.digest128(),
             changed_bytes: self.changed_bytes,
             changed_elements: self.elements.count,
         };
-        Ok((summary, self.xor.finish()?, self.values.finish()?))
+        self.xor.finish()?;
+        self.values.finish()?;
+        let Self { xor, values, difference, new_values, .. } = self;
+        let ((xor, xor_frame), (values, values_frame)) = (xor.into_inner(), values.into_inner());
+        Ok((summary, xor, values, Scratch { xor: xor_frame, values: values_frame, difference, new_values }))
     }
 }
 
@@ -218,7 +246,8 @@ mod tests {
     use xxhash_rust::xxh3::xxh3_128;
 
     fn encode(old: &[u8], new: &[u8], element: usize, cuts: &[usize]) -> (Summary, Vec<u8>, Vec<u8>) {
-        let mut encoder = DeltaEncoder::new(Vec::new(), Vec::new(), new.len() as u64, element).unwrap();
+        let scratch = Scratch::new(if old.len().is_multiple_of(2) { 1 } else { 2 }).unwrap();
+        let mut encoder = DeltaEncoder::new(scratch, Vec::new(), Vec::new(), new.len() as u64, element).unwrap();
         let mut at = 0;
         for &cut in cuts.iter().chain([&new.len()]) {
             let cut = cut.clamp(at, new.len());
@@ -229,7 +258,8 @@ mod tests {
             }
             at = cut;
         }
-        encoder.finish().unwrap()
+        let (summary, xor, values, _) = encoder.finish().unwrap();
+        (summary, xor, values)
     }
 
     proptest! {

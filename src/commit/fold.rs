@@ -111,9 +111,9 @@ impl Fold<'_> {
         match self.source {
             Source::Staged(staged) => {
                 for run in staged.overlapping(shard, 0, u64::MAX) {
-                    file.write_all_at(&run.bytes, run.start()).map_err(io)?;
+                    file.write_all_at(run.bytes(), run.start()).map_err(io)?;
                     folded.blocks += run.hashes.len() as u64;
-                    folded.bytes += run.bytes.len() as u64;
+                    folded.bytes += run.bytes().len() as u64;
                 }
                 Ok(())
             }

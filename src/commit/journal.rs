@@ -1,15 +1,15 @@
 //! Log: compares changed blocks with the bytes they replace, and writes the record of the changed elements.
 //!
-//! Tensors are encoded on all cores, in waves whose results are appended while the next wave is encoded. The new bytes
-//! come from the staged copies, or, when those would take more memory than allowed, from the live weights piece by piece.
+//! Tensors are encoded on all cores, and appended as they are ready. The new bytes come from the staged copies, or, when those would take more memory than allowed, from the live weights piece by piece.
 
 use super::blocks::{Change, Table};
 use super::container::ContainerWriter;
-use super::delta::{DeltaEncoder, Summary};
+use super::delta::{DeltaEncoder, Scratch, Summary};
 use super::error::CommitError;
 use super::find::Run;
 use super::layout::{Layout, TensorLayout};
-use super::replay::{Layer, Replay, WINDOW};
+use super::record::LOG;
+use super::replay::{Layer, Replay};
 use super::stage::Staged;
 use super::state::hex;
 use super::storage::{Access, Storage};
@@ -18,9 +18,13 @@ use crate::memory::{BLOCK, hash_into};
 use parking_lot::Mutex;
 use rayon::prelude::*;
 use std::io::Write;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// Bytes of tensors in a wave: their deltas are in memory twice over, so this bounds what logging takes.
-const WAVE: u64 = 64 << 20;
+/// Tensors beyond this many bytes are encoded one by one, all cores on each, straight into the files. Of the others each
+/// core has the delta of one in memory, which is at most twice as large as the tensor.
+const LARGE: u64 = 16 << 20;
+/// Bytes of a tensor compared at a time: old and new ones, and what they make, fit a core's cache.
+const PIECE: u64 = 256 << 10;
 
 /// Where the new bytes of changed blocks come from.
 pub enum NewBytes<'a> {
@@ -140,109 +144,103 @@ pub struct Totals {
     pub changed_bytes: u64,
 }
 
-/// A tensor's two frames.
-struct Encoded {
-    at: (usize, usize),
-    summary: Summary,
-    xor: Vec<u8>,
-    values: Vec<u8>,
+/// What the workers share: the files, and what was written to them.
+struct Output<'a> {
+    xor: &'a mut ContainerWriter,
+    values: &'a mut ContainerWriter,
+    totals: Totals,
+    names: Vec<String>,
 }
 
 impl Journal<'_> {
-    /// Appends the deltas of `tensors` to the two files. Returns the names of those that did change, in order.
+    /// Appends the deltas of `tensors` to the two files, in no particular order. Returns the names of those that did
+    /// change.
     pub fn write(
         &self,
         tensors: &[(usize, usize)],
         xor: &mut ContainerWriter,
         values: &mut ContainerWriter,
-        progress: &dyn Fn(u64),
+        progress: &(dyn Fn(u64) + Sync),
     ) -> Result<(Totals, Vec<String>), CommitError> {
-        let mut written = Written::default();
-        let mut waiting: Vec<Encoded> = Vec::new();
+        let mut output = Output { xor, values, totals: Totals::default(), names: Vec::new() };
+        let threads = rayon::current_num_threads();
+        let (large, mut small): (Vec<_>, Vec<_>) = tensors.iter().partition(|&&at| self.bytes(at) > LARGE);
         let mut done = 0;
-        let mut rest = tensors;
-        while !rest.is_empty() {
-            let (wave, bytes) = self.wave(rest);
-            rest = &rest[wave.len()..];
-            let previous = std::mem::take(&mut waiting);
-            if bytes > WAVE {
-                self.append(previous, xor, values, &mut written)?;
-                for &at in wave {
-                    self.write_large(at, xor, values, &mut written)?;
-                }
-            } else {
-                let (encoded, appended) = rayon::join(
-                    || wave.par_iter().map(|&at| self.encode(at)).collect::<Result<Vec<_>, _>>(),
-                    || self.append(previous, xor, values, &mut written),
-                );
-                appended?;
-                waiting = encoded?;
-            }
-            done += bytes;
+        let mut scratch = None;
+        for at in large {
+            let used = match scratch.take() {
+                Some(scratch) => scratch,
+                None => Scratch::new(threads as u32).map_err(|e| self.failed(e))?,
+            };
+            scratch = Some(self.write_large(at, used, &mut output)?);
+            done += self.bytes(at);
             progress(done);
         }
-        self.append(waiting, xor, values, &mut written)?;
-        Ok((written.totals, written.names))
+        // Largest first, so that the workers end together.
+        small.sort_by_key(|&at| std::cmp::Reverse(self.bytes(at)));
+        let next = AtomicUsize::new(0);
+        let done = AtomicU64::new(done);
+        let output = Mutex::new(output);
+        (0..threads.min(small.len())).into_par_iter().with_max_len(1).try_for_each(|_| {
+            let mut scratch = Scratch::new(1).map_err(|e| self.failed(e))?;
+            let mut pieces = Pieces::default();
+            let (mut xor, mut values) = (Vec::new(), Vec::new());
+            while let Some(&at) = small.get(next.fetch_add(1, Ordering::Relaxed)) {
+                xor.clear();
+                values.clear();
+                let (summary, used) = self.feed(at, scratch, &mut pieces, &mut xor, &mut values)?;
+                scratch = used;
+                if summary.changed_bytes > 0 {
+                    self.append(at, &summary, &xor, &values, &mut output.lock())?;
+                }
+                progress(done.fetch_add(self.bytes(at), Ordering::Relaxed) + self.bytes(at));
+            }
+            Ok::<(), CommitError>(())
+        })?;
+        let Output { totals, names, .. } = output.into_inner();
+        Ok((totals, names))
     }
 
     fn tensor(&self, (shard, tensor): (usize, usize)) -> &TensorLayout {
         &self.layout.shards[shard].tensors[tensor]
     }
 
-    /// The tensors from the front that make up a wave, and their bytes: as many as fit, or one that is larger.
-    fn wave<'t>(&self, tensors: &'t [(usize, usize)]) -> (&'t [(usize, usize)], u64) {
-        let mut bytes = 0;
-        for (i, &at) in tensors.iter().enumerate() {
-            let tensor = self.tensor(at);
-            let sum = bytes + tensor.end - tensor.start;
-            if sum > WAVE && i > 0 {
-                return (&tensors[..i], bytes);
-            }
-            bytes = sum;
-        }
-        (tensors, bytes)
+    fn bytes(&self, at: (usize, usize)) -> u64 {
+        self.tensor(at).end - self.tensor(at).start
     }
 
-    fn encode(&self, at: (usize, usize)) -> Result<Encoded, CommitError> {
-        let (summary, xor, values) = self.feed(at, Vec::new(), Vec::new())?;
-        Ok(Encoded { at, summary, xor, values })
+    fn failed(&self, e: std::io::Error) -> CommitError {
+        self.layout.io("write", LOG, e)
     }
 
     /// A tensor too large to have its delta in memory goes to the files as it is made.
-    fn write_large(
-        &self,
-        at: (usize, usize),
-        xor: &mut ContainerWriter,
-        values: &mut ContainerWriter,
-        written: &mut Written,
-    ) -> Result<(), CommitError> {
+    fn write_large(&self, at: (usize, usize), scratch: Scratch, output: &mut Output) -> Result<Scratch, CommitError> {
         let name = &self.tensor(at).name;
+        let Output { xor, values, .. } = output;
         xor.begin(name);
         values.begin(name);
-        let (summary, _, _) = self.feed(at, &mut *xor, &mut *values)?;
+        let (summary, scratch) = self.feed(at, scratch, &mut Pieces::default(), &mut **xor, &mut **values)?;
         xor.end();
         values.end();
-        written.note(name, &summary, xor);
-        Ok(())
+        output.note(name, &summary);
+        Ok(scratch)
     }
 
     fn append(
         &self,
-        encoded: Vec<Encoded>,
-        xor: &mut ContainerWriter,
-        values: &mut ContainerWriter,
-        written: &mut Written,
+        at: (usize, usize),
+        summary: &Summary,
+        xor: &[u8],
+        values: &[u8],
+        output: &mut Output,
     ) -> Result<(), CommitError> {
-        let io = |e| self.layout.io("write", super::record::LOG, e);
-        for tensor in encoded.into_iter().filter(|t| t.summary.changed_bytes > 0) {
-            let name = &self.tensor(tensor.at).name;
-            for (file, bytes) in [(&mut *xor, &tensor.xor), (&mut *values, &tensor.values)] {
-                file.begin(name);
-                file.write_all(bytes).map_err(io)?;
-                file.end();
-            }
-            written.note(name, &tensor.summary, xor);
+        let name = &self.tensor(at).name;
+        for (file, bytes) in [(&mut *output.xor, xor), (&mut *output.values, values)] {
+            file.begin(name);
+            file.write_all(bytes).map_err(|e| self.failed(e))?;
+            file.end();
         }
+        output.note(name, summary);
         Ok(())
     }
 
@@ -250,49 +248,58 @@ impl Journal<'_> {
     fn feed<X: Write, V: Write>(
         &self,
         (shard, tensor): (usize, usize),
+        scratch: Scratch,
+        Pieces { old, new }: &mut Pieces,
         xor: X,
         values: V,
-    ) -> Result<(Summary, X, V), CommitError> {
-        let io = |e| self.layout.io("write", super::record::LOG, e);
+    ) -> Result<(Summary, Scratch), CommitError> {
+        let io = |e| self.failed(e);
         let TensorLayout { start, end, element, .. } = *self.tensor((shard, tensor));
         let name = &self.layout.shards[shard].name;
         let file = self.storage.open(name, Access::Read).map_err(|e| self.layout.io("open", name, e))?;
-        let mut old_bytes = Replay::new(self.layout, shard, file, self.layers);
-        let mut encoder = DeltaEncoder::new(xor, values, end - start, element).map_err(io)?;
-        let (mut old, mut new) = (Vec::new(), Vec::new());
+        let mut committed = Replay::new(self.layout, shard, file, self.layers);
+        let mut encoder = DeltaEncoder::new(scratch, xor, values, end - start, element).map_err(io)?;
         let mut at = start;
         while at < end {
-            let stop = ((at / WINDOW + 1) * WINDOW).min(end);
+            let stop = ((at / PIECE + 1) * PIECE).min(end);
             old.resize((stop - at) as usize, 0);
-            old_bytes.read(at, &mut old, |_| ())?;
-            new.clear();
-            new.extend_from_slice(&old);
+            committed.read(at, old, |_| ())?;
+            if let NewBytes::Staged(staged) = self.new
+                && let Some(new) = staged.whole(shard, at, stop)
+            {
+                encoder.push(old, new).map_err(io)?;
+                at = stop;
+                continue;
+            }
+            new.clone_from(old);
             let any = match self.new {
-                NewBytes::Staged(staged) => staged.overlay(shard, at, &mut new),
-                NewBytes::Streamed(streamed) => streamed.overlay(self.layout, shard, at, &mut new)?,
+                NewBytes::Staged(staged) => staged.overlay(shard, at, new),
+                NewBytes::Streamed(streamed) => streamed.overlay(self.layout, shard, at, new)?,
             };
             match any {
-                true => encoder.push(&old, &new),
-                false => encoder.push_unchanged(&old),
+                true => encoder.push(old, new),
+                false => encoder.push_unchanged(old),
             }
             .map_err(io)?;
             at = stop;
         }
-        encoder.finish().map_err(io)
+        let (summary, _, _, scratch) = encoder.finish().map_err(io)?;
+        Ok((summary, scratch))
     }
 }
 
+/// Old and new bytes of the piece at hand.
 #[derive(Default)]
-struct Written {
-    totals: Totals,
-    names: Vec<String>,
+struct Pieces {
+    old: Vec<u8>,
+    new: Vec<u8>,
 }
 
-impl Written {
-    fn note(&mut self, tensor: &str, summary: &Summary, xor: &mut ContainerWriter) {
+impl Output<'_> {
+    fn note(&mut self, tensor: &str, summary: &Summary) {
         self.totals.changed_elements += summary.changed_elements;
         self.totals.changed_bytes += summary.changed_bytes;
         self.names.push(tensor.to_string());
-        xor.metadata(tensor, hex(summary.checksum));
+        self.xor.metadata(tensor, hex(summary.checksum));
     }
 }

@@ -101,7 +101,8 @@ pub struct CommitRequest<'a> {
     pub step: u64,
     /// Committed with the weights; without, the state of the commit before stands.
     pub optimizer: Option<&'a OptimizerState>,
-    pub progress: Option<&'a dyn Fn(Progress)>,
+    /// Called from any thread.
+    pub progress: Option<&'a (dyn Fn(Progress) + Sync)>,
 }
 
 impl<'a> CommitRequest<'a> {

@@ -124,7 +124,7 @@ impl Committer {
         baseline: &Baseline,
         tensors: &[(usize, usize)],
         new: NewBytes,
-        progress: &dyn Fn(u64),
+        progress: &(dyn Fn(u64) + Sync),
     ) -> Result<Option<Logged>, CommitError> {
         let (layout, storage) = (&self.shared.layout, &*self.shared.storage);
         let id = self.shared.published.read().state.newest + 1;
@@ -158,7 +158,7 @@ impl Committer {
         baseline: &Baseline,
         tensors: &[(usize, usize)],
         new: NewBytes,
-        progress: &dyn Fn(u64),
+        progress: &(dyn Fn(u64) + Sync),
     ) -> Result<Option<Logged>, CommitError> {
         let (layout, storage) = (&self.shared.layout, &*self.shared.storage);
         let io = |e| layout.io("write", directory, e);

@@ -9,7 +9,10 @@ use super::find::Run;
 use super::layout::Layout;
 use crate::image::ShardBytes;
 use crate::memory::{BLOCK, Hash, hash_into};
+use memmap2::{Advice, MmapMut};
 use rayon::prelude::*;
+use std::ops::Range;
+use std::sync::Arc;
 
 /// Consecutive blocks as they were copied.
 #[derive(Debug)]
@@ -18,7 +21,14 @@ pub struct StagedRun {
     pub first: u64,
     pub hashes: Vec<Hash>,
     /// All blocks back to back; the last block of a file may be short.
-    pub bytes: Vec<u8>,
+    bytes: Bytes,
+}
+
+/// A part of the one piece of memory that a commit stages in.
+#[derive(Debug, Clone)]
+struct Bytes {
+    arena: Arc<MmapMut>,
+    range: Range<usize>,
 }
 
 impl StagedRun {
@@ -27,7 +37,11 @@ impl StagedRun {
     }
 
     pub fn end(&self) -> u64 {
-        self.start() + self.bytes.len() as u64
+        self.start() + self.bytes.range.len() as u64
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes.arena[self.bytes.range.clone()]
     }
 }
 
@@ -38,20 +52,40 @@ pub struct Staged(pub Vec<StagedRun>);
 impl Staged {
     /// Copies `runs`; blocks whose copies equal the committed ones are left out.
     pub fn copy(live: &dyn ShardBytes, layout: &Layout, table: &Table, runs: &[Run]) -> Result<Staged, CommitError> {
-        let copied: Vec<Vec<StagedRun>> = runs
+        let lengths = runs.iter().map(|run| run.bytes(layout)).map(|r| (r.end - r.start) as usize);
+        let total: usize = lengths.clone().sum();
+        let no_memory = |e: std::io::Error| CommitError::io("stage changed blocks of", &layout.root, e);
+        // One mapping in large pages where the system has them: the pages of many small ones cost more than the copies.
+        let mut arena = MmapMut::map_anon(total.max(1)).map_err(no_memory)?;
+        let _ = arena.advise(Advice::HugePage);
+        let mut parts: Vec<&mut [u8]> = Vec::with_capacity(runs.len());
+        let mut rest = &mut arena[..total];
+        for length in lengths.clone() {
+            let (part, after) = rest.split_at_mut(length);
+            parts.push(part);
+            rest = after;
+        }
+        let hashes: Vec<Vec<Hash>> = runs
             .par_iter()
-            .map(|run| {
-                let range = run.bytes(layout);
-                let mut bytes = vec![0; (range.end - range.start) as usize];
-                live.read(run.shard, range.start, &mut bytes)?;
+            .zip(parts)
+            .map(|(run, bytes)| {
+                live.read(run.shard, run.bytes(layout).start, bytes)?;
                 let mut hashes = vec![0; run.blocks as usize];
-                hash_into(&bytes, &mut hashes);
-                let staged = StagedRun { shard: run.shard, first: run.first, hashes, bytes };
-                let first = run.first as usize;
-                Ok(changed_parts(staged, &table.0[run.shard][first..first + run.blocks as usize]))
+                hash_into(bytes, &mut hashes);
+                Ok(hashes)
             })
             .collect::<Result<_, CommitError>>()?;
-        Ok(Staged(copied.into_iter().flatten().collect()))
+        let arena = Arc::new(arena);
+        let mut at = 0;
+        let mut staged = Vec::with_capacity(runs.len());
+        for ((run, hashes), length) in runs.iter().zip(hashes).zip(lengths) {
+            let bytes = Bytes { arena: arena.clone(), range: at..at + length };
+            at += length;
+            let first = run.first as usize;
+            let known = &table.0[run.shard][first..first + run.blocks as usize];
+            changed_parts(StagedRun { shard: run.shard, first: run.first, hashes, bytes }, known, &mut staged);
+        }
+        Ok(Staged(staged))
     }
 
     pub fn runs(&self) -> Vec<Run> {
@@ -69,13 +103,20 @@ impl Staged {
         &self.0[from..to.max(from)]
     }
 
+    /// The bytes `start..end` of a shard where all of them are staged in one piece.
+    pub fn whole(&self, shard: usize, start: u64, end: u64) -> Option<&[u8]> {
+        let [run] = self.overlapping(shard, start, end) else { return None };
+        let from = start.checked_sub(run.start())? as usize;
+        run.bytes().get(from..from + (end - start) as usize)
+    }
+
     /// Puts staged bytes over `buffer`, which holds a shard's bytes from `start` on. False when none lie there.
     pub fn overlay(&self, shard: usize, start: u64, buffer: &mut [u8]) -> bool {
         let end = start + buffer.len() as u64;
         let runs = self.overlapping(shard, start, end);
         for run in runs {
             let (from, to) = (run.start().max(start), run.end().min(end));
-            let source = &run.bytes[(from - run.start()) as usize..(to - run.start()) as usize];
+            let source = &run.bytes()[(from - run.start()) as usize..(to - run.start()) as usize];
             buffer[(from - start) as usize..(to - start) as usize].copy_from_slice(source);
         }
         !runs.is_empty()
@@ -83,28 +124,24 @@ impl Staged {
 }
 
 /// Usually the run as it is: blocks equal to `known` appear only when somebody wrote during the search.
-fn changed_parts(run: StagedRun, known: &[Hash]) -> Vec<StagedRun> {
+fn changed_parts(run: StagedRun, known: &[Hash], parts: &mut Vec<StagedRun>) {
     if run.hashes.iter().zip(known).all(|(a, b)| a != b) {
-        return vec![run];
+        return parts.push(run);
     }
-    let mut parts: Vec<StagedRun> = Vec::new();
-    for (i, block) in run.bytes.chunks(BLOCK).enumerate() {
-        if run.hashes[i] == known[i] {
-            continue;
-        }
-        let at = run.first + i as u64;
-        match parts.last_mut() {
-            Some(part) if part.first + part.hashes.len() as u64 == at => {
-                part.hashes.push(run.hashes[i]);
-                part.bytes.extend_from_slice(block);
-            }
-            _ => parts.push(StagedRun {
+    let changed: Vec<bool> = run.hashes.iter().zip(known).map(|(a, b)| a != b).collect();
+    let mut at = 0;
+    for same in changed.chunk_by(|a, b| a == b) {
+        let (from, to) = (at, at + same.len());
+        at = to;
+        if same[0] {
+            let start = run.bytes.range.start;
+            let range = start + from * BLOCK..(start + to * BLOCK).min(run.bytes.range.end);
+            parts.push(StagedRun {
                 shard: run.shard,
-                first: at,
-                hashes: vec![run.hashes[i]],
-                bytes: block.to_vec(),
-            }),
+                first: run.first + from as u64,
+                hashes: run.hashes[from..to].to_vec(),
+                bytes: Bytes { arena: run.bytes.arena.clone(), range },
+            });
         }
     }
-    parts
 }
