@@ -33,7 +33,16 @@ impl Mounted {
 
     /// Whether an open would have to wait for the view.
     pub fn open_may_wait(&self) -> bool {
-        self.view.is_some() && !self.readers.lock().holding(Instant::now())
+        // Somebody has the view in hand, moves it, or waits for an engine to.
+        let Some(_turn) = self.moving.try_lock() else { return self.view.is_some() };
+        self.view.is_some() && !self.is_current() && !self.readers.lock().holding(Instant::now())
+    }
+
+    /// Whether the view is known to show the live step: only of weights that nobody else writes.
+    fn is_current(&self) -> bool {
+        self.image.source().is_own()
+            && self.view.as_ref().is_some_and(CopiedShards::is_whole)
+            && self.view_step.load(Ordering::Acquire) == self.step.load(Ordering::Acquire)
     }
 
     /// Opens shard `shard` for process `pid`: brings the view to the newest step unless others hold it.
@@ -91,11 +100,10 @@ impl Mounted {
     /// Brings the view to the live step. The caller has `moving`.
     pub(super) fn move_view(&self) -> Result<(), FsError> {
         let Some(view) = &self.view else { return Ok(()) };
-        let own = self.image.source().is_own();
-        let step = self.step.load(Ordering::Acquire);
-        if own && view.is_whole() && self.view_step.load(Ordering::Acquire) == step {
+        if self.is_current() {
             return Ok(());
         }
+        let step = self.step.load(Ordering::Acquire);
         let began = Instant::now();
         let refreshed = view.refresh(&*self.image)?;
         log::debug!("view: {} blocks in {:?}", refreshed.blocks, began.elapsed());
