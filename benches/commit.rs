@@ -94,6 +94,9 @@ fn copy(from: &Path, to: &Path) {
     File::open(to).unwrap().sync_data().unwrap();
 }
 
+/// Bytes and where they belong in a file.
+type Runs = Vec<(u64, Vec<u8>)>;
+
 /// The log's bytes into a new file, the changed blocks over a copy, plainly.
 fn plain(work: &Path, log: &Path, shards: &[(PathBuf, Runs)]) -> Duration {
     let log: Vec<u8> =

@@ -5,6 +5,7 @@
 //! `WEIGHTFS_BENCH_MB` sets the model's size (default 512). Needs /dev/fuse, and root for passthrough.
 
 use memmap2::Mmap;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::hint::black_box;
 use std::io::Read;
@@ -12,7 +13,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-const ROUNDS: usize = 7;
+/// Mounts made anew, each read once cold and this many times warm.
+const MOUNTS: usize = 5;
+const ROUNDS: usize = 4;
 const WEIGHTFS: &str = env!("CARGO_BIN_EXE_weightfs");
 
 fn main() {
@@ -22,41 +25,90 @@ fn main() {
     make_model(&model, megabytes << 20);
     let peer = model.join("model.safetensors");
     let bytes = peer.metadata().expect("the model").len();
-    println!("{} MB, medians of {ROUNDS}, GB/s; ratio to the same file in /dev/shm in the same run", bytes >> 20);
+    println!(
+        "{} MB, medians over {MOUNTS} mounts, GB/s; ratio to the same file in /dev/shm in the same run",
+        bytes >> 20
+    );
     println!("{:<26} {:>10} {:>10} {:>7}", "", "mount", "/dev/shm", "ratio");
     for view in ["held", "live"] {
-        let point = tempfile::tempdir().expect("a mount point");
-        let read_files = seconds(|| {
-            black_box(read_all(&peer));
-        });
-        let ready = seconds(|| weightfs(&["mount", "--view", view], &[&model, point.path()]));
-        let filled = seconds(|| while fact(point.path(), "view_ready") != "yes" {});
-        let mounted = point.path().join("model.safetensors");
-        let label = if view == "held" { fact(point.path(), "view") } else { "direct".into() };
-        for (name, reader) in [("read", read_all as fn(&Path) -> u64), ("mmap", sum_mapped)] {
-            let cold = seconds(|| {
-                black_box(reader(&mounted));
-            });
-            let cold_peer = seconds(|| {
-                black_box(reader(&peer));
-            });
-            row(&format!("{label} {name} cold"), bytes, cold, cold_peer);
-            let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-            for _ in 0..ROUNDS {
-                ours.push(seconds(|| {
-                    black_box(reader(&mounted));
-                }));
-                theirs.push(seconds(|| {
-                    black_box(reader(&peer));
-                }));
-            }
-            row(&format!("{label} {name} warm"), bytes, median(ours), median(theirs));
+        let mut figures = Figures::default();
+        for _ in 0..MOUNTS {
+            one_mount(view, &model, &peer, &mut figures);
         }
-        println!(
-            "{label}: ready after {ready:.2} s, view filled {filled:.2} s later; reading the files takes {read_files:.2} s"
-        );
-        weightfs(&["umount"], &[point.path()]);
+        figures.print(bytes);
     }
+}
+
+/// Seconds, of the mount and of its peer beside it.
+#[derive(Default)]
+struct Figures {
+    label: String,
+    rows: BTreeMap<&'static str, (Vec<f64>, Vec<f64>)>,
+    ready: Vec<f64>,
+    filled: Vec<f64>,
+    read_files: Vec<f64>,
+}
+
+impl Figures {
+    fn add(&mut self, row: &'static str, ours: f64, peer: f64) {
+        let (a, b) = self.rows.entry(row).or_default();
+        a.push(ours);
+        b.push(peer);
+    }
+
+    fn print(self, bytes: u64) {
+        let rate = |seconds: f64| bytes as f64 / seconds / 1e9;
+        for (name, (ours, peer)) in self.rows {
+            let (ours, peer) = (median(ours), median(peer));
+            let name = format!("{} {name}", self.label);
+            println!("{name:<26} {:>10.2} {:>10.2} {:>7.2}", rate(ours), rate(peer), peer / ours);
+        }
+        let (ready, filled, read_files) = (median(self.ready), median(self.filled), median(self.read_files));
+        println!(
+            "{}: ready after {ready:.2} s, view filled {filled:.2} s later; reading the files takes {read_files:.2} s",
+            self.label
+        );
+    }
+}
+
+fn one_mount(view: &str, model: &Path, peer: &Path, figures: &mut Figures) {
+    let point = tempfile::tempdir().expect("a mount point");
+    let mounted = point.path().join("model.safetensors");
+    figures.read_files.push(seconds(|| {
+        black_box(read_all(peer));
+    }));
+    figures.ready.push(seconds(|| weightfs(&["mount", "--view", view], &[model, point.path()])));
+    figures.filled.push(seconds(|| while fact(point.path(), "view_ready") != "yes" {}));
+    figures.label = if view == "held" { fact(point.path(), "view") } else { "direct".into() };
+    for (name, reader) in [("read", read_all as fn(&Path) -> u64), ("mmap", sum_mapped)] {
+        for (round, temperature) in ["cold"].into_iter().chain(std::iter::repeat_n("warm", ROUNDS)).enumerate() {
+            let ours = || {
+                seconds(|| {
+                    black_box(reader(&mounted));
+                })
+            };
+            let theirs = || {
+                seconds(|| {
+                    black_box(reader(peer));
+                })
+            };
+            // By turns first, so that neither always finds the caches as the other left them.
+            let (a, b) = if round % 2 == 0 {
+                (ours(), theirs())
+            } else {
+                let b = theirs();
+                (ours(), b)
+            };
+            let row = match (name, temperature) {
+                ("read", "cold") => "read cold",
+                ("read", _) => "read warm",
+                (_, "cold") => "mmap cold",
+                _ => "mmap warm",
+            };
+            figures.add(row, a, b);
+        }
+    }
+    weightfs(&["umount"], &[point.path()]);
 }
 
 fn make_model(dir: &Path, bytes: usize) {
@@ -101,11 +153,6 @@ fn sum_mapped(path: &Path) -> u64 {
     map.chunks_exact(64)
         .map(|line| u64::from_le_bytes(line[..8].try_into().unwrap_or_default()))
         .fold(0, u64::wrapping_add)
-}
-
-fn row(name: &str, bytes: u64, ours: f64, peer: f64) {
-    let rate = |seconds: f64| bytes as f64 / seconds / 1e9;
-    println!("{name:<26} {:>10.2} {:>10.2} {:>7.2}", rate(ours), rate(peer), peer / ours);
 }
 
 fn seconds(work: impl FnOnce()) -> f64 {

@@ -1,5 +1,6 @@
 //! Errors of the file tree: an errno for the kernel, a sentence for `status`.
 
+use crate::commit::CommitError;
 use crate::image::ImageError;
 use crate::memory::MemoryError;
 use crate::view::ViewError;
@@ -54,6 +55,12 @@ impl From<ImageError> for FsError {
             ImageError::NoBoundary(_) => Errno::BUSY,
         };
         FsError::new(errno, e.to_string())
+    }
+}
+
+impl From<CommitError> for FsError {
+    fn from(e: CommitError) -> FsError {
+        FsError::new(Errno::from_raw_os_error(e.errno()), e.to_string())
     }
 }
 

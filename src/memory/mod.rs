@@ -2,10 +2,12 @@
 //! implements the same trait. The bytes belong to an engine that may write them, or vanish, at any moment: a copy may
 //! mix old and new values (callers hold a step boundary when that matters), and a vanished memory is an error.
 
+mod available;
 mod fault;
 mod hash;
 mod host;
 
+pub use available::available;
 pub use hash::{BLOCK, Hash, block_hash, hash_into};
 pub use host::HostMemory;
 

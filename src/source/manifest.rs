@@ -1,6 +1,7 @@
 //! The manifest: the JSON file in which an engine says where its weights are (`docs/manifest.md`).
 
-use super::{Engine, Segment, SourceError, map_file};
+use super::shared_file::map_file;
+use super::{Engine, Segment, SourceError};
 use crate::memory::HostMemory;
 use crate::model::{Dtype, parse_dtype};
 use serde::Deserialize;

@@ -1,0 +1,79 @@
+//! The facts that `status` shows, gathered when it is opened.
+
+use super::Mounted;
+use crate::commit::CommitInfo;
+use crate::fs::status::{CommitFacts, JobFacts, ReaderFacts, SourceFacts, Status, ViewFacts};
+use crate::source::Place;
+use crate::view::CopiedShards;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+impl Mounted {
+    pub fn status(&self) -> Status {
+        let source = self.image.source();
+        let count = |f: fn(&Place) -> bool| source.places.values().filter(|p| f(p)).count() as u64;
+        let readers = self.readers.lock();
+        let (open, pids) = (readers.len() as u64, readers.pids());
+        let held = self.view.as_ref().and_then(|_| readers.remaining(Instant::now()));
+        drop(readers);
+        let frozen = self.frozen.lock().is_some();
+        let newest = self.committer.as_ref().and_then(|c| c.newest());
+        let facts = self.facts.lock();
+        let state = match (&facts.gone, facts.doing) {
+            (Some(_), _) => "failed",
+            (None, Some(doing)) => doing,
+            (None, None) if frozen => "frozen",
+            (None, None) => "idle",
+        };
+        let (served, why) = match (&self.view, self.passthrough.get()) {
+            (None, _) => ("direct", self.why_direct.clone()),
+            (Some(_), Some(Ok(()))) => ("passthrough", None),
+            (Some(_), Some(Err(why))) => ("copied", Some(why.clone())),
+            (Some(_), None) => ("copied", None),
+        };
+        Status {
+            state,
+            model: self.directory.path.display().to_string(),
+            mount_point: self.mount_point.display().to_string(),
+            pid: std::process::id(),
+            source: SourceFacts {
+                engine: source.engines.first().map_or("own".into(), |e| match e.name.as_str() {
+                    "" => "engine".into(),
+                    name => name.to_string(),
+                }),
+                pids: source.engines.iter().filter_map(|e| e.pid).collect(),
+                device: "cpu".into(),
+                bytes: self.directory.bytes(),
+                tensors: source.places.len() as u64,
+                live: count(|p| matches!(p, Place::Live(_))),
+                opaque: count(|p| matches!(p, Place::Opaque(_))),
+                only_on_disk: count(|p| matches!(p, Place::OnlyOnDisk)),
+                only_live: source.only_live.len() as u64,
+                gone: facts.gone.clone(),
+            },
+            step: self.step.load(Ordering::Acquire),
+            view: ViewFacts {
+                step: match self.view {
+                    Some(_) => self.view_step.load(Ordering::Acquire),
+                    None => self.step.load(Ordering::Acquire),
+                },
+                served,
+                why,
+                bytes: self.view.as_ref().map_or(0, CopiedShards::bytes),
+                ready: self.view.is_none() || self.view_ready.load(Ordering::Acquire),
+            },
+            readers: ReaderFacts { open, pids, hold_seconds_left: held.map(|d| d.as_secs()) },
+            committed: newest.as_ref().map(commit_facts),
+            dirty: facts.dirty,
+            job: None::<JobFacts>,
+            jobs_queued: 0,
+            jobs: Vec::new(),
+            last_command: facts.last_command.clone(),
+            last_error: facts.last_error.clone(),
+        }
+    }
+}
+
+fn commit_facts(info: &CommitInfo) -> CommitFacts {
+    CommitFacts { id: info.id, step: info.step, time: info.time_text() }
+}

@@ -1,0 +1,243 @@
+//! Everything one mount knows and does: the weights, the view of them, the commits, and the facts that `status` shows.
+//!
+//! Lock order: `moving` (one open or move of the view at a time) before `readers`; `facts` is a leaf. Step holds are taken
+//! inside `moving`, never the other way round.
+
+mod commands;
+mod commits;
+mod facts;
+mod reading;
+
+use super::FsError;
+use super::status::CommandFacts;
+use crate::commit::{Committer, Snapshot};
+use crate::image::{Image, ShardBytes};
+use crate::memory;
+use crate::model::ModelDirectory;
+use crate::source::HoldGuard;
+use crate::view::{CopiedShards, Readers};
+use parking_lot::Mutex;
+use rustix::io::Errno;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+/// How weights are to be shown (`--view`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ViewMode {
+    /// Copies of one step, if there is memory for them.
+    Auto,
+    Held,
+    /// Each read from where the weights are.
+    Live,
+}
+
+#[derive(Debug, Clone)]
+pub struct ViewOptions {
+    pub mode: ViewMode,
+    pub hold: Duration,
+}
+
+/// Where the reads of an open shard come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Served {
+    Held,
+    Direct,
+}
+
+/// What the adapter is told, to pass on to the kernel from a thread that serves no request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// Bytes of the shards changed under files that are open.
+    ViewMoved,
+    StatusChanged,
+}
+
+/// One mount.
+pub struct Mounted {
+    pub directory: Arc<ModelDirectory>,
+    pub image: Arc<Image>,
+    pub mount_point: PathBuf,
+    pub read_only: bool,
+    /// uid and gid whose mount this is.
+    pub owner: (u32, u32),
+    committer: Option<Arc<Committer>>,
+    view: Option<CopiedShards>,
+    why_direct: Option<String>,
+    /// Set by the adapter once it knows whether the kernel serves the view without us.
+    passthrough: OnceLock<Result<(), String>>,
+    moving: Mutex<()>,
+    readers: Mutex<Readers>,
+    snapshots: Mutex<HashMap<u64, (Arc<Snapshot>, usize)>>,
+    frozen: Mutex<Option<HoldGuard>>,
+    commanding: Mutex<()>,
+    step: AtomicU64,
+    view_step: AtomicU64,
+    view_ready: AtomicBool,
+    version: AtomicU64,
+    facts: Mutex<Facts>,
+    events: OnceLock<Box<dyn Fn(Event) + Send + Sync>>,
+}
+
+struct Facts {
+    doing: Option<&'static str>,
+    dirty: &'static str,
+    gone: Option<String>,
+    last_command: Option<CommandFacts>,
+    last_error: Option<String>,
+    mtime: Vec<SystemTime>,
+    changed_at: SystemTime,
+}
+
+impl Mounted {
+    /// `committer` is `None` for a read-only mount.
+    pub fn new(
+        image: Arc<Image>,
+        committer: Option<Arc<Committer>>,
+        mount_point: PathBuf,
+        options: &ViewOptions,
+    ) -> Result<Mounted, FsError> {
+        let directory = image.directory().clone();
+        let (view, why_direct) = view_for(&image, options)?;
+        let mtime = directory.shards.iter().map(|s| std::fs::metadata(&s.path)?.modified());
+        let facts = Facts {
+            doing: None,
+            dirty: "unknown",
+            gone: None,
+            last_command: None,
+            last_error: None,
+            mtime: mtime.collect::<Result<_, std::io::Error>>()?,
+            changed_at: SystemTime::now(),
+        };
+        let step = committer.as_ref().map_or(0, |c| c.step());
+        Ok(Mounted {
+            directory,
+            image,
+            mount_point,
+            read_only: committer.is_none(),
+            owner: (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw()),
+            committer,
+            view,
+            why_direct,
+            passthrough: OnceLock::new(),
+            moving: Mutex::default(),
+            readers: Mutex::new(Readers::new(options.hold)),
+            snapshots: Mutex::default(),
+            frozen: Mutex::default(),
+            commanding: Mutex::default(),
+            step: AtomicU64::new(step),
+            view_step: AtomicU64::new(step),
+            view_ready: AtomicBool::new(false),
+            version: AtomicU64::new(1),
+            facts: Mutex::new(facts),
+            events: OnceLock::new(),
+        })
+    }
+
+    // -- what the adapter sets and asks --
+
+    /// The shards' copies, if weights are served from copies.
+    pub fn view(&self) -> Option<&CopiedShards> {
+        self.view.as_ref()
+    }
+
+    /// Whether the kernel reads the view's files without us, or why not.
+    pub fn set_passthrough(&self, outcome: Result<(), String>) {
+        let _ = self.passthrough.set(outcome);
+    }
+
+    pub fn is_passthrough(&self) -> bool {
+        matches!(self.passthrough.get(), Some(Ok(())))
+    }
+
+    pub fn on_event(&self, tell: Box<dyn Fn(Event) + Send + Sync>) {
+        let _ = self.events.set(tell);
+    }
+
+    fn tell(&self, event: Event) {
+        if let Some(tell) = self.events.get() {
+            tell(event);
+        }
+    }
+
+    /// Something that `status` shows has changed.
+    fn changed(&self) {
+        self.facts.lock().changed_at = SystemTime::now();
+        self.version.fetch_add(1, Ordering::AcqRel);
+        self.tell(Event::StatusChanged);
+    }
+
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    pub fn changed_at(&self) -> SystemTime {
+        self.facts.lock().changed_at
+    }
+
+    pub fn weights_mtime(&self, shard: usize) -> SystemTime {
+        self.facts.lock().mtime[shard]
+    }
+
+    // -- the engine's life --
+
+    /// Looks whether engine and memories are still there; called a few times a second.
+    pub fn watch(&self) {
+        if let Err(e) = self.image.check() {
+            self.engine_gone(&e.to_string());
+        }
+    }
+
+    fn engine_gone(&self, why: &str) {
+        {
+            let mut facts = self.facts.lock();
+            if facts.gone.is_some() {
+                return;
+            }
+            facts.gone = Some(why.to_string());
+            facts.last_error = Some(why.to_string());
+        }
+        log::error!("{why}");
+        self.changed();
+        self.tell(Event::ViewMoved);
+    }
+
+    fn alive(&self) -> Result<(), FsError> {
+        match &self.facts.lock().gone {
+            Some(why) => Err(FsError::new(Errno::STALE, why.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Notes an error for `status` and passes it on.
+    fn noted<T>(&self, result: Result<T, FsError>) -> Result<T, FsError> {
+        if let Err(e) = &result {
+            if e.errno == Errno::STALE {
+                self.engine_gone(&e.message);
+            } else {
+                self.facts.lock().last_error = Some(e.message.clone());
+                self.changed();
+            }
+        }
+        result
+    }
+}
+
+/// Copies of all shards if they fit beside what else the machine needs, or why not.
+fn view_for(image: &Arc<Image>, options: &ViewOptions) -> Result<(Option<CopiedShards>, Option<String>), FsError> {
+    let bytes = image.directory().bytes();
+    if options.mode == ViewMode::Live {
+        return Ok((None, Some("asked for by --view live".into())));
+    }
+    let available = memory::available().unwrap_or(u64::MAX);
+    // A tenth is left for the rest of the machine.
+    if options.mode == ViewMode::Auto && bytes > available / 10 * 9 {
+        let why = format!("a copy of the weights takes {bytes} bytes and {available} are available");
+        return Ok((None, Some(why)));
+    }
+    let name = image.directory().path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    Ok((Some(CopiedShards::new(&**image, &name)?), None))
+}

@@ -1,0 +1,138 @@
+//! Opens and reads of weights: when the view moves, and what a read is served from.
+
+use super::{Event, Mounted, Served};
+use crate::fs::FsError;
+use crate::image::ShardBytes;
+use crate::view::{CopiedShards, Opened, Reader};
+use rustix::io::Errno;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
+
+impl Mounted {
+    /// Fills the view for the first time and finds out what differs from disk; runs beside the mount.
+    pub fn prepare(&self) {
+        if self.view.is_some() {
+            let _turn = self.moving.lock();
+            let _ = self.noted(self.move_view());
+        }
+        if self.image.source().is_own() {
+            // Loaded from the files a moment ago.
+            self.facts.lock().dirty = "no";
+            self.changed();
+        } else if let Some(committer) = &self.committer {
+            let dirty = committer.ensure_baseline(&|_| {}).and_then(|()| committer.dirty_blocks(&*self.image));
+            match dirty {
+                Ok(blocks) => self.facts.lock().dirty = if blocks > 0 { "yes" } else { "no" },
+                Err(e) => {
+                    let _ = self.noted::<()>(Err(e.into()));
+                }
+            }
+            self.changed();
+        }
+    }
+
+    /// Whether an open would have to wait for the view.
+    pub fn open_may_wait(&self) -> bool {
+        // Somebody has the view in hand, moves it, or waits for an engine to.
+        let Some(_turn) = self.moving.try_lock() else { return self.view.is_some() };
+        self.view.is_some() && !self.is_current() && !self.readers.lock().holding(Instant::now())
+    }
+
+    /// Whether the view is known to show the live step: only of weights that nobody else writes.
+    fn is_current(&self) -> bool {
+        self.image.source().is_own()
+            && self.view.as_ref().is_some_and(CopiedShards::is_whole)
+            && self.view_step.load(Ordering::Acquire) == self.step.load(Ordering::Acquire)
+    }
+
+    /// Opens shard `shard` for process `pid`: brings the view to the newest step unless others hold it.
+    pub fn open_weights(&self, handle: u64, shard: usize, pid: u32) -> Result<Served, FsError> {
+        self.alive()?;
+        let reader = |since| Reader { shard, pid, since };
+        if self.view.is_none() {
+            self.noted(self.image.check().map_err(FsError::from))?;
+            self.readers.lock().add(handle, reader(Instant::now()));
+            self.changed();
+            return Ok(Served::Direct);
+        }
+        let _turn = self.moving.lock();
+        // Looked at in our turn: whoever came before may have begun to hold the view.
+        let before = self.readers.lock().before_open(Instant::now());
+        if before == Opened::MoveFirst {
+            self.noted(self.move_view())?;
+        } else if !self.view.as_ref().is_some_and(CopiedShards::is_whole) {
+            return Err(FsError::new(Errno::STALE, "the view is not of one step: the engine went while it moved"));
+        }
+        self.readers.lock().add(handle, reader(Instant::now()));
+        self.changed();
+        Ok(Served::Held)
+    }
+
+    pub fn close_weights(&self, handle: u64) {
+        self.readers.lock().remove(handle);
+        self.changed();
+    }
+
+    /// Reads shard bytes as they are shown. The whole of `dst` lies inside the shard.
+    pub fn read_weights(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), FsError> {
+        match &self.view {
+            Some(view) => {
+                self.alive()?;
+                let n = view.read(shard, offset, dst)?;
+                if n < dst.len() {
+                    return Err(FsError::new(Errno::IO, "the view is shorter than its shard"));
+                }
+                Ok(())
+            }
+            None => {
+                self.alive()?;
+                self.noted(self.read_live(shard, offset, dst))
+            }
+        }
+    }
+
+    fn read_live(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), FsError> {
+        let _hold = self.image.hold()?;
+        self.image.read(shard, offset, dst)?;
+        Ok(self.image.check()?)
+    }
+
+    /// Brings the view to the live step. The caller has `moving`.
+    pub(super) fn move_view(&self) -> Result<(), FsError> {
+        let Some(view) = &self.view else { return Ok(()) };
+        if self.is_current() {
+            return Ok(());
+        }
+        let step = self.step.load(Ordering::Acquire);
+        let began = Instant::now();
+        let refreshed = view.refresh(&*self.image)?;
+        log::debug!("view: {} blocks in {:?}", refreshed.blocks, began.elapsed());
+        self.view_ready.store(true, Ordering::Release);
+        if refreshed.filled {
+            self.view_step.store(step, Ordering::Release);
+        } else if refreshed.blocks > 0 {
+            self.weights_moved(step);
+        }
+        self.changed();
+        Ok(())
+    }
+
+    /// The view shows other bytes than before: steps that somebody else took are counted as we see them.
+    pub(super) fn weights_moved(&self, step: u64) {
+        let step = if self.view_step.load(Ordering::Acquire) == step && !self.image.source().is_own() {
+            self.step.fetch_add(1, Ordering::AcqRel) + 1
+        } else {
+            step
+        };
+        self.view_step.store(step, Ordering::Release);
+        let mut facts = self.facts.lock();
+        facts.dirty = "yes";
+        let now = SystemTime::now();
+        for mtime in &mut facts.mtime {
+            // Forward always, even when the clock went back: that is how rsync and make notice.
+            *mtime = now.max(*mtime + Duration::from_nanos(1));
+        }
+        drop(facts);
+        self.tell(Event::ViewMoved);
+    }
+}
