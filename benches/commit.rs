@@ -20,9 +20,6 @@ use weightfs::image::{ImageError, ShardBytes, StepHold};
 use weightfs::memory::{BLOCK, Hash, hash_into};
 use weightfs::model::ModelDirectory;
 
-/// Changed blocks: place and bytes of each run.
-type Runs = Vec<(u64, Vec<u8>)>;
-
 struct Live(Vec<Vec<u8>>);
 
 impl ShardBytes for Live {
@@ -115,8 +112,8 @@ fn plain(work: &Path, log: &Path, shards: &[(PathBuf, Runs)]) -> Duration {
     })
 }
 
-fn runs(before: &[u8], after: &[u8]) -> Runs {
-    let mut runs: Runs = Vec::new();
+fn runs(before: &[u8], after: &[u8]) -> Vec<(u64, Vec<u8>)> {
+    let mut runs: Vec<(u64, Vec<u8>)> = Vec::new();
     for (i, (a, b)) in before.chunks(BLOCK).zip(after.chunks(BLOCK)).enumerate() {
         if a != b {
             let at = (i * BLOCK) as u64;
