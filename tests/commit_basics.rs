@@ -77,7 +77,7 @@ fn a_commit_writes_just_the_changed_blocks_and_moves_mtime_forward() {
     assert_eq!((info.id, info.step, info.changed_blocks), (1, 7, 3));
     let last = second as u64 % 4096;
     assert_eq!(report.fold, FoldOutcome::Folded { blocks: 3, bytes: 8192 + last });
-    assert_eq!(setup.disk(), setup.live.bytes());
+    assert_same!(setup.disk(), setup.live.bytes());
     let after = setup.mtimes();
     assert!(after[1] > before[1], "the changed shard's mtime moves");
     assert_eq!(after[0], before[0], "the other shard is not touched");
@@ -127,7 +127,7 @@ fn staging_beyond_its_limit_streams_and_commits_the_same() {
         for step in 1..6 {
             setup.live.scribble(&mut random, 1 << (2 * step));
             commit(&committer, &setup.live, step);
-            assert_eq!(setup.disk(), setup.live.bytes());
+            assert_same!(setup.disk(), setup.live.bytes());
             assert_eq!(committer.dirty_blocks(&setup.live).unwrap(), 0);
         }
         drop(committer);
@@ -151,7 +151,7 @@ fn every_commit_can_be_read_and_rolled_back_to() {
     }
     for (id, state) in states.iter().enumerate() {
         let snapshot = committer.snapshot(id as u64).unwrap();
-        assert_eq!(read_all(&snapshot), *state, "commit {id}");
+        assert_same!(read_all(&snapshot), *state, "commit {id}");
         let mut part = [0; 5000];
         snapshot.read(1, 3000, &mut part).unwrap();
         assert_eq!(part, state[1][3000..8000]);
@@ -162,8 +162,8 @@ fn every_commit_can_be_read_and_rolled_back_to() {
         let info = report.commit.commit.unwrap();
         assert_eq!((info.id, info.rollback_to), (6 + i as u64, Some(id)));
         assert!(report.live_bytes > 0);
-        assert_eq!(setup.live.bytes(), states[id as usize]);
-        assert_eq!(setup.disk(), states[id as usize]);
+        assert_same!(setup.live.bytes(), states[id as usize]);
+        assert_same!(setup.disk(), states[id as usize]);
         assert_eq!(committer.dirty_blocks(&setup.live).unwrap(), 0);
     }
     let log = history_readonly(setup.path()).unwrap();
@@ -191,16 +191,16 @@ fn folds_that_are_put_off_happen_later_with_the_same_bytes() {
             let folded = policy == "every:3" && step == 3;
             assert_eq!(matches!(report.fold, FoldOutcome::Folded { .. }), folded, "{policy} {step}");
         }
-        assert_eq!(setup.disk(), states[if policy == "never" { 0 } else { 3 }]);
+        assert_same!(setup.disk(), states[if policy == "never" { 0 } else { 3 }]);
         for (id, state) in states.iter().enumerate() {
-            assert_eq!(read_all(&committer.snapshot(id as u64).unwrap()), *state);
+            assert_same!(read_all(&committer.snapshot(id as u64).unwrap()), *state);
         }
         assert!(committer.verify(None).unwrap().wrong.is_empty());
         let held = committer.snapshot(2).unwrap();
-        assert_eq!(read_all(&held)[0], states[2][0]);
+        assert_same!(read_all(&held)[0], states[2][0]);
         assert!(matches!(committer.fold().unwrap(), FoldOutcome::Folded { .. }));
-        assert_eq!(setup.disk(), states[5]);
-        assert_eq!(read_all(&held), states[2]);
+        assert_same!(setup.disk(), states[5]);
+        assert_same!(read_all(&held), states[2]);
         assert_eq!(committer.folded(), 5);
         assert!(committer.verify(None).unwrap().wrong.is_empty());
     }
@@ -218,12 +218,12 @@ fn a_reader_with_the_shared_lock_puts_the_fold_off_not_the_commit() {
     assert_eq!(report.commit.as_ref().unwrap().id, 1);
     assert!(matches!(&report.fold, FoldOutcome::Deferred { why } if why.contains(".weightfs/lock")));
     assert!(report.to_string().contains("follow later"));
-    assert_eq!(setup.disk(), before);
+    assert_same!(setup.disk(), before);
     drop(lock);
     let report = commit(&committer, &setup.live, 1);
     assert!(report.commit.is_none());
     assert!(matches!(report.fold, FoldOutcome::Folded { blocks: 1, .. }));
-    assert_eq!(setup.disk(), setup.live.bytes());
+    assert_same!(setup.disk(), setup.live.bytes());
 }
 
 #[test]
@@ -263,7 +263,7 @@ fn weights_files_that_somebody_else_changed_are_refused_and_untouched() {
     let error = committer.commit(&setup.live, &CommitRequest::new("", 3)).unwrap_err();
     assert!(matches!(&error, CommitError::Foreign { commit: 2, .. }), "{error}");
     assert!(error.to_string().contains("1 of its") && error.to_string().contains("remove .weightfs"), "{error}");
-    assert_eq!(std::fs::read(&path).unwrap(), theirs);
+    assert_same!(std::fs::read(&path).unwrap(), theirs);
     assert_eq!(std::fs::read(setup.path().join(".weightfs/state.json")).unwrap(), before);
     drop(committer);
     let committer = setup.open();
@@ -273,7 +273,7 @@ fn weights_files_that_somebody_else_changed_are_refused_and_untouched() {
     theirs[9000..9006].copy_from_slice(&setup.live.bytes()[0][9000..9006]);
     std::fs::write(&path, &theirs).unwrap();
     commit(&committer, &setup.live, 3);
-    assert_eq!(setup.disk(), setup.live.bytes());
+    assert_same!(setup.disk(), setup.live.bytes());
 }
 
 #[test]
@@ -291,7 +291,7 @@ fn pruned_commits_say_so_and_snapshots_held_stay_valid() {
     }
     assert_eq!(std::fs::read_dir(setup.path().join(".weightfs/log")).unwrap().count(), 2);
     for (snapshot, state) in held.iter().zip(&states) {
-        assert_eq!(read_all(snapshot), *state, "commit {}", snapshot.id());
+        assert_same!(read_all(snapshot), *state, "commit {}", snapshot.id());
     }
     let error = committer.snapshot(4).map(|_| ()).unwrap_err();
     assert_eq!(error.to_string(), "commit 4 was pruned: the oldest that is kept is 5");
@@ -301,8 +301,8 @@ fn pruned_commits_say_so_and_snapshots_held_stay_valid() {
     drop(committer);
     let committer = setup.open();
     committer.rollback(5, Some(&setup.live)).unwrap();
-    assert_eq!(setup.disk(), states[5]);
-    assert_eq!(setup.live.bytes(), states[5]);
+    assert_same!(setup.disk(), states[5]);
+    assert_same!(setup.live.bytes(), states[5]);
 }
 
 #[test]
@@ -361,13 +361,13 @@ fn blobs_of_a_hub_cache_and_hard_links_are_replaced_by_private_copies() {
         for step in 1..3 {
             live.set(0, 5000, &[step; 3]);
             commit(&committer, &live, step as u64);
-            assert_eq!(disk(&snapshot, &shards), live.bytes(), "{kind}");
+            assert_same!(disk(&snapshot, &shards), live.bytes(), "{kind}");
         }
         let through = kind == "plain link";
         assert_eq!(std::fs::read(&blob).unwrap() == live.bytes()[0], through, "{kind}");
         assert_eq!(std::fs::symlink_metadata(&file).unwrap().is_symlink(), through);
         assert!(!snapshot.join(".weightfs/incoming/model.safetensors").exists());
-        assert_eq!(read_all(&committer.snapshot(0).unwrap())[0], shards[0].1);
+        assert_same!(read_all(&committer.snapshot(0).unwrap())[0], shards[0].1);
     }
 }
 
@@ -386,11 +386,11 @@ fn blocks_that_cannot_be_believed_are_hashed_again() {
         std::fs::write(&path, &bad).unwrap();
         let committer = setup.open();
         assert_eq!(committer.dirty_blocks(&setup.live).unwrap(), 0);
-        assert_eq!(std::fs::read(&path).unwrap(), good, "byte {at}");
+        assert_same!(std::fs::read(&path).unwrap(), good, "byte {at}");
     }
     std::fs::write(&path, b"").unwrap();
     setup.open().ensure_baseline(&|_| ()).unwrap();
-    assert_eq!(std::fs::read(&path).unwrap(), good);
+    assert_same!(std::fs::read(&path).unwrap(), good);
 }
 
 #[test]

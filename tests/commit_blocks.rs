@@ -282,11 +282,11 @@ fn check(directory: &Path, shards: &[(String, Vec<u8>)], commits: &[Committed], 
     let (committer, _) = Committer::open(model, Options::default()).unwrap_or_else(|e| panic!("{what}: {e}"));
     let newest = committer.newest().unwrap().id;
     assert!((least..=3).contains(&newest), "{what}: recovered to {newest}");
-    assert_eq!(disk(directory, shards), commits[newest as usize].shards, "{what}");
+    assert_same!(disk(directory, shards), commits[newest as usize].shards, "{what}");
     assert!(committer.history().iter().map(|c| c.id).eq(1..=newest), "{what}");
     assert_eq!(committer.verify(None).unwrap().wrong, Vec::<String>::new(), "{what}");
     for id in 0..=newest {
-        assert_eq!(read(&committer, id), commits[id as usize], "{what}: commit {id}");
+        assert_same!(read(&committer, id), commits[id as usize], "{what}: commit {id}");
         assert_eq!(committer.verify(Some(id)).unwrap().wrong, Vec::<String>::new(), "{what}");
     }
     newest

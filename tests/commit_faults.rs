@@ -40,7 +40,7 @@ fn play(options: Options, errno: i32, lasting: bool, shared: bool) {
         let result = committer.commit(&world.live, &request);
         let (_, failed) = world.storage.counted();
         world.storage.set_fault(None);
-        assert_eq!(world.live.bytes(), live, "{what}");
+        assert_same!(world.live.bytes(), live, "{what}");
         match &result {
             Err(e) => {
                 assert!(matches!(e.errno(), libc::EIO | libc::ENOSPC), "{what}: {e}");
@@ -54,7 +54,7 @@ fn play(options: Options, errno: i32, lasting: bool, shared: bool) {
         }
         for id in 0..world.commits.len() as u64 {
             if committer.history().first().is_some_and(|c| c.id <= id) {
-                assert_eq!(world.read(&committer, id), world.commits[id as usize], "{what}: commit {id}");
+                assert_same!(world.read(&committer, id), world.commits[id as usize], "{what}: commit {id}");
             }
         }
         assert_eq!(committer.verify(None).unwrap().wrong, Vec::<String>::new(), "{what}");

@@ -37,7 +37,7 @@ fn an_independent_reader_rebuilds_every_commit_from_the_documentation() {
                 .output();
             match run {
                 Ok(output) if output.status.success() => {
-                    assert_eq!(&disk(out.path(), &shards), state, "commit {id}");
+                    assert_same!(&disk(out.path(), &shards), state, "commit {id}");
                 }
                 Ok(output) if output.status.code() == Some(77) => {
                     eprintln!("SKIPPED: {}", String::from_utf8_lossy(&output.stdout).trim());

@@ -57,7 +57,7 @@ fn what_counts_is_what_was_copied_not_what_was_hashed() {
         let report = committer.commit(&racing, &CommitRequest::new("", 1)).unwrap();
         let info = report.commit.unwrap();
         assert_eq!((info.changed_blocks, info.changed_bytes), (2, 7), "staging {staging_memory}");
-        assert_eq!(disk(directory.path(), &shards), racing.read.bytes());
+        assert_same!(disk(directory.path(), &shards), racing.read.bytes());
         assert!(committer.verify(None).unwrap().wrong.is_empty());
         assert!(committer.verify(Some(1)).unwrap().wrong.is_empty());
         assert_eq!(committer.dirty_blocks(&racing.read).unwrap(), 0);
@@ -121,7 +121,7 @@ fn commits_and_rollbacks_of_several_threads_come_one_after_the_other() {
                     let Ok(snapshot) = committer.snapshot(newest.id) else { continue };
                     let first = read_all(&snapshot);
                     for _ in 0..5 {
-                        assert_eq!(read_all(&snapshot), first, "commit {} changed", newest.id);
+                        assert_same!(read_all(&snapshot), first, "commit {} changed", newest.id);
                         reads.fetch_add(1, Ordering::Relaxed);
                     }
                 }
@@ -133,7 +133,7 @@ fn commits_and_rollbacks_of_several_threads_come_one_after_the_other() {
         stop.store(true, Ordering::Relaxed);
     });
     committer.commit(&live, &CommitRequest::new("last", 99)).unwrap();
-    assert_eq!(disk(directory.path(), &shards), live.bytes());
+    assert_same!(disk(directory.path(), &shards), live.bytes());
     let history = committer.history();
     assert_eq!(history.len(), 6);
     assert!(history.windows(2).all(|w| w[0].id + 1 == w[1].id));
@@ -158,7 +158,7 @@ fn helper_that_commits_a_directory() {
             Ok((committer, _)) => {
                 live.scribble(&mut random, 20);
                 committer.commit(&live, &CommitRequest::new(&format!("by {}", std::process::id()), done)).unwrap();
-                assert_eq!(disk(&model.path, &shards), live.bytes());
+                assert_same!(disk(&model.path, &shards), live.bytes());
                 done += 1;
             }
             Err(CommitError::Busy { .. }) => {

@@ -45,7 +45,11 @@ fn compare(world: &World, committer: &Committer, random: &mut Random, what: &str
     let oldest = committer.history().first().map_or(0, |c| c.id);
     let oldest = if oldest <= 1 { 0 } else { oldest };
     for id in [newest, oldest + random.below(newest - oldest + 1)] {
-        assert_eq!(world.read(committer, id), world.commits[id as usize], "{what}: commit {id} of {oldest}..={newest}");
+        assert_same!(
+            world.read(committer, id),
+            world.commits[id as usize],
+            "{what}: commit {id} of {oldest}..={newest}"
+        );
     }
     assert_eq!(committer.verify(None).unwrap().wrong, Vec::<String>::new(), "{what}");
 }
@@ -104,7 +108,7 @@ fn walk(seed: u64, steps: u64, counts: &mut Counts) {
                 }
                 next = Some(target.clone());
                 let report = committer.rollback(id, Some(&world.live)).unwrap();
-                assert_eq!(world.live.bytes(), target.shards, "{what}: live after rollback to {id}");
+                assert_same!(world.live.bytes(), target.shards, "{what}: live after rollback to {id}");
                 if report.commit.commit.is_some() {
                     counts.note("rollbacks");
                     world.commits.push(target);
@@ -120,7 +124,7 @@ fn walk(seed: u64, steps: u64, counts: &mut Counts) {
                     counts.note("snapshots held");
                 }
                 for snapshot in &held {
-                    assert_eq!(read_all(snapshot), world.commits[snapshot.id() as usize].shards, "{what}: held");
+                    assert_same!(read_all(snapshot), world.commits[snapshot.id() as usize].shards, "{what}: held");
                 }
                 if random.below(2) == 0 {
                     held.remove(random.below(held.len() as u64) as usize);
@@ -132,7 +136,7 @@ fn walk(seed: u64, steps: u64, counts: &mut Counts) {
         if action >= 85 {
             // A new process, after a crash or in peace.
             for snapshot in held.drain(..) {
-                assert_eq!(read_all(&snapshot), world.commits[snapshot.id() as usize].shards, "{what}: held");
+                assert_same!(read_all(&snapshot), world.commits[snapshot.id() as usize].shards, "{what}: held");
             }
             drop(committer);
             if action >= 90 {
@@ -158,7 +162,7 @@ fn walk(seed: u64, steps: u64, counts: &mut Counts) {
         } else if next.is_some() && random.below(4) == 0 {
             // A crash in the middle of the command just done.
             for snapshot in held.drain(..) {
-                assert_eq!(read_all(&snapshot), world.commits[snapshot.id() as usize].shards, "{what}: held");
+                assert_same!(read_all(&snapshot), world.commits[snapshot.id() as usize].shards, "{what}: held");
             }
             drop(committer);
             let recording = world.storage.recording();

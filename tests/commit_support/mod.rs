@@ -137,3 +137,20 @@ impl Random {
         self.next() % n
     }
 }
+
+/// `assert_eq!` for weights: says where they differ instead of printing them.
+#[macro_export]
+macro_rules! assert_same {
+    ($left:expr, $right:expr $(, $($what:tt)+)?) => {
+        match (&$left, &$right) {
+            (left, right) if left != right => {
+                let what = String::new() $(+ &format!($($what)+))?;
+                let (left, right) = (format!("{left:?}"), format!("{right:?}"));
+                let at = left.bytes().zip(right.bytes()).take_while(|(a, b)| a == b).count();
+                let part = |text: &str| text.chars().skip(at.saturating_sub(20)).take(60).collect::<String>();
+                panic!("{what}: they differ at character {at} of {}: …{}… and …{}…", left.len(), part(&left), part(&right));
+            }
+            _ => {}
+        }
+    };
+}

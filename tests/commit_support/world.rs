@@ -3,6 +3,7 @@
 
 use super::memory::*;
 use super::*;
+use crate::assert_same;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use weightfs::commit::*;
 
@@ -75,7 +76,7 @@ impl World {
         assert!((least..=most).contains(&newest), "{}: recovered to {newest}, not {least}..={most}", what());
         if committer.folded() == newest {
             for (name, expected) in self.names.iter().zip(&self.commits[newest as usize].shards) {
-                assert_eq!(storage.tree().file(name), Some(&expected[..]), "{}: {name}", what());
+                assert_same!(storage.tree().file(name), Some(&expected[..]), "{}: {name}", what());
             }
         } else {
             assert_ne!(self.options.fold, FoldPolicy::Always, "{}: not folded", what());
@@ -88,7 +89,7 @@ impl World {
             assert_eq!(oldest, 1.min(newest + 1), "{}", what());
         }
         for id in oldest..=newest {
-            assert_eq!(self.read(&committer, id), self.commits[id as usize], "{}: commit {id}", what());
+            assert_same!(self.read(&committer, id), self.commits[id as usize], "{}: commit {id}", what());
             assert_eq!(committer.verify(Some(id)).unwrap().wrong, Vec::<String>::new(), "{}", what());
         }
         // It goes on: the live weights, whichever they are, can be committed.
