@@ -30,6 +30,7 @@ impl Committer {
         let snapshot = Snapshot::open(&self.shared, id)?;
         let message = format!("rollback to commit {id}");
         let within = snapshot.differences();
+        snapshot.prepare()?;
         let wanted =
             Wanted { request: CommitRequest::new(&message, self.step()), within: Some(&within), rollback_to: Some(id) };
         let commit = self.commit_locked(&Past(&snapshot), &wanted)?;

@@ -12,6 +12,7 @@ use super::report::CommitInfo;
 use super::storage::Access;
 use super::{Committer, Shared};
 use parking_lot::Mutex;
+use rayon::prelude::*;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -31,9 +32,17 @@ pub struct Snapshot {
 
 #[derive(Default)]
 struct Cache {
-    patches: HashMap<(usize, usize), (Arc<Patch>, u64)>,
+    patches: HashMap<(usize, usize), Cached>,
     bytes: usize,
     clock: u64,
+}
+
+#[derive(Default)]
+struct Cached {
+    /// Locked while it is built, so that readers of one tensor wait for each other and those of others do not.
+    patch: Arc<Mutex<Option<Arc<Patch>>>>,
+    bytes: usize,
+    used: u64,
 }
 
 /// The bytes of one tensor that differ, or may differ, from the file's.
@@ -137,30 +146,46 @@ impl Snapshot {
         if newest == 0 && !has_forward {
             return Ok(None);
         }
-        // Building takes long: readers of one snapshot wait for each other rather than build the same.
-        let mut cache = self.cache.lock();
-        cache.clock += 1;
-        let clock = cache.clock;
-        if let Some((patch, used)) = cache.patches.get_mut(&(shard, tensor))
-            && patch.through >= newest
-        {
-            *used = clock;
+        let slot = {
+            let mut cache = self.cache.lock();
+            cache.clock += 1;
+            let clock = cache.clock;
+            let cached = cache.patches.entry((shard, tensor)).or_default();
+            cached.used = clock;
+            cached.patch.clone()
+        };
+        let mut built = slot.lock();
+        if let Some(patch) = built.as_ref().filter(|p| p.through >= newest) {
             return Ok(Some(patch.clone()));
         }
         let back = later.iter().rev().map(|r| Layer { record: r.clone(), side: Side::Old });
         let layers: Vec<Layer> = self.forward.iter().cloned().chain(back).filter(|l| l.record.has(name)).collect();
         let through = later.last().map_or(self.id, |r| r.id());
         let patch = Arc::new(self.build(shard, tensor, &layers, through)?);
-        cache.bytes += patch.bytes;
-        if let Some((old, _)) = cache.patches.insert((shard, tensor), (patch.clone(), clock)) {
-            cache.bytes -= old.bytes;
-        }
-        while cache.bytes > CACHE && cache.patches.len() > 1 {
-            let oldest = cache.patches.iter().min_by_key(|(_, (_, used))| *used).map(|(at, _)| *at);
-            let Some((old, _)) = oldest.and_then(|at| cache.patches.remove(&at)) else { break };
-            cache.bytes -= old.bytes;
-        }
+        *built = Some(patch.clone());
+        drop(built);
+        self.cache.lock().account((shard, tensor), patch.bytes);
         Ok(Some(patch))
+    }
+
+    /// Decodes what differs on all cores, as far as it is kept.
+    pub(super) fn prepare(&self) -> Result<(), CommitError> {
+        let later = self.later();
+        let mut tensors: Vec<(usize, usize)> = Vec::new();
+        for (s, shard) in self.shared.layout.shards.iter().enumerate() {
+            tensors.extend((0..shard.tensors.len()).map(|t| (s, t)));
+        }
+        let bytes = |&(s, t): &(usize, usize)| {
+            let tensor = &self.shared.layout.shards[s].tensors[t];
+            tensor.end - tensor.start
+        };
+        tensors.sort_by_key(|at| std::cmp::Reverse(bytes(at)));
+        tensors.into_par_iter().with_max_len(1).try_for_each(|(s, t)| {
+            if self.cache.lock().bytes < CACHE / 2 {
+                self.patch(s, t, &later)?;
+            }
+            Ok(())
+        })
     }
 
     fn build(&self, shard: usize, tensor: usize, layers: &[Layer], through: u64) -> Result<Patch, CommitError> {
@@ -182,6 +207,21 @@ impl Snapshot {
             at += window.len() as u64;
         }
         Ok(patch)
+    }
+}
+
+impl Cache {
+    /// Notes the size of a patch just built, and lets go of those used longest ago when all are too large together.
+    fn account(&mut self, at: (usize, usize), bytes: usize) {
+        if let Some(cached) = self.patches.get_mut(&at) {
+            self.bytes = self.bytes - cached.bytes + bytes;
+            cached.bytes = bytes;
+        }
+        while self.bytes > CACHE && self.patches.len() > 1 {
+            let oldest = self.patches.iter().min_by_key(|(_, cached)| cached.used).map(|(at, _)| *at);
+            let Some(cached) = oldest.and_then(|at| self.patches.remove(&at)) else { break };
+            self.bytes -= cached.bytes;
+        }
     }
 }
 
