@@ -4,12 +4,14 @@
 //! where it is: a private copy takes the changes, and its place once it is on the disk.
 
 use super::error::CommitError;
-use super::layout::Layout;
+use super::layout::{Layout, TensorLayout};
 use super::replay::{Layer, Replay};
 use super::stage::Staged;
 use super::state::State;
 use super::storage::{Access, Sharing, Stat, Storage, StoredFile};
 use crate::memory::{BLOCK, Hash, block_hash};
+use rayon::prelude::*;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -25,6 +27,9 @@ pub enum Source<'a> {
     /// The log: new sides of the records not folded yet, in order.
     Log(&'a [Layer]),
 }
+
+/// Byte ranges written.
+type Runs = Vec<Range<u64>>;
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Folded {
@@ -121,6 +126,8 @@ impl Fold<'_> {
         }
     }
 
+    /// Tensors are decoded at the same time. Each is written up to its own ends only: a block that two share is written in
+    /// two parts, which is as good, since every byte is an absolute value.
     fn write_from_log(
         &self,
         shard: usize,
@@ -128,34 +135,60 @@ impl Fold<'_> {
         layers: &[Layer],
         folded: &mut Folded,
     ) -> Result<(), CommitError> {
-        let name = &self.layout.shards[shard].name;
-        let bytes = self.layout.shards[shard].bytes;
+        let tensors = &self.layout.shards[shard].tensors;
+        let mut changed: Vec<&TensorLayout> =
+            tensors.iter().filter(|t| layers.iter().any(|l| l.record.has(&t.name))).collect();
+        changed.sort_by_key(|t| std::cmp::Reverse(t.end - t.start));
+        let written = changed
+            .into_par_iter()
+            .with_max_len(1)
+            .map(|tensor| self.write_tensor(shard, tensor, file, layers))
+            .collect::<Result<Vec<Runs>, CommitError>>()?;
+        let mut runs: Vec<Range<u64>> = written.into_iter().flatten().collect();
+        runs.sort_by_key(|r| r.start);
+        let mut counted = 0;
+        for run in runs {
+            folded.bytes += run.end - run.start;
+            let blocks = (run.start / BLOCK as u64).max(counted)..run.end.div_ceil(BLOCK as u64);
+            folded.blocks += blocks.end - blocks.start;
+            counted = blocks.end;
+        }
+        Ok(())
+    }
+
+    fn write_tensor(
+        &self,
+        shard: usize,
+        tensor: &TensorLayout,
+        file: &Arc<dyn StoredFile>,
+        layers: &[Layer],
+    ) -> Result<Runs, CommitError> {
         let mut source = Replay::new(self.layout, shard, file.clone(), layers);
-        let mut buffer = vec![0; WINDOW];
-        let mut touched = vec![false; WINDOW / BLOCK];
-        let mut at = 0;
-        while at < bytes {
-            let end = (at + WINDOW as u64).min(bytes);
-            if source.is_touched(at, end) {
-                let window = &mut buffer[..(end - at) as usize];
-                touched.fill(false);
-                source.read(at, window, |i| touched[i / BLOCK] = true)?;
-                let mut block = 0;
-                while block * BLOCK < window.len() {
-                    let run = touched[block..].iter().take_while(|t| **t).count();
-                    if run > 0 {
-                        let part = &window[block * BLOCK..((block + run) * BLOCK).min(window.len())];
-                        file.write_all_at(part, at + (block * BLOCK) as u64)
-                            .map_err(|e| self.layout.io("write", name, e))?;
-                        folded.blocks += run as u64;
-                        folded.bytes += part.len() as u64;
-                    }
-                    block += run + 1;
+        let mut buffer = vec![0; WINDOW.min((tensor.end - tensor.start) as usize)];
+        let mut touched = vec![false; WINDOW / BLOCK + 1];
+        let mut written = Vec::new();
+        let mut at = tensor.start;
+        while at < tensor.end {
+            let end = ((at / WINDOW as u64 + 1) * WINDOW as u64).min(at + buffer.len() as u64).min(tensor.end);
+            let window = &mut buffer[..(end - at) as usize];
+            touched.fill(false);
+            let first = at / BLOCK as u64;
+            source.read(at, window, |i| touched[((at + i as u64) / BLOCK as u64 - first) as usize] = true)?;
+            let mut block = first;
+            while block * (BLOCK as u64) < end {
+                let run = touched[(block - first) as usize..].iter().take_while(|t| **t).count() as u64;
+                if run > 0 {
+                    let (from, to) = ((block * BLOCK as u64).max(at), ((block + run) * BLOCK as u64).min(end));
+                    let part = &window[(from - at) as usize..(to - at) as usize];
+                    file.write_all_at(part, from)
+                        .map_err(|e| self.layout.io("write", &self.layout.shards[shard].name, e))?;
+                    written.push(from..to);
                 }
+                block += run + 1;
             }
             at = end;
         }
-        Ok(())
+        Ok(written)
     }
 
     /// Moves the mtime forward, so that rsync and make notice, and makes the file durable.

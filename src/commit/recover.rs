@@ -21,6 +21,8 @@ pub fn open(storage: Arc<dyn Storage>, layout: Layout, options: Options) -> Resu
     let make = |path: &str| storage.create_directory(path).map_err(|e| layout.io("create", path, e));
     make(STATE_DIR)?;
     let writer = lock::lock_writer(&*storage, &layout, options.mount_point.clone())?;
+    // There for readers to lock, whoever comes first.
+    storage.try_lock(lock::READERS, false).map_err(|e| layout.io("create", lock::READERS, e))?;
     make(LOG)?;
     make(optimizer::OPTIMIZER)?;
     let sync = |path: &str| storage.sync_directory(path).map_err(|e| layout.io("fsync", path, e));

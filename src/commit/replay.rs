@@ -113,15 +113,6 @@ impl<'a> Overlay<'a> {
     pub fn apply(&mut self, start: u64, buffer: &mut [u8], mut touched: impl FnMut(usize)) -> Result<(), CommitError> {
         self.cursors.iter_mut().try_for_each(|c| c.apply(self.layout, start, buffer, &mut touched))
     }
-
-    /// May any layer change bytes of `start..end`?
-    pub fn is_touched(&self, start: u64, end: u64) -> bool {
-        let shard = &self.layout.shards[self.shard];
-        shard.tensors[shard.tensor_at(start)..]
-            .iter()
-            .take_while(|t| t.start < end)
-            .any(|t| self.cursors.iter().any(|c| c.layer.record.has(&t.name)))
-    }
 }
 
 /// A shard as of some commit.
@@ -139,9 +130,5 @@ impl<'a> Replay<'a> {
         let Overlay { layout, shard, .. } = self.overlay;
         self.file.read_exact_at(buffer, start).map_err(|e| CommitError::io("read", layout.path(shard), e))?;
         self.overlay.apply(start, buffer, touched)
-    }
-
-    pub fn is_touched(&self, start: u64, end: u64) -> bool {
-        self.overlay.is_touched(start, end)
     }
 }
