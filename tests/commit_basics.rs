@@ -424,3 +424,33 @@ fn damage_to_any_file_of_the_log_is_noticed() {
     }
     assert!(verify_readonly(setup.path(), Some(1)).unwrap().wrong.is_empty());
 }
+
+#[test]
+fn a_damaged_state_is_refused_and_a_lost_one_is_found_again_in_the_log() {
+    let setup = Setup::new();
+    let committer = setup.open_with(Options { fold: FoldPolicy::Every(2), ..Options::default() });
+    for step in 1..=3 {
+        setup.live.set(0, 4000, &[step; 7]);
+        commit(&committer, &setup.live, step as u64);
+    }
+    drop(committer);
+    let path = setup.path().join(".weightfs/state.json");
+    let good = std::fs::read(&path).unwrap();
+    let mut random = Random(5);
+    for _ in 0..60 {
+        let mut bad = good.clone();
+        let at = random.below(bad.len() as u64 - 1) as usize;
+        bad[at] ^= 1 << random.below(7);
+        std::fs::write(&path, &bad).unwrap();
+        match Committer::open(setup.model.clone(), Options::default()) {
+            Err(CommitError::Corrupt { .. }) => {}
+            other => panic!("byte {at}: {:?}", other.map(|_| ())),
+        }
+    }
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(setup.path().join(".weightfs/writer"), b"\xff not json").unwrap();
+    let committer = setup.open();
+    assert_same!(setup.disk(), setup.live.bytes());
+    assert_eq!((committer.newest().unwrap().id, committer.folded(), committer.step()), (3, 3, 3));
+    assert!(committer.verify(None).unwrap().wrong.is_empty());
+}

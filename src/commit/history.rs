@@ -36,10 +36,12 @@ fn open_readonly(directory: &Path) -> Result<Shared, CommitError> {
     let Some(mut state) = State::load(&*storage, &layout)? else {
         return Err(CommitError::NoHistory { path: layout.root });
     };
-    let mut records = Vec::new();
-    for id in recover::ids(&*storage, &layout)? {
-        records.push(Arc::new(Record::open(&storage, &layout, id)?));
-    }
+    let records = || -> Result<Vec<Arc<Record>>, CommitError> {
+        let ids = recover::ids(&*storage, &layout)?;
+        ids.into_iter().map(|id| Record::open(&storage, &layout, id).map(Arc::new)).collect()
+    };
+    // The process that writes may prune a record between the list and its reading: then the next list lacks it.
+    let records = records().or_else(|_| records()).or_else(|_| records())?;
     if let Some(newest) = records.last() {
         state.newest = state.newest.max(newest.id());
     }
