@@ -1,6 +1,6 @@
 //! What a commit costs, phase by phase, beside copying the model and beside writing the same bytes plainly.
 //!
-//! `cargo bench --bench commit -- [MODEL_DIR] [--runs N]`: works on a copy of MODEL_DIR, or of a made-up model of 269 MB,
+//! `cargo bench --bench commit -- [MODEL_DIR] [--runs N] [--size MB]`: works on a copy of MODEL_DIR, or of a made-up model (269 MB),
 //! in the system's temporary directory (set TMPDIR to choose the disk). "plain" writes the bytes of the record to a new
 //! file and the changed blocks over a copy of the weights, with one fdatasync each: the least that any commit with this
 //! log could do. Changed elements are moved by one to three units in the last place.
@@ -128,21 +128,24 @@ fn runs(before: &[u8], after: &[u8]) -> Vec<(u64, Vec<u8>)> {
     runs
 }
 
-fn made_up_model(directory: &Path) {
+fn made_up_model(directory: &Path, megabytes: usize) {
     let names: Vec<String> = (0..272).map(|i| format!("model.layers.{i}.weight")).collect();
-    let tensors: Vec<_> = names.iter().map(|n| (n.as_str(), "BF16", 494_485, 2)).collect();
+    let tensors: Vec<_> = names.iter().map(|n| (n.as_str(), "BF16", megabytes * 1_000_000 / 2 / 272, 2)).collect();
     std::fs::write(directory.join("model.safetensors"), shard(&tensors, 1)).unwrap();
 }
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
-    let count: usize =
-        arguments.iter().position(|a| a == "--runs").and_then(|i| arguments[i + 1].parse().ok()).unwrap_or(3);
+    let option = |name: &str, default: usize| {
+        let at = arguments.iter().position(|a| a == name);
+        at.and_then(|i| arguments.get(i + 1)?.parse().ok()).unwrap_or(default)
+    };
+    let count = option("--runs", 3);
     let work = tempfile::tempdir().unwrap();
     let base = work.path().join("base");
     std::fs::create_dir(&base).unwrap();
     match arguments.first().filter(|a| !a.starts_with("--")) {
-        None => made_up_model(&base),
+        None => made_up_model(&base, option("--size", 269)),
         Some(path) => {
             let model = ModelDirectory::open(Path::new(path)).unwrap();
             let index = "model.safetensors.index.json";
