@@ -104,6 +104,7 @@ impl ContainerWriter {
     fn flush_buffer(&mut self) -> io::Result<()> {
         let at = self.header_bytes + self.written - self.buffer.len() as u64;
         self.file.write_all_at(&self.buffer, at)?;
+        self.file.write_behind(at, self.buffer.len() as u64);
         self.buffer.clear();
         Ok(())
     }

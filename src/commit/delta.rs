@@ -80,26 +80,29 @@ impl<X: Write, V: Write> DeltaEncoder<X, V> {
         self.hasher.update(new);
         self.difference.clear();
         self.difference.extend(old.iter().zip(new).map(|(a, b)| a ^ b));
-        self.new_values.clear();
-        let (words, _) = self.difference.as_chunks::<8>();
-        for (i, word) in words.iter().enumerate() {
-            let mut left = u64::from_le_bytes(*word);
-            while left != 0 {
-                let byte = left.trailing_zeros() / 8;
-                self.new_values.push(new[i * 8 + byte as usize]);
-                left &= !(0xff << (byte * 8));
+        // Room for eight more than there can be: a word's values are put down together, and those that count stay.
+        self.new_values.resize(new.len() + 8, 0);
+        let mut taken = 0;
+        let (words, tail) = self.difference.as_chunks::<8>();
+        for (difference, new) in words.iter().zip(new.as_chunks::<8>().0) {
+            if u64::from_le_bytes(*difference) != 0 {
+                let place = &mut self.new_values[taken..taken + 8];
+                let mut n = 0;
+                for (&difference, &value) in difference.iter().zip(new) {
+                    place[n & 7] = value;
+                    n += (difference != 0) as usize;
+                }
+                taken += n;
             }
         }
-        let tail = words.len() * 8;
-        for (difference, &value) in self.difference[tail..].iter().zip(&new[tail..]) {
-            if *difference != 0 {
-                self.new_values.push(value);
-            }
+        for (&difference, &value) in tail.iter().zip(&new[words.len() * 8..]) {
+            self.new_values[taken] = value;
+            taken += (difference != 0) as usize;
         }
-        self.changed_bytes += self.new_values.len() as u64;
+        self.changed_bytes += taken as u64;
         self.elements.count(&self.difference);
         self.xor.write_all(&self.difference)?;
-        self.values.write_all(&self.new_values)
+        self.values.write_all(&self.new_values[..taken])
     }
 
     /// The next bytes of the tensor, where old and new are the same.
@@ -147,10 +150,16 @@ impl ElementCounter {
                 4 => (0x7fff_ffff_7fff_ffff, 0x8000_0000_8000_0000),
                 _ => (0x7fff_ffff_ffff_ffff, 0x8000_0000_0000_0000u64),
             };
+            let lane = 8 * self.element;
+            let ones = high >> (lane - 1);
             for word in words {
                 let word = u64::from_le_bytes(*word);
-                // The top bit of a lane ends up set when any bit of the lane is: below it by the carry, or itself.
-                self.count += ((((word & low) + low) | word) & high).count_ones() as u64;
+                if word != 0 {
+                    // The top bit of a lane ends up set when any bit of the lane is: below it by the carry, or itself.
+                    // The multiplication adds the lanes up in the topmost.
+                    let tops = (((word & low) + low) | word) & high;
+                    self.count += (tops >> (lane - 1)).wrapping_mul(ones) >> (64 - lane);
+                }
             }
             rest = tail;
         }

@@ -156,6 +156,12 @@ impl StoredFile for DiskFile {
         Ok(stat_of(&self.0.metadata()?))
     }
 
+    fn write_behind(&self, offset: u64, bytes: u64) {
+        // What this call does to pages that are dirty is to begin writing them.
+        let bytes = std::num::NonZeroU64::new(bytes);
+        let _ = rustix::fs::fadvise(&self.0, offset, bytes, rustix::fs::Advice::DontNeed);
+    }
+
     fn forget_cache(&self) {
         let _ = rustix::fs::fadvise(&self.0, 0, None, rustix::fs::Advice::DontNeed);
     }

@@ -62,6 +62,10 @@ pub trait StoredFile: Send + Sync {
     /// Data and metadata.
     fn sync(&self) -> io::Result<()>;
     fn stat(&self) -> io::Result<Stat>;
+    /// Lets the disk begin with bytes just written, so that it works while we do. Best effort.
+    fn write_behind(&self, offset: u64, bytes: u64) {
+        let _ = (offset, bytes);
+    }
     /// Asks for the bytes to be read from the disk again rather than from memory. Best effort.
     fn forget_cache(&self);
 }
