@@ -239,6 +239,13 @@ fn the_directory_has_one_writer_at_a_time_and_the_second_learns_who() {
     setup.open();
 }
 
+/// What somebody who hashed the weights files would find, with these bytes in the first.
+fn tables(first: &[u8], setup: &Setup) -> Vec<Vec<weightfs::memory::Hash>> {
+    let second = &setup.disk()[1];
+    let hashes = |bytes: &[u8]| bytes.chunks(4096).map(weightfs::memory::block_hash).collect();
+    vec![hashes(first), hashes(second)]
+}
+
 #[test]
 fn weights_files_that_somebody_else_changed_are_refused_and_untouched() {
     let setup = Setup::new();
@@ -269,6 +276,13 @@ fn weights_files_that_somebody_else_changed_are_refused_and_untouched() {
     let committer = setup.open();
     assert!(matches!(committer.ensure_baseline(&|_| ()), Err(CommitError::Foreign { .. })));
     assert_eq!(committer.verify(None).unwrap().wrong.len(), 1);
+    // Also without the table that says which blocks.
+    let blocks = setup.path().join(".weightfs/blocks");
+    let table = std::fs::read(&blocks).unwrap();
+    std::fs::remove_file(&blocks).unwrap();
+    assert!(matches!(committer.ensure_baseline(&|_| ()), Err(CommitError::Foreign { .. })));
+    assert!(matches!(committer.set_baseline(tables(&theirs, &setup)), Err(CommitError::Foreign { .. })));
+    std::fs::write(&blocks, table).unwrap();
     // Put back: all is well.
     theirs[9000..9006].copy_from_slice(&setup.live.bytes()[0][9000..9006]);
     std::fs::write(&path, &theirs).unwrap();
@@ -452,5 +466,30 @@ fn a_damaged_state_is_refused_and_a_lost_one_is_found_again_in_the_log() {
     let committer = setup.open();
     assert_same!(setup.disk(), setup.live.bytes());
     assert_eq!((committer.newest().unwrap().id, committer.folded(), committer.step()), (3, 3, 3));
+    assert!(committer.verify(None).unwrap().wrong.is_empty());
+}
+
+#[test]
+fn weights_files_changed_by_others_before_a_fold_are_refused_at_the_next_start() {
+    let setup = Setup::new();
+    let committer = setup.open_with(Options { fold: FoldPolicy::Never, ..Options::default() });
+    setup.live.set(0, 4000, b"mine");
+    commit(&committer, &setup.live, 1);
+    drop(committer);
+    let path = setup.path().join(&setup.shards[0].0);
+    let good = std::fs::read(&path).unwrap();
+    let mut theirs = good.clone();
+    theirs[4100] ^= 1; // in the same tensor, where the commit changed nothing
+    std::fs::write(&path, &theirs).unwrap();
+    let error = Committer::open(setup.model.clone(), Options::default()).map(|_| ()).unwrap_err();
+    assert!(matches!(error, CommitError::Foreign { .. }), "{error}");
+    assert_same!(std::fs::read(&path).unwrap(), theirs);
+    // What a fold that was cut short leaves is no foreign change.
+    let mut half = good.clone();
+    half[4001] = b'i';
+    std::fs::write(&path, &half).unwrap();
+    let (committer, recovery) = Committer::open(setup.model.clone(), Options::default()).unwrap();
+    assert!(recovery.to_string().contains("recovered commit 1"), "{recovery}");
+    assert_same!(setup.disk(), setup.live.bytes());
     assert!(committer.verify(None).unwrap().wrong.is_empty());
 }
