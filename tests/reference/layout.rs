@@ -71,7 +71,7 @@ impl Reference {
                 }
             }
             Keep::Live { cuts, dtype, strided, replicas } => {
-                let whole = tensor.dtype.bitsize() % 8 != 0;
+                let whole = tensor.is_packed();
                 let boxes = cut(&tensor.shape, if whole { &[] } else { cuts }, random);
                 for part in boxes {
                     let first = random.below(self.manifests.len());
@@ -114,13 +114,14 @@ impl Reference {
         let tensor_strides = row_major(&t.shape);
         let dot = |a: &[usize], b: &[usize]| a.iter().zip(b).map(|(a, b)| a * b).sum::<usize>();
         let width = if dtype == t.dtype { t.width } else { dtype.bitsize() / 8 };
+        let packed = t.is_packed();
         let mut put = |element: usize, at: usize| {
             bytes.resize_with(bytes.len().max(at + width), || random.next() as u8);
             let live = if dtype == t.dtype { t.disk[element].clone() } else { cast(t.dtype, &t.disk[element], dtype) };
             bytes[at..at + width].copy_from_slice(&live);
             t.homes[element].push(Home { memory, at, dtype, width });
         };
-        if t.dtype.bitsize() % 8 != 0 {
+        if packed {
             (0..t.disk.len()).for_each(|byte| put(byte, offset + byte));
             return;
         }

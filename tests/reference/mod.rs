@@ -69,6 +69,11 @@ impl Tensor {
         self.homes.iter().any(|h| !h.is_empty())
     }
 
+    /// Of a type smaller than a byte: shared as a whole only.
+    pub fn is_packed(&self) -> bool {
+        self.width * 8 > self.dtype.bitsize()
+    }
+
     pub fn castable(&self) -> bool {
         CASTABLE.contains(&self.dtype)
     }
@@ -142,7 +147,7 @@ impl Reference {
                 (dtype, shape, tied) = (first.dtype, first.shape.clone(), Some(first.disk.clone()));
             }
             let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
-            let width = if dtype.bitsize() % 8 == 0 { dtype.bitsize() / 8 } else { 1 };
+            let width = (dtype.bitsize() / 8).max(1);
             let fresh = (0..bytes / width).map(|_| random.element(dtype, width)).collect();
             let disk: Vec<Vec<u8>> = tied.unwrap_or(fresh);
             let name = format!("layers.{s}.{n}.w\"é");
