@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -394,7 +394,15 @@ impl Tree {
                 Ok(Opening { handle: self.add(Handle::CommitWeights(id, shard)), content: Content::Stable })
             }
             Node::Disk(_, path) => {
-                let file = File::open(self.on_disk(&path))?;
+                // What was a file when it was looked up may be a pipe by now, whose open would wait for a writer.
+                let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(self.on_disk(&path))?;
+                let kind = file.metadata()?.file_type();
+                if kind.is_dir() {
+                    return Err(FsError::new(Errno::ISDIR, "it is a directory"));
+                }
+                if !kind.is_file() {
+                    return Err(FsError::not_found(path.display()));
+                }
                 Ok(Opening { handle: self.add(Handle::Disk(file)), content: Content::Stable })
             }
             Node::Root | Node::Commits | Node::Commit(_) => Err(FsError::new(Errno::ISDIR, "it is a directory")),
