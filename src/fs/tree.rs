@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -204,6 +205,10 @@ impl Tree {
 
     fn child(&self, parent: &Node, name: &OsStr) -> Result<Node, FsError> {
         let missing = || FsError::not_found(name.display());
+        // The kernel resolves these itself and never sends them; a path made of them would leave the directory.
+        if name.is_empty() || name == "." || name == ".." || name.as_bytes().contains(&b'/') {
+            return Err(missing());
+        }
         let shard = || self.mounted.directory.shards.iter().position(|s| OsStr::new(&s.name) == name);
         match parent {
             Node::Root => Ok(match name.to_str() {
@@ -218,7 +223,8 @@ impl Tree {
                 },
             }),
             Node::Commits => {
-                let id = name.to_str().filter(|n| !n.starts_with('0')).and_then(|n| n.parse().ok());
+                // As it is listed: neither `+1` nor `01`.
+                let id = name.to_str().and_then(|n| n.parse::<u64>().ok().filter(|id| id.to_string() == n));
                 id.map(Node::Commit).ok_or_else(missing)
             }
             Node::Commit(id) => Ok(match shard() {
