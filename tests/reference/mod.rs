@@ -1,7 +1,7 @@
 //! A model directory and an engine's memories, made at random, and the image of them by its definition: every element
 //! is kept in a plain list with the places that hold it, and a shard's bytes are made element by element. Nothing here
 //! knows of runs, extents or blocks.
-#![allow(dead_code)] // each test file uses a part of it
+#![allow(dead_code, unused_imports)] // each test file uses a part of it
 
 mod cast;
 mod layout;
