@@ -272,7 +272,7 @@ impl Tree {
                 let full = self.on_disk(path);
                 match std::fs::metadata(&full) {
                     Ok(metadata) => {
-                        if metadata.is_dir() && leads_back(&full) {
+                        if metadata.is_dir() && leads_back(&full, &self.mounted.directory.path) {
                             return Err(FsError::new(
                                 Errno::LOOP,
                                 format!("{} leads back above itself", path.display()),
@@ -529,13 +529,13 @@ fn from_disk(metadata: &Metadata, ino: u64) -> Attributes {
     }
 }
 
-/// Does the directory at `path` hold itself, by a link to one of its parents? Walking it would never end.
-fn leads_back(path: &Path) -> bool {
+/// Does the directory at `path` hold itself, by a link to a directory that is walked through on the way from `root`, or
+/// to one above it? Walking it would never end.
+fn leads_back(path: &Path, root: &Path) -> bool {
     if !path.is_symlink() {
         return false;
     }
-    match (path.canonicalize(), path.parent().map(Path::canonicalize)) {
-        (Ok(target), Some(Ok(parent))) => parent.starts_with(target),
-        _ => true,
-    }
+    let Ok(target) = path.canonicalize() else { return true };
+    let mut above = path.ancestors().skip(1).take_while(|a| a.starts_with(root));
+    above.any(|a| a.canonicalize().map_or(true, |a| a.starts_with(&target)))
 }
