@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use tree_model::{Model, Open};
 use weightfs::fs::{Content, Kind};
 
@@ -164,21 +164,6 @@ impl Model {
         Ok(())
     }
 
-    fn is_directory(&self, path: &Path) -> bool {
-        if self.there(path).is_some_and(|t| t.kind == Kind::Directory) {
-            return true;
-        }
-        // Of a directory that is hidden by now the kernel still has the number.
-        let (commit, rest) = self.in_commit(path);
-        let ours = commit.is_none() && (rest.starts_with("commits") || self.is_ours(rest));
-        let disk = !rest.as_os_str().is_empty() && !ours;
-        disk && self.reference.model().join(rest).is_dir()
-    }
-
-    fn is_ours(&self, path: &Path) -> bool {
-        path == Path::new("status") || path == Path::new("status.json") || (path == Path::new("ctl") && !self.read_only)
-    }
-
     fn attributes(&self, ino: u64) -> Result<(), TestCaseError> {
         let path = &self.inodes[&ino].0;
         let there = self.there(path);
@@ -304,34 +289,6 @@ impl Model {
         Ok(())
     }
 
-    /// Changes the model directory, as somebody else may at any time.
-    fn disk(&mut self, what: u8, under: usize, name: &OsStr, other: &OsStr) {
-        let model = self.reference.model();
-        let directories = [PathBuf::new(), "sub".into(), "config.json".into(), "sub/config.json".into()];
-        let under = model.join(&directories[under % directories.len()]);
-        let path = under.join(name);
-        let pipe = std::fs::metadata(&path).is_ok_and(|m| !m.is_file()); // whose open would wait
-        // Some of it fails, as when a file is in the way: then nothing changes.
-        let _ = match what {
-            0 | 1 if pipe => false,
-            0 => std::fs::write(&path, name.as_bytes().repeat(99)).is_ok(),
-            1 => File::options()
-                .append(true)
-                .open(&path)
-                .is_ok_and(|mut f| std::io::Write::write(&mut f, b"more").is_ok()),
-            2 => std::fs::remove_file(&path).is_ok() || std::fs::remove_dir_all(&path).is_ok(),
-            3 | 4 => std::fs::create_dir(&path).is_ok(),
-            5 => std::os::unix::fs::symlink(other, &path).is_ok(),
-            6 => std::os::unix::fs::symlink(Path::new("..").join(other), &path).is_ok(),
-            7 => std::fs::rename(&path, under.join(other)).is_ok(),
-            _ => {
-                let fifo = rustix::fs::FileType::Fifo;
-                let _ = std::fs::remove_file(&path);
-                rustix::fs::mknodat(rustix::fs::CWD, &path, fifo, 0o600.into(), 0).is_ok()
-            }
-        };
-    }
-
     fn run(&mut self, op: &Op, random: &mut Random) -> Result<(), TestCaseError> {
         let inode = |n| pick(&self.inodes, n).unwrap();
         match *op {
@@ -424,4 +381,23 @@ proptest! {
         prop_assert!(model.inodes.keys().all(|ino| *ino < 64));
         prop_assert_eq!(model.tree.mounted().status().readers.open, 0);
     }
+}
+
+#[test]
+fn links_that_lead_in_a_circle_are_hidden_where_the_circle_closes() {
+    let mut model = Model::new(false, false, 0);
+    let root = model.reference.model();
+    for (directory, link, target) in [("a", "x", "../b"), ("b", "y", "../a"), ("c", "up", ".."), ("d", "self", ".")] {
+        std::fs::create_dir(root.join(directory)).unwrap();
+        std::os::unix::fs::symlink(target, root.join(directory).join(link)).unwrap();
+    }
+    let mut walk = |path: &str| {
+        let step = |parent, name| Ok::<u64, weightfs::fs::FsError>(model.tree.lookup(parent, OsStr::new(name))?.ino);
+        let found = path.split('/').try_fold(1, step).is_ok();
+        assert_eq!(found, model.there(Path::new(path)).is_some(), "{path}");
+        model.inodes.clear();
+        found
+    };
+    assert!(walk("a/x") && walk("b/y"));
+    assert!(!walk("a/x/y") && !walk("b/y/x") && !walk("c/up") && !walk("d/self"));
 }

@@ -6,6 +6,7 @@ use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -165,6 +166,51 @@ impl Model {
         }
         let there = names.into_iter().filter_map(|n| Some((n.clone(), self.there(&path.join(&n))?.kind)));
         there.collect()
+    }
+
+    // -- the directory --
+
+    pub fn is_directory(&self, path: &Path) -> bool {
+        if self.there(path).is_some_and(|t| t.kind == Kind::Directory) {
+            return true;
+        }
+        // Of a directory that is hidden by now the kernel still has the number.
+        let (commit, rest) = self.in_commit(path);
+        let ours = commit.is_none() && (rest.starts_with("commits") || self.is_ours(rest));
+        let disk = !rest.as_os_str().is_empty() && !ours;
+        disk && self.reference.model().join(rest).is_dir()
+    }
+
+    fn is_ours(&self, path: &Path) -> bool {
+        path == Path::new("status") || path == Path::new("status.json") || (path == Path::new("ctl") && !self.read_only)
+    }
+
+    /// Changes the model directory, as somebody else may at any time.
+    pub fn disk(&mut self, what: u8, under: usize, name: &OsStr, other: &OsStr) {
+        let model = self.reference.model();
+        let directories = [PathBuf::new(), "sub".into(), "config.json".into(), "sub/config.json".into()];
+        let under = model.join(&directories[under % directories.len()]);
+        let path = under.join(name);
+        let pipe = std::fs::metadata(&path).is_ok_and(|m| !m.is_file()); // whose open would wait
+        // Some of it fails, as when a file is in the way: then nothing changes.
+        let _ = match what {
+            0 | 1 if pipe => false,
+            0 => std::fs::write(&path, name.as_bytes().repeat(99)).is_ok(),
+            1 => File::options()
+                .append(true)
+                .open(&path)
+                .is_ok_and(|mut f| std::io::Write::write(&mut f, b"more").is_ok()),
+            2 => std::fs::remove_file(&path).is_ok() || std::fs::remove_dir_all(&path).is_ok(),
+            3 | 4 => std::fs::create_dir(&path).is_ok(),
+            5 => std::os::unix::fs::symlink(other, &path).is_ok(),
+            6 => std::os::unix::fs::symlink(Path::new("..").join(other), &path).is_ok(),
+            7 => std::fs::rename(&path, under.join(other)).is_ok(),
+            _ => {
+                let fifo = rustix::fs::FileType::Fifo;
+                let _ = std::fs::remove_file(&path);
+                rustix::fs::mknodat(rustix::fs::CWD, &path, fifo, 0o600.into(), 0).is_ok()
+            }
+        };
     }
 
     // -- weights --
