@@ -6,7 +6,7 @@ mod reference;
 use proptest::prelude::*;
 use reference::{Random, Reference, recipes};
 use std::ops::Range;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use weightfs::image::{Image, ImageError, ShardBytes, StepHold};
 use weightfs::memory::{BLOCK, Hash};
 use weightfs::view::CopiedShards;
@@ -15,9 +15,15 @@ use weightfs::view::CopiedShards;
 struct Breaking {
     image: Image,
     left: AtomicI64,
+    /// Whether the engine was looked after since the last read: it may have died during it.
+    checked: AtomicBool,
 }
 
 impl Breaking {
+    fn new(image: Image) -> Breaking {
+        Breaking { image, left: AtomicI64::new(i64::MAX / 2), checked: AtomicBool::new(false) }
+    }
+
     fn count(&self) -> Result<(), ImageError> {
         match self.left.fetch_sub(1, Ordering::SeqCst) {
             n if n > 0 => Ok(()),
@@ -40,6 +46,7 @@ impl ShardBytes for Breaking {
     }
 
     fn check(&self) -> Result<(), ImageError> {
+        self.checked.store(true, Ordering::SeqCst);
         self.count()
     }
 
@@ -48,11 +55,13 @@ impl ShardBytes for Breaking {
     }
 
     fn read(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), ImageError> {
+        self.checked.store(false, Ordering::SeqCst);
         self.count()?;
         self.image.read(shard, offset, dst)
     }
 
     fn hash(&self, shard: usize, first: u64, out: &mut [Hash]) -> Result<(), ImageError> {
+        self.checked.store(false, Ordering::SeqCst);
         self.count()?;
         self.image.hash(shard, first, out)
     }
@@ -99,7 +108,7 @@ proptest! {
     fn a_refreshed_copy_is_the_newest_step_and_took_just_the_changed_blocks(recipe in recipes(), steps in steps()) {
         let mut reference = Reference::new(&recipe);
         let mut random = Random(recipe.seed ^ 7);
-        let image = Breaking { image: reference.open().unwrap(), left: AtomicI64::new(0) };
+        let image = Breaking::new(reference.open().unwrap());
         let view = CopiedShards::new(&image, "test\0with a name").unwrap();
         let total: usize = reference.shards.iter().map(|s| s.disk.len()).sum();
         prop_assert_eq!(view.bytes(), total as u64);
@@ -120,6 +129,7 @@ proptest! {
                     Ok(done) => {
                         prop_assert!(copied(&view, &reference) == newest);
                         prop_assert!(view.is_whole());
+                        prop_assert!(image.checked.load(Ordering::SeqCst), "the engine may have died meanwhile");
                         prop_assert_eq!(done.filled, shown.is_none());
                         let all = reference.shards.iter().map(|s| s.disk.len().div_ceil(BLOCK) as u64).sum();
                         let expected = if done.filled { (all, total as u64) } else { difference(&before, &newest) };
@@ -151,7 +161,7 @@ proptest! {
     fn a_copy_cut_off_in_the_middle_is_whole_again_only_after_a_good_refresh(recipe in recipes(), after in 0i64..6) {
         let mut reference = Reference::new(&recipe);
         let mut random = Random(recipe.seed ^ 8);
-        let image = Breaking { image: reference.open().unwrap(), left: AtomicI64::new(i64::MAX / 2) };
+        let image = Breaking::new(reference.open().unwrap());
         let view = CopiedShards::new(&image, "test").unwrap();
         view.refresh(&image).unwrap();
         let shown = reference.all();
