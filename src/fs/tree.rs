@@ -11,7 +11,8 @@ use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -204,6 +205,10 @@ impl Tree {
 
     fn child(&self, parent: &Node, name: &OsStr) -> Result<Node, FsError> {
         let missing = || FsError::not_found(name.display());
+        // The kernel resolves these itself and never sends them; a path made of them would leave the directory.
+        if name.is_empty() || name == "." || name == ".." || name.as_bytes().contains(&b'/') {
+            return Err(missing());
+        }
         let shard = || self.mounted.directory.shards.iter().position(|s| OsStr::new(&s.name) == name);
         match parent {
             Node::Root => Ok(match name.to_str() {
@@ -218,7 +223,8 @@ impl Tree {
                 },
             }),
             Node::Commits => {
-                let id = name.to_str().filter(|n| !n.starts_with('0')).and_then(|n| n.parse().ok());
+                // As it is listed: neither `+1` nor `01`.
+                let id = name.to_str().and_then(|n| n.parse::<u64>().ok().filter(|id| id.to_string() == n));
                 id.map(Node::Commit).ok_or_else(missing)
             }
             Node::Commit(id) => Ok(match shard() {
@@ -266,7 +272,7 @@ impl Tree {
                 let full = self.on_disk(path);
                 match std::fs::metadata(&full) {
                     Ok(metadata) => {
-                        if metadata.is_dir() && leads_back(&full) {
+                        if metadata.is_dir() && leads_back(&full, &self.mounted.directory.path) {
                             return Err(FsError::new(
                                 Errno::LOOP,
                                 format!("{} leads back above itself", path.display()),
@@ -394,7 +400,15 @@ impl Tree {
                 Ok(Opening { handle: self.add(Handle::CommitWeights(id, shard)), content: Content::Stable })
             }
             Node::Disk(_, path) => {
-                let file = File::open(self.on_disk(&path))?;
+                // What was a file when it was looked up may be a pipe by now, whose open would wait for a writer.
+                let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(self.on_disk(&path))?;
+                let kind = file.metadata()?.file_type();
+                if kind.is_dir() {
+                    return Err(FsError::new(Errno::ISDIR, "it is a directory"));
+                }
+                if !kind.is_file() {
+                    return Err(FsError::not_found(path.display()));
+                }
                 Ok(Opening { handle: self.add(Handle::Disk(file)), content: Content::Stable })
             }
             Node::Root | Node::Commits | Node::Commit(_) => Err(FsError::new(Errno::ISDIR, "it is a directory")),
@@ -515,13 +529,13 @@ fn from_disk(metadata: &Metadata, ino: u64) -> Attributes {
     }
 }
 
-/// Does the directory at `path` hold itself, by a link to one of its parents? Walking it would never end.
-fn leads_back(path: &Path) -> bool {
+/// Does the directory at `path` hold itself, by a link to a directory that is walked through on the way from `root`, or
+/// to one above it? Walking it would never end.
+fn leads_back(path: &Path, root: &Path) -> bool {
     if !path.is_symlink() {
         return false;
     }
-    match (path.canonicalize(), path.parent().map(Path::canonicalize)) {
-        (Ok(target), Some(Ok(parent))) => parent.starts_with(target),
-        _ => true,
-    }
+    let Ok(target) = path.canonicalize() else { return true };
+    let mut above = path.ancestors().skip(1).take_while(|a| a.starts_with(root));
+    above.any(|a| a.canonicalize().map_or(true, |a| a.starts_with(&target)))
 }

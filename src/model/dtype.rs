@@ -48,28 +48,16 @@ fn read_float(dtype: Dtype, bytes: &[u8]) -> f64 {
     }
 }
 
-/// Casts `src` (elements of `from`) into `dst` (elements of `to`), rounding to nearest even as PyTorch does.
+/// Casts `src` (elements of `from`) into `dst` (elements of `to`), rounding once, to nearest even.
 /// Both types must be castable, and both slices hold the same number of whole elements.
 pub fn cast_bytes(from: Dtype, src: &[u8], to: Dtype, dst: &mut [u8]) {
     let (a, b) = (from.bitsize() / 8, to.bitsize() / 8);
     debug_assert_eq!(src.len() / a, dst.len() / b);
-    // A cast from f64 would round twice if it went through f32; `half` rounds once from either. Double rounding
-    // matters only for F64 sources: the others are exact in f32, and half's f32 path is the one PyTorch takes.
     for (s, d) in src.chunks_exact(a).zip(dst.chunks_exact_mut(b)) {
         let value = read_float(from, s);
         match to {
-            Dtype::F16 => d.copy_from_slice(&narrow(
-                from,
-                value,
-                |v| f16::from_f32(v).to_le_bytes(),
-                |v| f16::from_f64(v).to_le_bytes(),
-            )),
-            Dtype::BF16 => d.copy_from_slice(&narrow(
-                from,
-                value,
-                |v| bf16::from_f32(v).to_le_bytes(),
-                |v| bf16::from_f64(v).to_le_bytes(),
-            )),
+            Dtype::F16 => d.copy_from_slice(&f16::from_f32(to_odd(value)).to_le_bytes()),
+            Dtype::BF16 => d.copy_from_slice(&bf16::from_f32(to_odd(value)).to_le_bytes()),
             Dtype::F32 => d.copy_from_slice(&(value as f32).to_le_bytes()),
             Dtype::F64 => d.copy_from_slice(&value.to_le_bytes()),
             other => unreachable!("{other:?} is not castable: callers check is_castable first"),
@@ -77,8 +65,15 @@ pub fn cast_bytes(from: Dtype, src: &[u8], to: Dtype, dst: &mut [u8]) {
     }
 }
 
-fn narrow(from: Dtype, value: f64, single: impl Fn(f32) -> [u8; 2], double: impl Fn(f64) -> [u8; 2]) -> [u8; 2] {
-    if from == Dtype::F64 { double(value) } else { single(value as f32) }
+/// `value` as an f32 that rounds to the same f16 or bf16 as `value` does: exact, or the neighbour whose last bit is odd,
+/// which lies on the same side of every tie. (`half` has casts from f64, but they drop the low bits before they round.)
+fn to_odd(value: f64) -> f32 {
+    let near = value as f32;
+    if near as f64 == value || near.is_nan() {
+        return near;
+    }
+    let towards_zero = near.to_bits() - u32::from((near as f64).abs() > value.abs());
+    f32::from_bits(towards_zero | 1)
 }
 
 #[cfg(test)]
@@ -106,6 +101,21 @@ mod tests {
         let mut out = [0; 2];
         cast_bytes(Dtype::F32, &(1.0f32 + 0.00390625).to_le_bytes(), Dtype::BF16, &mut out);
         assert_eq!(bf16::from_le_bytes(out).to_f32(), 1.0);
+    }
+
+    #[test]
+    fn narrowing_from_f64_rounds_once() {
+        let mut out = [0; 2];
+        for (beside, bf16_up, f16_up) in [(1e-12, 1.0078125, 1.0009765625), (-1e-12, 1.0, 1.0), (0.0, 1.0, 1.0)] {
+            cast_bytes(Dtype::F64, &(1.00390625f64 + beside).to_le_bytes(), Dtype::BF16, &mut out);
+            assert_eq!(bf16::from_le_bytes(out).to_f64(), bf16_up, "{beside}");
+            cast_bytes(Dtype::F64, &(1.00048828125f64 + beside).to_le_bytes(), Dtype::F16, &mut out);
+            assert_eq!(f16::from_le_bytes(out).to_f64(), f16_up, "{beside}");
+        }
+        for (huge, expected) in [(1e300, f32::INFINITY), (-1e300, f32::NEG_INFINITY), (-1e-300, 0.0)] {
+            cast_bytes(Dtype::F64, &f64::to_le_bytes(huge), Dtype::BF16, &mut out);
+            assert_eq!(bf16::from_le_bytes(out).to_f32(), expected);
+        }
     }
 
     #[test]
