@@ -10,6 +10,7 @@ mod umount;
 mod weights;
 
 use crate::commit::Recovery;
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -47,10 +48,14 @@ enum Command {
 pub fn run(arguments: Vec<OsString>) -> ExitCode {
     let parsed = match Arguments::try_parse_from(&arguments) {
         Ok(parsed) => parsed,
-        // clap's own text; asking for help or the version is success.
-        Err(e) => {
+        // Asking for help or the version is success, and a page of text.
+        Err(e) if !e.use_stderr() || e.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             let _ = e.print();
             return ExitCode::from(if e.use_stderr() { 2 } else { 0 });
+        }
+        Err(e) => {
+            eprintln!("weightfs: {}", usage(&e.to_string()));
+            return ExitCode::from(2);
         }
     };
     let result = match parsed.command {
@@ -67,10 +72,28 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
     match result {
         Ok(code) => code,
         Err(e) => {
-            eprintln!("weightfs: {e:#}");
+            eprintln!("weightfs: {}", sentence(&e));
             ExitCode::FAILURE
         }
     }
+}
+
+/// What clap says is wrong, on one line.
+fn usage(text: &str) -> String {
+    let wrong = text.split("\n\nUsage:").next().and_then(|t| t.split("\n\nFor more").next()).unwrap_or(text);
+    let words: Vec<&str> = wrong.strip_prefix("error: ").unwrap_or(wrong).split_whitespace().collect();
+    format!("{} (--help lists what there is)", words.join(" "))
+}
+
+/// An error and its causes on one line. Some errors have their cause in their own words: it is not said twice.
+fn sentence(e: &anyhow::Error) -> String {
+    let mut text = e.to_string();
+    for cause in e.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text.replace(['\n', '\r'], " ")
 }
 
 /// Says in a line what recovery did, if it did anything.

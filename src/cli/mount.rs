@@ -8,6 +8,7 @@ use crate::fs::{Mounted, Tree, ViewMode, ViewOptions, fuse, mounts};
 use crate::model::ModelDirectory;
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
+use log::LevelFilter;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::ErrorKind;
@@ -55,7 +56,7 @@ pub struct MountArguments {
     #[arg(long)]
     no_passthrough: bool,
     #[arg(long, default_value = "info")]
-    log_level: log::LevelFilter,
+    log_level: LevelFilter,
     /// Default: stderr in the foreground, MODEL_DIR/.weightfs/mount.log in the background
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
@@ -83,8 +84,11 @@ pub fn run(a: MountArguments, arguments: &[OsString]) -> anyhow::Result<ExitCode
     let directory = Arc::new(ModelDirectory::open(&a.model_dir)?);
     let point = free_mount_point(&a.mount_point, &directory.path)?;
     let log = log_file(&a, &directory)?;
+    // Without a log, what is not trouble is nobody's to read: the command that waits for us is about to end.
+    let level =
+        if log.is_none() && background::is_background() { a.log_level.min(LevelFilter::Warn) } else { a.log_level };
     super::log_to(
-        a.log_level,
+        level,
         match &log {
             Some(path) => env_logger::Target::Pipe(Box::new(File::options().append(true).open(path)?)),
             None => env_logger::Target::Stderr,

@@ -7,7 +7,7 @@ use super::report::{CommitInfo, VerifyReport};
 use super::state::State;
 use super::storage::Storage;
 use super::{Committer, DiskStorage, Keep, Published, Shared, optimizer, protocol, recover};
-use crate::model::ModelDirectory;
+use crate::model::{ModelDirectory, ModelError};
 use parking_lot::{Mutex, RwLock};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -30,7 +30,10 @@ pub fn verify_readonly(directory: &Path, id: Option<u64>) -> Result<VerifyReport
 }
 
 fn open_readonly(directory: &Path) -> Result<Shared, CommitError> {
-    let model = ModelDirectory::open(directory).map_err(|e| CommitError::corrupt(directory, e.to_string()))?;
+    let model = ModelDirectory::open(directory).map_err(|e| match e {
+        ModelError::Io { path, source } => CommitError::io("read", path, source),
+        other => CommitError::corrupt(directory, other.to_string()),
+    })?;
     let (layout, storage) = (Layout::of(&model), Arc::new(DiskStorage::new(&model.path)));
     let storage: Arc<dyn Storage> = storage;
     let Some(mut state) = State::load(&*storage, &layout)? else {

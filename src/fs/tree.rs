@@ -253,13 +253,17 @@ impl Tree {
             cacheable: false,
         };
         let shard = |shard: usize, mtime: SystemTime| -> Result<Attributes, FsError> {
-            let disk = from_disk(&std::fs::metadata(&mounted.directory.shards[shard].path)?, ino);
+            // The live weights do not go with the file's name.
+            let disk = std::fs::metadata(&mounted.directory.shards[shard].path)
+                .map_or_else(|_| ours(Kind::File, 0o400, mtime), |m| from_disk(&m, ino));
             let size = mounted.directory.shards[shard].bytes();
             Ok(Attributes { kind: Kind::File, size, mtime, ctime: mtime, cacheable: false, ..disk })
         };
         match node {
             Node::Root => {
-                let disk = from_disk(&std::fs::metadata(&mounted.directory.path)?, ino);
+                // `status` answers, and weights are shown, also when somebody moved the model directory away.
+                let disk = std::fs::metadata(&mounted.directory.path)
+                    .map_or_else(|_| ours(Kind::Directory, 0o500, self.born), |m| from_disk(&m, ino));
                 Ok(Attributes { uid: mounted.owner.0, gid: mounted.owner.1, cacheable: false, ..disk })
             }
             Node::Ctl => Ok(ours(Kind::File, 0o600, self.born)),
@@ -341,7 +345,16 @@ impl Tree {
                 }
             }
         }
-        for found in std::fs::read_dir(self.on_disk(&disk))? {
+        let found = match std::fs::read_dir(self.on_disk(&disk)) {
+            Err(_) if *node == Node::Root => {
+                for (n, shard) in self.mounted.directory.shards.iter().enumerate() {
+                    entries.push(entry(OsStr::new(&shard.name), &Node::Weights(n), Kind::File));
+                }
+                return Ok(entries);
+            }
+            found => found?,
+        };
+        for found in found {
             let name = found?.file_name();
             if entries.iter().take(6).any(|e| e.name == name) {
                 continue; // a file of the model directory under one of our names

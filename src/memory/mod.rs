@@ -6,10 +6,12 @@ mod available;
 mod fault;
 mod hash;
 mod host;
+mod users;
 
 pub use available::available;
 pub use hash::{BLOCK, Hash, block_hash, hash_into};
 pub use host::HostMemory;
+pub use users::UsersProbe;
 
 use std::fmt::Debug;
 

@@ -5,6 +5,7 @@ use super::header::{Header, TensorEntry};
 use super::index::Index;
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Our own state beside the weights; hidden in a mount.
@@ -60,7 +61,14 @@ impl ModelDirectory {
         if names.is_empty() {
             return Err(ModelError::NoWeights { path });
         }
-        let shards = names.iter().map(|n| Shard::open(&path, n)).collect::<Result<Vec<_>, _>>()?;
+        let shards =
+            names.iter().map(|n| Shard::open(&path, n)).collect::<Result<Vec<_>, _>>().map_err(|e| match e {
+                ModelError::Io { path, source } if source.kind() == ErrorKind::NotFound && index.is_some() => {
+                    let why = format!("it names {}, which is not there: download it again", path.display());
+                    ModelError::BadIndex { path: index_path.clone(), why }
+                }
+                other => other,
+            })?;
         let directory = ModelDirectory { path, shards };
         let homes = directory.tensor_homes()?;
         if let Some(index) = index {

@@ -23,7 +23,7 @@ pub enum ModelError {
         #[source]
         source: std::io::Error,
     },
-    #[error("{path} is not a valid safetensors file: {why}")]
+    #[error("{path} is not a valid safetensors file: {why}; download or convert it again")]
     BadShard { path: PathBuf, why: String },
     #[error("{path} is not a valid safetensors index: {why}")]
     BadIndex { path: PathBuf, why: String },

@@ -1,7 +1,7 @@
 //! The copy itself: one memfd a shard, so that the kernel can serve reads and mappings from it without us.
 
 use crate::image::{ImageError, ShardBytes};
-use crate::memory::{BLOCK, Hash, block_hash};
+use crate::memory::{BLOCK, Hash, UsersProbe, block_hash};
 use parking_lot::Mutex;
 use rayon::prelude::*;
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -50,6 +50,7 @@ pub struct CopiedShards {
 
 struct CopiedShard {
     file: File,
+    users: UsersProbe,
     bytes: u64,
     hashes: Mutex<Vec<Hash>>,
 }
@@ -62,7 +63,8 @@ impl CopiedShards {
             let bytes = image.shard_bytes(shard);
             let file = reserve(&format!("weightfs:{name}:{shard}"), bytes)
                 .map_err(|source| ViewError::NoMemory { bytes, source })?;
-            shards.push(CopiedShard { file, bytes, hashes: Mutex::default() });
+            let users = UsersProbe::new(&file)?;
+            shards.push(CopiedShard { file, users, bytes, hashes: Mutex::default() });
         }
         let (filled, torn) = (AtomicBool::new(false), AtomicBool::new(true));
         Ok(CopiedShards { shards, refreshing: Mutex::default(), filled, torn })
@@ -80,6 +82,11 @@ impl CopiedShards {
     /// True once everything was copied and no refresh has stopped half way: the bytes are of one step.
     pub fn is_whole(&self) -> bool {
         !self.torn.load(Ordering::Acquire)
+    }
+
+    /// Whether somebody still has a passthrough mapping of a shard (or has it open). Nobody may be opening one meanwhile.
+    pub fn is_mapped(&self) -> bool {
+        self.shards.iter().any(|s| s.users.has_others())
     }
 
     /// Copies from the view; short only at the end of the file.

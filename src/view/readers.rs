@@ -34,14 +34,14 @@ impl Readers {
         Readers { open: BTreeMap::new(), newest: None, hold }
     }
 
-    /// Whether somebody holds the view at `now`.
-    pub fn holding(&self, now: Instant) -> bool {
-        !self.open.is_empty() && self.newest.is_some_and(|n| now.duration_since(n) < self.hold)
+    /// Whether somebody holds the view at `now`. `mapped` is asked when no file is open: mappings may outlive files.
+    pub fn holding(&self, now: Instant, mapped: impl FnOnce() -> bool) -> bool {
+        self.newest.is_some_and(|n| now.duration_since(n) < self.hold) && (!self.open.is_empty() || mapped())
     }
 
     /// What an open at `now` must do before it counts.
-    pub fn before_open(&self, now: Instant) -> Opened {
-        if self.holding(now) { Opened::Join } else { Opened::MoveFirst }
+    pub fn before_open(&self, now: Instant, mapped: impl FnOnce() -> bool) -> Opened {
+        if self.holding(now, mapped) { Opened::Join } else { Opened::MoveFirst }
     }
 
     pub fn add(&mut self, handle: u64, reader: Reader) {
@@ -71,8 +71,8 @@ impl Readers {
     }
 
     /// How much longer the view stays still if nobody else opens it.
-    pub fn remaining(&self, now: Instant) -> Option<Duration> {
-        let newest = self.newest.filter(|_| self.holding(now))?;
+    pub fn remaining(&self, now: Instant, mapped: impl FnOnce() -> bool) -> Option<Duration> {
+        let newest = self.newest.filter(|_| self.holding(now, mapped))?;
         Some(self.hold.saturating_sub(now.duration_since(newest)))
     }
 }
@@ -87,17 +87,20 @@ mod tests {
         let at = |s| start + Duration::from_secs(s);
         let reader = |s| Reader { shard: 0, pid: 7, since: at(s) };
         let mut readers = Readers::new(Duration::from_secs(600));
-        assert_eq!(readers.before_open(at(0)), Opened::MoveFirst);
+        assert_eq!(readers.before_open(at(0), || false), Opened::MoveFirst);
         readers.add(1, reader(0));
-        assert_eq!(readers.before_open(at(10)), Opened::Join);
+        assert_eq!(readers.before_open(at(10), || false), Opened::Join);
         readers.add(2, reader(10));
         assert!(!readers.remove(1));
-        assert!(readers.holding(at(609)));
-        assert_eq!(readers.remaining(at(600)), Some(Duration::from_secs(10)));
+        assert!(readers.holding(at(609), || false));
+        assert_eq!(readers.remaining(at(600), || false), Some(Duration::from_secs(10)));
         // The reader that maps the file for days no longer keeps everybody in the past.
-        assert_eq!(readers.before_open(at(610)), Opened::MoveFirst);
+        assert_eq!(readers.before_open(at(610), || false), Opened::MoveFirst);
         assert!(readers.remove(2));
         assert!(!readers.remove(2));
-        assert!(!readers.holding(at(11)));
+        assert!(!readers.holding(at(11), || false));
+        // A mapping that is left holds it as an open file does.
+        assert!(readers.holding(at(609), || true));
+        assert!(!readers.holding(at(610), || true));
     }
 }

@@ -14,7 +14,7 @@ impl Mounted {
         let count = |f: fn(&Place) -> bool| source.places.values().filter(|p| f(p)).count() as u64;
         let readers = self.readers.lock();
         let (open, pids) = (readers.len() as u64, readers.pids());
-        let held = self.view.as_ref().and_then(|_| readers.remaining(Instant::now()));
+        let held = self.view.as_ref().and_then(|_| readers.remaining(Instant::now(), || self.is_mapped()));
         drop(readers);
         let frozen = self.frozen.lock().is_some();
         let newest = self.committer.as_ref().and_then(|c| c.newest());

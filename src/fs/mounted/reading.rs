@@ -35,7 +35,13 @@ impl Mounted {
     pub fn open_may_wait(&self) -> bool {
         // Somebody has the view in hand, moves it, or waits for an engine to.
         let Some(_turn) = self.moving.try_lock() else { return self.view.is_some() };
-        self.view.is_some() && !self.is_current() && !self.readers.lock().holding(Instant::now())
+        self.view.is_some() && !self.is_current() && !self.readers.lock().holding(Instant::now(), || self.is_mapped())
+    }
+
+    /// Whether mappings hold the view: the kernel serves them from the copy itself and keeps no file open for them.
+    /// Asked with `readers` locked and none open, so that no open is under way.
+    pub(super) fn is_mapped(&self) -> bool {
+        self.view.as_ref().is_some_and(CopiedShards::is_mapped)
     }
 
     /// Whether the view is known to show the live step: only of weights that nobody else writes.
@@ -45,9 +51,10 @@ impl Mounted {
             && self.view_step.load(Ordering::Acquire) == self.step.load(Ordering::Acquire)
     }
 
-    /// Opens shard `shard` for process `pid`: brings the view to the newest step unless others hold it.
+    /// Opens shard `shard` for process or thread `pid`: brings the view to the newest step unless others hold it.
     pub fn open_weights(&self, handle: u64, shard: usize, pid: u32) -> Result<Served, FsError> {
         self.alive()?;
+        let pid = process_of(pid);
         let reader = |since| Reader { shard, pid, since };
         if self.view.is_none() {
             self.noted(self.image.check().map_err(FsError::from))?;
@@ -57,7 +64,7 @@ impl Mounted {
         }
         let _turn = self.moving.lock();
         // Looked at in our turn: whoever came before may have begun to hold the view.
-        let before = self.readers.lock().before_open(Instant::now());
+        let before = self.readers.lock().before_open(Instant::now(), || self.is_mapped());
         if before == Opened::MoveFirst {
             self.noted(self.move_view())?;
         } else if !self.view.as_ref().is_some_and(CopiedShards::is_whole) {
@@ -135,4 +142,11 @@ impl Mounted {
         drop(facts);
         self.tell(Event::ViewMoved);
     }
+}
+
+/// The process that a thread belongs to: FUSE names the thread that asks.
+fn process_of(thread: u32) -> u32 {
+    let status = std::fs::read_to_string(format!("/proc/{thread}/status")).unwrap_or_default();
+    let process = status.lines().find_map(|l| l.strip_prefix("Tgid:")?.trim().parse().ok());
+    process.unwrap_or(thread)
 }

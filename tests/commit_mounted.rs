@@ -1,0 +1,274 @@
+//! Commits of a mounted model: the disk stays as it is until `commit`, then it equals the live weights, and just the blocks
+//! that changed were written. Back by `rollback`, looked at in `commits/`, refused while the disk is full.
+
+mod support;
+
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use std::fs;
+use std::path::{Path, PathBuf};
+use support::model::*;
+use support::mount::{assert_one_line, fails};
+use support::trace::Trace;
+use support::*;
+
+struct Setup {
+    mount: Mount,
+    model: Model,
+    engine: Engine,
+    scratch: Scratch,
+}
+
+fn setup() -> Setup {
+    let scratch = Scratch::new();
+    let model = Model::sharded(scratch.join("model"));
+    let engine = Engine::new(&model, scratch.join("engine.json"));
+    let mount = Mounting::of(&model, scratch.join("mnt")).engine(&engine).mount();
+    mount.settled();
+    Setup { mount, model, engine, scratch }
+}
+
+#[test]
+fn the_disk_changes_with_the_commit_and_not_before() {
+    let Setup { scratch: _scratch, mount, model, mut engine } = setup();
+    let (before, mtimes) = (model.disk(), model.mtimes());
+    engine.change_all(1);
+    let want = engine.expected(&model);
+    mount.does("refresh");
+    assert_same("the mount", &mount.weights(), &want);
+    assert_same("the disk", &model.disk(), &before);
+    assert_eq!(model.mtimes(), mtimes);
+
+    mount.does("commit all of it");
+    assert_same("the disk", &model.disk(), &want);
+    assert_same("the mount", &mount.weights(), &want);
+    assert!(model.mtimes().iter().zip(&mtimes).all(|(now, then)| now > then), "rsync and make have to notice");
+
+    let mtimes = model.mtimes();
+    mount.does("commit nothing");
+    assert_eq!(model.mtimes(), mtimes, "nothing was to be written");
+    assert_eq!(mount.status()["committed"]["id"], 1);
+}
+
+#[test]
+fn just_the_blocks_that_changed_are_written() {
+    let Setup { scratch: _scratch, mount, model, mut engine } = setup();
+    let before = model.disk();
+    engine.step(|e| {
+        for (name, i) in [(Q, 0), (Q, 1), (EXPERTS, 5000), (NORM, 700), (A_LOG, 299), (EMBED, 0), (EMBED, 250 * 64 - 1)]
+        {
+            e.set(name, i, 9.5);
+        }
+    });
+    let want = engine.expected(&model);
+    let Some(trace) = Trace::of(mount.pid) else { return };
+    mount.does("commit a few values");
+    let written = trace.weights_written();
+    assert_same("the disk", &model.disk(), &want);
+    let mut blocks: Vec<(String, usize)> = Vec::new();
+    for write in &written {
+        assert_eq!(write.offset % 4096, 0, "{write:?}");
+        blocks.extend((0..write.bytes.div_ceil(4096)).map(|i| (write.file.clone(), write.offset / 4096 + i)));
+    }
+    blocks.sort();
+    let mut changed = Vec::new();
+    for (name, (a, b)) in model.shards.iter().zip(before.iter().zip(&want)) {
+        let differ = a.chunks(4096).zip(b.chunks(4096)).enumerate().filter(|(_, (x, y))| x != y);
+        changed.extend(differ.map(|(i, _)| (name.clone(), i)));
+    }
+    assert_eq!(blocks, changed);
+
+    let Some(trace) = Trace::of(mount.pid) else { return };
+    mount.does("commit again");
+    assert_eq!(trace.weights_written(), []);
+}
+
+#[test]
+fn values_that_nobody_touched_keep_their_bytes_though_the_live_type_is_coarser() {
+    let Setup { scratch: _scratch, mount, model, mut engine } = setup();
+    let before = model.disk();
+    // F32 on disk, BF16 live: most values do not survive the way there and back.
+    engine.step(|e| e.set(NORM, 1000, 9.5));
+    mount.does("commit");
+    let after = model.disk();
+    let differ: usize = before.iter().zip(&after).map(|(a, b)| a.iter().zip(b).filter(|(x, y)| x != y).count()).sum();
+    assert!((1..=4).contains(&differ), "{differ} bytes changed, one value was set");
+}
+
+#[test]
+fn a_one_shot_commit_is_refused_while_mounted_and_works_afterwards() {
+    let Setup { scratch: _scratch, mount, model, mut engine } = setup();
+    let before = model.disk();
+    engine.change_all(1);
+    let once = || {
+        let mut command = weightfs();
+        command.arg("commit").arg(&model.path).arg("--weights").arg(&engine.manifest);
+        command
+    };
+    let refused = fails(&mut once());
+    assert_one_line(&refused, &[&mount.point.display().to_string(), &mount.pid.to_string()]);
+    assert_same("the disk", &model.disk(), &before);
+    mount.umount();
+    mount.ends();
+    succeeds(&mut once());
+    assert_same("the disk", &model.disk(), &engine.over(before));
+}
+
+#[test]
+fn a_rollback_brings_live_weights_and_disk_back() {
+    let Setup { scratch: _scratch, mount, model, mut engine } = setup();
+    engine.change_all(1);
+    mount.does("commit one");
+    let first = model.disk();
+    engine.change_all(2);
+    mount.does("commit two");
+    let second = model.disk();
+    engine.change_all(3);
+    assert_ne!(first, second);
+
+    assert_eq!(errno(mount.ctl("rollback 77")), Some(libc::ENOENT));
+    assert_same("the disk", &model.disk(), &second);
+    mount.does("rollback 1");
+    assert_same("the disk", &model.disk(), &first);
+    assert_same("the mount", &mount.weights(), &first);
+    engine.reload();
+    assert_same("the engine's memory", &engine.expected(&model), &first);
+    assert_eq!(mount.status()["committed"]["id"], 3, "going back is a commit as well");
+
+    mount.does("rollback 2");
+    assert_same("the mount", &mount.weights(), &second);
+    assert_same("the disk", &model.disk(), &second);
+}
+
+#[test]
+fn every_commit_is_a_directory_that_never_changes() {
+    let Setup { scratch: _scratch, mount, model, mut engine } = setup();
+    let mut commits = Vec::new();
+    for seed in 1..=3 {
+        engine.change_all(seed);
+        mount.does(&format!("commit number {seed}"));
+        commits.push(model.disk());
+    }
+    let open = fs::File::open(mount.path("commits/1").join(&model.shards[0])).unwrap();
+    let look = || {
+        for (i, want) in commits.iter().enumerate() {
+            let dir = mount.path(format!("commits/{}", i + 1));
+            assert_same(&format!("commit {}", i + 1), &weights_in(&dir, &model.shards), want);
+            assert_eq!(fs::read(dir.join("config.json")).unwrap(), fs::read(model.path.join("config.json")).unwrap());
+        }
+    };
+    look();
+    let mut listed: Vec<_> = fs::read_dir(mount.path("commits")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    listed.sort();
+    assert_eq!(listed, ["1", "2", "3"]);
+    engine.change_all(4);
+    mount.does("commit");
+    mount.does("rollback 2");
+    look();
+    let mut bytes = Vec::new();
+    std::io::Read::read_to_end(&mut &open, &mut bytes).unwrap();
+    assert_eq!(bytes, commits[0][0], "the open file");
+    assert_eq!(errno(fs::read_dir(mount.path("commits/99"))), Some(libc::ENOENT));
+    assert_eq!(errno(fs::read_dir(mount.path("commits/01"))), Some(libc::ENOENT));
+    assert_eq!(errno(fs::write(mount.path("commits/1/config.json"), "")), Some(libc::EROFS));
+}
+
+#[test]
+fn a_mount_of_its_own_weights_has_nothing_to_commit() {
+    let scratch = Scratch::new();
+    let model = Model::single(scratch.join("model"));
+    let mount = Mounting::of(&model, scratch.join("mnt")).mount();
+    let mtimes = model.mtimes();
+    mount.does("commit");
+    assert_eq!(model.mtimes(), mtimes);
+    assert_eq!(mount.status()["committed"], serde_json::Value::Null);
+}
+
+/// A file system of a few megabytes, gone with the test.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn new(path: PathBuf) -> SmallDisk {
+        fs::create_dir(&path).unwrap();
+        mount("weightfs-test", &path, "tmpfs", MountFlags::empty(), Some(c"size=4m")).unwrap();
+        SmallDisk(path)
+    }
+
+    /// Takes all the space there is, by a file that is returned.
+    fn fill(&self) -> PathBuf {
+        let path = self.0.join("filler");
+        let file = fs::File::create(&path).unwrap();
+        let zeros = [0; 4096];
+        while std::io::Write::write_all(&mut &file, &zeros).is_ok() {}
+        path
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = unmount(&self.0, UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn a_full_disk_fails_the_commit_and_nothing_else() {
+    let scratch = Scratch::new();
+    let disk = SmallDisk::new(scratch.join("disk"));
+    let model = Model::sharded(disk.0.join("model"));
+    let mut engine = Engine::new(&model, scratch.join("engine.json"));
+    let mount = Mounting::of(&model, scratch.join("mnt")).engine(&engine).mount();
+    mount.settled();
+    let before = model.disk();
+    engine.change_all(1);
+    let want = engine.expected(&model);
+    let filler = disk.fill();
+    for _ in 0..2 {
+        assert_eq!(errno(mount.ctl("commit")), Some(libc::ENOSPC), "{}", mount.says());
+        assert!(mount.says().contains("no space left"), "{}", mount.says());
+        assert_same("the disk", &model.disk(), &before);
+        assert_same("the mount", &mount.weights(), &want);
+        assert_eq!(mount.state(), "idle");
+        assert_eq!(mount.fact("dirty").unwrap(), "yes");
+    }
+    fs::remove_file(filler).unwrap();
+    mount.does("commit");
+    assert_same("the disk", &model.disk(), &want);
+    verify(&model.path);
+}
+
+#[test]
+fn a_disk_that_fills_up_in_the_middle_loses_nothing() {
+    // However much room there is: the commit is whole or not there.
+    for spare in (0..40).step_by(4) {
+        let scratch = Scratch::new();
+        let disk = SmallDisk::new(scratch.join("disk"));
+        let model = Model::sharded(disk.0.join("model"));
+        let mut engine = Engine::new(&model, scratch.join("engine.json"));
+        let mount = Mounting::of(&model, scratch.join("mnt")).engine(&engine).mount();
+        mount.settled();
+        let before = model.disk();
+        engine.change_all(1);
+        let want = engine.expected(&model);
+        let filler = disk.fill();
+        let file = fs::File::options().write(true).open(&filler).unwrap();
+        file.set_len(file.metadata().unwrap().len() - spare * 4096).unwrap();
+        drop(file);
+        match mount.ctl("commit") {
+            Ok(()) => assert_same("the disk", &model.disk(), &want),
+            Err(e) => {
+                assert_eq!(e.raw_os_error(), Some(libc::ENOSPC), "{}", mount.says());
+                assert_same("the disk", &model.disk(), &before);
+            }
+        }
+        fs::remove_file(filler).unwrap();
+        mount.does("commit");
+        assert_same("the disk", &model.disk(), &want);
+        verify(&model.path);
+    }
+}
+
+/// The directory against its newest commit, by the command.
+#[track_caller]
+fn verify(model: &Path) {
+    let said = succeeds(weightfs().arg("verify").arg(model));
+    assert!(said.contains(" 0 wrong"), "{said}");
+}

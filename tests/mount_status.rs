@@ -1,0 +1,196 @@
+//! `status`, `status.json` and `ctl` of a real mount: their keys, that `poll` wakes for news, and whom `ctl` obeys.
+
+mod support;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+use support::*;
+
+/// Every key that docs/semantics.md lists and this mount has.
+const KEYS: &[&str] = &[
+    "state",
+    "model",
+    "mount",
+    "pid",
+    "source",
+    "device",
+    "bytes",
+    "tensors",
+    "step",
+    "view_step",
+    "view",
+    "view_bytes",
+    "view_ready",
+    "readers",
+    "committed",
+    "dirty",
+    "job",
+    "jobs_queued",
+    "last_command",
+    "last_error",
+];
+
+fn setup() -> (Scratch, Model, Engine, Mount) {
+    let scratch = Scratch::new();
+    let model = Model::sharded(scratch.join("model"));
+    let engine = Engine::new(&model, scratch.join("engine.json"));
+    let mount = Mounting::of(&model, scratch.join("mnt")).engine(&engine).args(&["--view", "held"]).mount();
+    mount.settled();
+    (scratch, model, engine, mount)
+}
+
+#[test]
+fn status_has_every_key_on_a_line_of_its_own_and_json_the_same_facts() {
+    let (_scratch, model, engine, mount) = setup();
+    let text = std::fs::read_to_string(mount.path("status")).unwrap();
+    let keys: Vec<&str> = text.lines().map(|l| l.split_once(' ').expect("key and value").0).collect();
+    assert_eq!(keys, KEYS);
+    assert_eq!(std::fs::metadata(mount.path("status")).unwrap().len(), 0, "its size is 0, as in /proc");
+
+    let json = mount.status();
+    assert_eq!(json["state"], "idle");
+    assert_eq!(json["pid"], mount.pid);
+    assert_eq!(json["model"], model.path.to_str().unwrap());
+    assert_eq!(json["mount_point"], mount.point.to_str().unwrap());
+    assert_eq!(json["source"]["engine"], "toy 7");
+    assert_eq!(json["source"]["pids"], serde_json::json!([std::process::id()]));
+    assert_eq!(json["source"]["tensors"], model.specs.len());
+    assert_eq!(json["source"]["live"], engine.live());
+    assert_eq!(json["source"]["opaque"], 1);
+    assert_eq!(json["source"]["only_on_disk"], 2);
+    let bytes: usize = model.disk().iter().map(Vec::len).sum();
+    assert_eq!(json["source"]["bytes"], bytes);
+    assert_eq!(json["view"]["bytes"], bytes);
+    assert_eq!(json["committed"], serde_json::Value::Null);
+    assert_eq!(json["readers"]["open"], 0);
+    assert_eq!(mount.fact("mount").unwrap(), mount.point.to_str().unwrap());
+    assert_eq!(mount.fact("bytes").unwrap(), bytes.to_string());
+    assert_eq!(mount.fact("last_command").unwrap(), "none");
+}
+
+#[test]
+fn status_tells_who_has_weights_open_and_what_the_last_command_did() {
+    let (_scratch, _model, mut engine, mount) = setup();
+    assert_eq!(mount.fact("dirty").unwrap(), "no");
+    let open = mount.open(1);
+    assert_eq!(mount.fact("readers").unwrap(), format!("1 pid {}", std::process::id()));
+    assert!(mount.fact("view_held").unwrap().ends_with("s more at most"));
+    drop(open);
+    until("the reader is forgotten", || mount.fact("readers").unwrap() == "0");
+    assert_eq!(mount.fact("view_held"), None);
+
+    engine.change_all(1);
+    drop(mount.open(0));
+    assert_eq!(mount.fact("dirty").unwrap(), "yes");
+    mount.does("commit over lunch");
+    assert_eq!(mount.fact("dirty").unwrap(), "no");
+    let committed = mount.status()["committed"].clone();
+    assert_eq!(committed["id"], 1);
+    assert!(mount.fact("committed").unwrap().starts_with("1 step "));
+    assert!(mount.fact("last_command").unwrap().starts_with("commit: ok: "));
+    assert_eq!(mount.fact("last_error").unwrap(), "none");
+
+    assert_eq!(errno(mount.ctl("train /job.json")), Some(libc::ENOSYS));
+    assert!(mount.fact("last_command").unwrap().starts_with("train: ENOSYS: "));
+    assert!(mount.fact("last_error").unwrap().contains("no trainer"));
+}
+
+#[test]
+fn a_step_that_readers_meet_is_counted() {
+    let (_scratch, _model, mut engine, mount) = setup();
+    let step = || mount.status()["view"]["step"].as_u64().unwrap();
+    let before = step();
+    engine.change_all(1);
+    mount.weights();
+    assert_eq!(step(), before + 1);
+    mount.weights();
+    assert_eq!(step(), before + 1, "nothing has changed since");
+}
+
+#[test]
+fn a_poller_of_status_wakes_when_it_says_something_new() {
+    let (_scratch, _model, _engine, mount) = setup();
+    let mut status = File::open(mount.path("status")).unwrap();
+    let mut read = || {
+        let mut text = String::new();
+        status.rewind().unwrap();
+        status.read_to_string(&mut text).unwrap();
+        text
+    };
+    assert!(read().contains("state idle"));
+    let watched = status.try_clone().unwrap();
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let news =
+        |wait: &Timespec| poll(&mut [PollFd::new(&watched, PollFlags::IN | PollFlags::PRI)], Some(wait)).unwrap();
+    assert_eq!(news(&now), 0, "it was read a moment ago");
+
+    let patience = Timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
+    std::thread::scope(|scope| {
+        let woken = scope.spawn(|| news(&patience));
+        mount.does("freeze");
+        assert_eq!(woken.join().unwrap(), 1, "the poller should have woken");
+    });
+    let mut text = String::new();
+    status.rewind().unwrap();
+    status.read_to_string(&mut text).unwrap();
+    assert!(text.contains("state frozen"), "the open file, read again, has the news");
+}
+
+#[test]
+fn ctl_reads_as_empty_and_is_its_owners_alone() {
+    let (_scratch, _model, _engine, mount) = setup();
+    let ctl = std::fs::metadata(mount.path("ctl")).unwrap();
+    assert_eq!((ctl.permissions().mode() & 0o7777, ctl.len()), (0o600, 0));
+    assert_eq!(std::fs::read(mount.path("ctl")).unwrap(), b"");
+}
+
+fn as_nobody(script: &str, mount: &Mount) -> String {
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", script, "sh"]).arg(&mount.point);
+    let output = command.env("LC_ALL", "C").output().unwrap();
+    String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+}
+
+#[test]
+fn other_users_see_nothing_of_a_mount() {
+    if !have("setpriv") {
+        return;
+    }
+    let (scratch, _model, _engine, mount) = setup();
+    std::fs::set_permissions(scratch.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let said = as_nobody("ls \"$1\"; cat \"$1/status\"; echo freeze > \"$1/ctl\"", &mount);
+    assert_eq!(said.matches("Permission denied").count(), 3, "{said}");
+    assert_eq!(mount.state(), "idle");
+}
+
+#[test]
+fn with_allow_other_other_users_read_what_modes_let_them_and_command_nothing() {
+    if !have("setpriv") {
+        return;
+    }
+    let scratch = Scratch::new();
+    std::fs::set_permissions(scratch.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let model = Model::sharded(scratch.join("model"));
+    for (i, mode) in [(0, 0o644), (1, 0o600)] {
+        std::fs::set_permissions(model.shard(i), PermissionsExt::from_mode(mode)).unwrap();
+    }
+    let mount = Mounting::of(&model, scratch.join("mnt")).arg("--allow-other").mount();
+    let said = as_nobody("cat \"$1/status\" | grep ^state", &mount);
+    assert_eq!(said.trim(), "state idle");
+    for (i, may) in [(0, true), (1, false)] {
+        let script = format!("sha256sum < \"$1/{}\"", model.shards[i]);
+        assert_eq!(as_nobody(&script, &mount).contains("Permission denied"), !may, "shard {i}");
+    }
+    assert!(as_nobody("echo freeze > \"$1/ctl\"", &mount).contains("Permission denied"));
+    // With the file opened by the owner and passed on, the write itself is refused.
+    let ctl = File::options().write(true).open(mount.path("ctl")).unwrap();
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "env", "printf", "freeze"]);
+    let output = command.stdout(ctl).env("LC_ALL", "C").output().unwrap();
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("not permitted"), "{output:?}");
+    assert_eq!(mount.state(), "idle");
+}
