@@ -2,7 +2,7 @@
 
 use super::runs::{Run, Walk};
 use crate::memory::{Memory, MemoryError, Strided};
-use crate::model::{Dtype, TensorEntry, bytes_of, cast_bytes, element_bytes, round_trips};
+use crate::model::{Dtype, TensorEntry, bytes_of, cast_bytes, element_bytes, round_trips, same_value};
 use crate::source::{Segment, row_major};
 use std::cell::RefCell;
 use std::ops::Range;
@@ -189,7 +189,7 @@ impl Piece {
             cast_bytes(file, dst, self.dtype, rounded);
             let (n, m) = (self.element as usize, dst.len() / run.count as usize);
             for ((now, was), out) in live.chunks_exact(n).zip(rounded.chunks_exact(n)).zip(dst.chunks_exact_mut(m)) {
-                if now != was {
+                if !same_value(self.dtype, now, was) {
                     cast_bytes(self.dtype, now, file, out);
                 }
             }

@@ -9,7 +9,7 @@ mod header;
 mod index;
 
 pub use directory::{ModelDirectory, STATE_DIR, Shard};
-pub use dtype::{Dtype, bytes_of, cast_bytes, element_bytes, is_castable, parse_dtype, round_trips};
+pub use dtype::{Dtype, bytes_of, cast_bytes, element_bytes, is_castable, parse_dtype, round_trips, same_value};
 pub use header::{Header, MAX_HEADER_BYTES, TensorEntry};
 
 use std::path::PathBuf;

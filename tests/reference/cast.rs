@@ -20,9 +20,11 @@ pub fn value(dtype: Dtype, bytes: &[u8]) -> f64 {
 /// One element as another type has it.
 pub fn cast(from: Dtype, bytes: &[u8], to: Dtype) -> Vec<u8> {
     let v = value(from, bytes);
+    // The 16-bit types are reached through F32, as PyTorch does.
+    let single = f64::from(v as f32);
     match to {
-        Dtype::F16 => nearest(v, 0x7c00, |bits| f16::from_bits(bits).to_f64()).to_le_bytes().to_vec(),
-        Dtype::BF16 => nearest(v, 0x7f80, |bits| bf16::from_bits(bits).to_f64()).to_le_bytes().to_vec(),
+        Dtype::F16 => nearest(single, 0x7c00, |bits| f16::from_bits(bits).to_f64()).to_le_bytes().to_vec(),
+        Dtype::BF16 => nearest(single, 0x7f80, |bits| bf16::from_bits(bits).to_f64()).to_le_bytes().to_vec(),
         Dtype::F32 => (v as f32).to_le_bytes().to_vec(),
         Dtype::F64 => v.to_le_bytes().to_vec(),
         other => panic!("{other:?} is not cast"),
