@@ -3,6 +3,7 @@
 //! `source` (where an engine keeps its weights) to `image` (shard files made of them) to `view` (copies of one step)
 //! to `fs` (files), and from `image` to `commit` (the directory on disk).
 
+pub mod compute;
 pub mod image;
 pub mod memory;
 pub mod model;
