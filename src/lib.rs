@@ -7,3 +7,4 @@ pub mod compute;
 pub mod image;
 pub mod memory;
 pub mod model;
+pub mod train;

@@ -27,6 +27,26 @@ pub fn backward_input(dy: &[f32], w: &[f32], dx: &mut [f32], inputs: usize, outp
     matmul(dx, inputs, View::new(dy, rows, outputs), View::new(w, outputs, inputs), accumulate);
 }
 
+/// Columns of `y (T x stride)` from its start on, `part` of them: `x (T x in) W^T` for a part of W's rows.
+pub fn forward_part(x: &[f32], w: &[f32], y: &mut [f32], inputs: usize, part: usize, stride: usize) {
+    let rows = x.len() / inputs;
+    matmul(y, stride, View::new(x, rows, inputs), View::new(w, part, inputs).t(), false);
+}
+
+/// `dx = dy W` or `+=` for a part of W's rows; `dy (T x stride)` from that part's first column on.
+pub fn backward_input_part(
+    dy: &[f32],
+    w: &[f32],
+    dx: &mut [f32],
+    inputs: usize,
+    part: usize,
+    stride: usize,
+    accumulate: bool,
+) {
+    let rows = dx.len() / inputs;
+    matmul(dx, inputs, View::strided(dy, rows, part, stride), View::new(w, part, inputs), accumulate);
+}
+
 /// Rows `first..first + dw.len() / in` of `dW = dy^T x`, or `+=` with `accumulate`.
 pub fn backward_weight(
     dy: &[f32],

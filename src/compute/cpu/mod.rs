@@ -17,6 +17,7 @@ pub mod weight;
 
 pub use math::dot;
 
+use math::vectorized;
 use rayon::prelude::*;
 
 /// Rows that one task of an element-wise operation takes.
@@ -41,7 +42,14 @@ pub fn add_columns(x: &[f32], sums: &mut [f32]) {
     }
 }
 
-/// Is every value finite? Without an early exit, so that it runs at memory speed.
-pub fn all_finite(x: &[f32]) -> bool {
-    x.par_chunks(1 << 14).all(|x| x.iter().fold(true, |ok, v| ok & v.is_finite()))
+/// The largest absolute value; infinity where one is infinite or NaN.
+pub fn largest(x: &[f32]) -> f32 {
+    vectorized! {
+        fn run(x: &[f32]) -> f32 {
+            // As integers, absolute floats are ordered, with infinity and then NaN at the end.
+            f32::from_bits(x.iter().fold(0, |m, x| m.max(x.to_bits() & 0x7fff_ffff)))
+        }
+    }
+    let largest = x.par_chunks(1 << 15).map(run).reduce(|| 0.0, |a, b| if a >= b || a.is_nan() { a } else { b });
+    if largest.is_nan() { f32::INFINITY } else { largest }
 }
