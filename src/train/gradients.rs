@@ -6,6 +6,9 @@ use super::pack::Batch;
 use super::step::product_is_finite;
 use crate::compute::cpu::{embedding, linear, rms_norm};
 
+/// Elements of the embedding's or the head's gradient that are in memory at once.
+const VOCABULARY_PART: usize = 1 << 21;
+
 /// What one layer left: for each linear its input and its output's gradient, in rows that train.
 pub(super) struct LayerGradients {
     /// Inputs of the two norms and what makes the normed rows again.
@@ -83,16 +86,30 @@ pub struct Gradient<'a> {
 }
 
 enum Source<'a> {
-    Vector(&'a [f32]),
+    Dense(&'a [f32]),
     Product { dy: &'a [f32], x: &'a [f32] },
     Vocabulary { head: Option<&'a HeadGradient>, embedding: Option<(&'a [u32], &'a [f32])> },
 }
 
-impl Gradient<'_> {
+impl<'a> Gradient<'a> {
+    /// A gradient that is all there.
+    pub fn dense(rows: usize, columns: usize, values: &'a [f32]) -> Gradient<'a> {
+        assert_eq!(values.len(), rows * columns);
+        Gradient { rows, columns, source: Source::Dense(values) }
+    }
+
+    /// How many rows to make at a time: all of a layer's matrix, but parts of the vocabulary.
+    pub fn chunk_rows(&self) -> usize {
+        match self.source {
+            Source::Vocabulary { .. } => (VOCABULARY_PART / self.columns).clamp(1, self.rows),
+            _ => self.rows,
+        }
+    }
+
     /// Writes rows `first..` into `out`, as many as fit it.
     pub fn fill(&self, first: usize, out: &mut [f32]) {
         match &self.source {
-            Source::Vector(x) => out.copy_from_slice(x),
+            Source::Dense(x) => out.copy_from_slice(&x[first * self.columns..first * self.columns + out.len()]),
             Source::Product { dy, x } => linear::backward_weight(dy, x, out, self.columns, self.rows, first, false),
             Source::Vocabulary { head, embedding } => {
                 match head {
@@ -158,7 +175,7 @@ impl Gradients {
             }
         }
         drop(self.head);
-        give(&a.norm, 1, columns, Source::Vector(&self.d_norm))?;
+        give(&a.norm, 1, columns, Source::Dense(&self.d_norm))?;
         for (i, g) in self.layers {
             let layer: &Layer = &a.layers[i];
             let mut normed = vec![0.0; g.x_in.len()];
@@ -174,14 +191,14 @@ impl Gradients {
                 if let Some(bias) = &l.bias {
                     let mut db = vec![0.0; l.outputs];
                     linear::backward_bias(dy, &mut db);
-                    give(bias, 1, l.outputs, Source::Vector(&db))?;
+                    give(bias, 1, l.outputs, Source::Dense(&db))?;
                 }
             }
-            give(&layer.input_norm, 1, columns, Source::Vector(&g.d_input_norm))?;
-            give(&layer.post_norm, 1, columns, Source::Vector(&g.d_post_norm))?;
+            give(&layer.input_norm, 1, columns, Source::Dense(&g.d_input_norm))?;
+            give(&layer.post_norm, 1, columns, Source::Dense(&g.d_post_norm))?;
             if let (Some((q, k)), Some((dq, dk))) = (&layer.qk_norm, &g.d_qk_norm) {
-                give(q, 1, a.head_dim, Source::Vector(dq))?;
-                give(k, 1, a.head_dim, Source::Vector(dk))?;
+                give(q, 1, a.head_dim, Source::Dense(dq))?;
+                give(k, 1, a.head_dim, Source::Dense(dk))?;
             }
         }
         Ok(())

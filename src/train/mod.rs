@@ -5,15 +5,20 @@
 //! turns that into an update. Underneath are the operations of [`crate::compute`]; live weights come in through
 //! [`Weights`].
 
+pub mod apollo;
 pub mod config;
 pub mod families;
 pub mod gradients;
 pub mod pack;
+pub mod settings;
+pub mod state;
 pub mod step;
 pub mod weights;
 
 pub use config::{Config, Refusal};
 pub use families::Architecture;
 pub use pack::{Batch, Tokens};
+pub use settings::{Optimizer, Rounding, Settings};
+pub use state::OptimizerState;
 pub use step::{Model, StepError};
 pub use weights::{InMemory, Step, TensorSpec, Weights};
