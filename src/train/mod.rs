@@ -6,19 +6,26 @@
 //! [`Weights`].
 
 pub mod apollo;
+pub mod chat;
 pub mod config;
 pub mod families;
 pub mod gradients;
+pub mod job;
 pub mod pack;
+pub mod sample;
 pub mod settings;
 pub mod state;
 pub mod step;
+pub mod trainer;
 pub mod weights;
 
 pub use config::{Config, Refusal};
 pub use families::Architecture;
+pub use job::{BadJob, Job, Plan};
 pub use pack::{Batch, Tokens};
+pub use sample::{Sample, TextModel};
 pub use settings::{Optimizer, Rounding, Settings};
 pub use state::OptimizerState;
 pub use step::{Model, StepError};
+pub use trainer::{StepReport, Trainer};
 pub use weights::{InMemory, Step, TensorSpec, Weights};

@@ -21,13 +21,19 @@ const HEAD_WEIGHTS: usize = 1 << 20;
 /// A gradient above this is taken for overflow: its square, summed, no longer fits f32.
 const LARGEST: f64 = 1e15;
 
-/// Why a step did not happen. The weights are as they were.
+/// Why a step did not happen. The weights are as they were, unless it says that they are torn.
 #[derive(Debug, thiserror::Error)]
 pub enum StepError {
     #[error(transparent)]
     Image(#[from] ImageError),
     #[error("the {what} of {} is not finite; the weights were left as they were", sample.map_or("a sample".into(), |s| format!("sample {s}")))]
     NotFinite { what: String, sample: Option<usize> },
+    #[error("step {step} was cut while weights were being written ({source}): roll back to the last commit")]
+    Torn {
+        step: u64,
+        #[source]
+        source: ImageError,
+    },
 }
 
 /// A model whose weights are somewhere alive.
