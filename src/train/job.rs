@@ -112,7 +112,7 @@ impl Job {
         let rank = settings.rank();
         let widest = model.tensors().iter().filter(|(_, s)| s.len() == 2).map(|(_, s)| s[0].min(s[1])).max();
         let widest = widest.unwrap_or(0) as usize;
-        if settings.optimizer == Optimizer::Apollo && rank > widest {
+        if settings.optimizer == Optimizer::Apollo && settings.rank.is_some() && rank > widest {
             return Err(BadJob(format!(
                 "config.rank is {rank}, above the smaller dimension of every matrix of this model: it can be {widest} at most"
             )));

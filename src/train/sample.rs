@@ -73,7 +73,7 @@ fn ids(object: &Map<String, Value>, key: &str) -> Result<Vec<u32>, String> {
 }
 
 /// What turns text into ids: the tokenizer of a model directory and its chat template, each where there is one.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct TextModel {
     tokenizer: Option<Tokenizer>,
     template: Option<ChatTemplate>,
@@ -82,12 +82,25 @@ pub struct TextModel {
     no_template: String,
 }
 
+/// Of a model without tokenizer and template: samples are token ids.
+impl Default for TextModel {
+    fn default() -> TextModel {
+        TextModel {
+            tokenizer: None,
+            template: None,
+            no_tokenizer: "the model has no tokenizer.json: give token ids".into(),
+            no_template: "the model has no chat template: give context and continuation".into(),
+        }
+    }
+}
+
 impl TextModel {
     /// Reads what is there. A tokenizer that cannot be read matters only to samples of text.
     pub fn read(directory: &Path) -> TextModel {
+        let none = TextModel::default();
         let path = directory.join("tokenizer.json");
         let (tokenizer, no_tokenizer) = match path.exists() {
-            false => (None, "the model has no tokenizer.json: give token ids".to_string()),
+            false => (None, none.no_tokenizer),
             true => match Tokenizer::from_file(&path) {
                 Ok(tokenizer) => (Some(tokenizer), String::new()),
                 Err(e) => (None, format!("{} cannot be used ({e}): give token ids", path.display())),
@@ -95,7 +108,7 @@ impl TextModel {
         };
         let (template, no_template) = match ChatTemplate::read(directory) {
             Ok(Some(template)) => (Some(template), String::new()),
-            Ok(None) => (None, "the model has no chat template: give context and continuation".to_string()),
+            Ok(None) => (None, none.no_template),
             Err(why) => (None, why),
         };
         TextModel { tokenizer, template, no_tokenizer, no_template }

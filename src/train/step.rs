@@ -422,8 +422,8 @@ impl Model {
         let a = &*self.architecture;
         let (h, v, count) = (a.hidden, a.vocabulary, batch.targets.len());
         let Normed { normed, rstd } = self.final_norm(batch, x)?;
-        if backward && !product_is_finite(&normed, &[1.0], count) {
-            return Err(StepError::NotFinite { what: "input of the head".into(), sample: None });
+        if let Some(bad) = normed.chunks_exact(h).position(|row| cpu::largest(row) as f64 >= LARGEST) {
+            return Err(StepError::NotFinite { what: "output".into(), sample: batch.sample_of(batch.targets[bad].0) });
         }
         let targets: Vec<u32> = batch.targets.iter().map(|(_, id)| *id).collect();
         let mut losses = vec![0.0; count];
