@@ -4,6 +4,7 @@
 use super::families::{Architecture, Layer};
 use super::pack::Batch;
 use super::step::product_is_finite;
+use crate::compute::cpu::buffers::Buffer;
 use crate::compute::cpu::{embedding, linear, rms_norm};
 
 /// Elements of the embedding's or the head's gradient that are in memory at once.
@@ -12,21 +13,21 @@ const VOCABULARY_PART: usize = 1 << 21;
 /// What one layer left: for each linear its input and its output's gradient, in rows that train.
 pub(super) struct LayerGradients {
     /// Inputs of the two norms and what makes the normed rows again.
-    pub x_in: Vec<f32>,
-    pub rstd_in: Vec<f32>,
+    pub x_in: Buffer,
+    pub rstd_in: Buffer,
     pub input_norm: Vec<f32>,
-    pub dq: Vec<f32>,
-    pub dk: Vec<f32>,
-    pub dv: Vec<f32>,
-    pub attended: Vec<f32>,
-    pub d_mid: Vec<f32>,
-    pub x_mid: Vec<f32>,
-    pub rstd_mid: Vec<f32>,
+    pub dq: Buffer,
+    pub dk: Buffer,
+    pub dv: Buffer,
+    pub attended: Buffer,
+    pub d_mid: Buffer,
+    pub x_mid: Buffer,
+    pub rstd_mid: Buffer,
     pub post_norm: Vec<f32>,
-    pub d_gate: Vec<f32>,
-    pub d_up: Vec<f32>,
-    pub act: Vec<f32>,
-    pub d_out: Vec<f32>,
+    pub d_gate: Buffer,
+    pub d_up: Buffer,
+    pub act: Buffer,
+    pub d_out: Buffer,
     pub d_input_norm: Vec<f32>,
     pub d_post_norm: Vec<f32>,
     pub d_qk_norm: Option<(Vec<f32>, Vec<f32>)>,
@@ -71,11 +72,11 @@ pub(super) enum HeadGradient {
     None,
     /// Gradient of the logits (rows x V) and the head's input (rows x H).
     Logits {
-        d_logits: Vec<f32>,
-        normed: Vec<f32>,
+        d_logits: Buffer,
+        normed: Buffer,
     },
     /// V x H.
-    Whole(Vec<f32>),
+    Whole(Buffer),
 }
 
 /// The gradient of one tensor, seen as a matrix `rows x columns` (a vector is one row).
@@ -137,7 +138,7 @@ pub struct Gradients {
     /// From the last layer down, with their numbers; those below the lowest that trains are not there.
     layers: Vec<(usize, LayerGradients)>,
     /// Of the embedded rows.
-    dx: Vec<f32>,
+    dx: Buffer,
 }
 
 impl Gradients {
@@ -147,7 +148,7 @@ impl Gradients {
         head: HeadGradient,
         d_norm: Vec<f32>,
         layers: Vec<(usize, LayerGradients)>,
-        dx: Vec<f32>,
+        dx: Buffer,
     ) -> Gradients {
         debug_assert_eq!(dx.len(), batch.trained() * a.hidden);
         Gradients { ids: batch.ids[batch.frozen..].to_vec(), head, d_norm, layers, dx }
@@ -163,7 +164,7 @@ impl Gradients {
         let mut give = |name: &str, rows: usize, columns: usize, source: Source<'_>| {
             if trainable(name) { f(name, &Gradient { rows, columns, source }) } else { Ok(()) }
         };
-        let embedded = Some((self.ids.as_slice(), self.dx.as_slice()));
+        let embedded = Some((self.ids.as_slice(), &*self.dx));
         let (rows, columns) = (a.vocabulary, a.hidden);
         match &a.head {
             None => {
@@ -178,12 +179,12 @@ impl Gradients {
         give(&a.norm, 1, columns, Source::Dense(&self.d_norm))?;
         for (i, g) in self.layers {
             let layer: &Layer = &a.layers[i];
-            let mut normed = vec![0.0; g.x_in.len()];
+            let mut normed = g.x_in.like();
             rms_norm::apply(&g.x_in, &g.input_norm, &g.rstd_in, &mut normed);
             let mut linears = vec![(&layer.q, &g.dq, &normed), (&layer.k, &g.dk, &normed), (&layer.v, &g.dv, &normed)];
             linears.push((&layer.o, &g.d_mid, &g.attended));
             linears.push((&layer.down, &g.d_out, &g.act));
-            let mut normed_mid = vec![0.0; g.x_mid.len()];
+            let mut normed_mid = g.x_mid.like();
             rms_norm::apply(&g.x_mid, &g.post_norm, &g.rstd_mid, &mut normed_mid);
             linears.extend([(&layer.gate, &g.d_gate, &normed_mid), (&layer.up, &g.d_up, &normed_mid)]);
             for (l, dy, x) in linears {

@@ -10,8 +10,10 @@ use super::families::{Architecture, Layer, Linear};
 use super::gradients::{Gradients, HeadGradient, LayerGradients};
 use super::pack::Batch;
 use super::weights::Weights;
+use crate::compute::cpu::buffers::{Buffer, Pool};
 use crate::compute::cpu::{self, attention, cross_entropy, linear, rms_norm, rope, swiglu, weight};
 use crate::image::ImageError;
+use parking_lot::Mutex;
 use std::sync::Arc;
 
 /// Logits that are in memory at once.
@@ -41,6 +43,9 @@ pub enum StepError {
 pub struct Model {
     pub architecture: Arc<Architecture>,
     pub weights: Arc<dyn Weights>,
+    pool: Pool,
+    /// Rows, frozen rows and targets of the last batch: while they stay, so do the sizes of buffers.
+    last: Arc<Mutex<(usize, usize, usize)>>,
 }
 
 /// Buffers for one weight at a time.
@@ -52,27 +57,28 @@ struct Loader {
 
 /// What the backward pass needs of one layer. Rows that train, unless said otherwise; heads apart where it says heads.
 struct Saved {
-    x_in: Vec<f32>,
-    rstd_in: Vec<f32>,
+    x_in: Buffer,
+    rstd_in: Buffer,
     /// Before their norms: q, its rstd, k, its rstd.
-    before_norm: Option<[Vec<f32>; 4]>,
+    before_norm: Option<[Buffer; 4]>,
+    /// Heads.
+    q: Buffer,
     /// Heads, all rows.
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-    log_sums: Vec<f32>,
-    attended: Vec<f32>,
-    x_mid: Vec<f32>,
-    rstd_mid: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
+    k: Buffer,
+    v: Buffer,
+    log_sums: Buffer,
+    attended: Buffer,
+    x_mid: Buffer,
+    rstd_mid: Buffer,
+    gate: Buffer,
+    up: Buffer,
 }
 
 /// What [`Model::forward`] ends with.
 struct Forward {
     saved: Vec<Saved>,
     /// The stream after the last layer, rows that train.
-    x: Vec<f32>,
+    x: Buffer,
     angles: rope::Angles,
 }
 
@@ -80,7 +86,7 @@ impl Model {
     /// Checks that every tensor is there as config.json implies.
     pub fn new(architecture: Architecture, weights: Arc<dyn Weights>) -> Result<Model, Refusal> {
         architecture.check(&*weights)?;
-        Ok(Model { architecture: Arc::new(architecture), weights })
+        Ok(Model { architecture: Arc::new(architecture), weights, pool: Pool::default(), last: Arc::default() })
     }
 
     fn load<'l>(&self, name: &str, loader: &'l mut Loader) -> Result<&'l [f32], ImageError> {
@@ -131,7 +137,11 @@ impl Model {
         let a = &*self.architecture;
         let (rows, h) = (batch.rows(), a.hidden);
         let loader = &mut Loader::default();
-        let mut x = vec![0.0; rows * h];
+        let shape = (rows, batch.frozen, batch.targets.len());
+        if std::mem::replace(&mut *self.last.lock(), shape) != shape {
+            self.pool.clear();
+        }
+        let mut x = self.pool.take(rows * h);
         for (id, x) in batch.ids.iter().zip(x.chunks_exact_mut(h)) {
             x.copy_from_slice(self.load_rows(&a.embedding, *id as u64..*id as u64 + 1, loader)?);
         }
@@ -143,7 +153,7 @@ impl Model {
                 saved.push(state);
             }
         }
-        x.drain(..batch.frozen * h);
+        let x = self.pool.copy(&x[batch.frozen * h..]);
         Ok(Forward { saved, x, angles })
     }
 
@@ -157,23 +167,24 @@ impl Model {
     ) -> Result<Saved, StepError> {
         let a = &*self.architecture;
         let (rows, h, d) = (batch.rows(), a.hidden, a.head_dim);
-        let trained = |x: &[f32]| x[batch.frozen * (x.len() / rows)..].to_vec();
+        let pool = &self.pool;
+        let trained = |x: &[f32]| pool.copy(&x[batch.frozen * (x.len() / rows)..]);
         let x_in = trained(x);
-        let (mut normed, mut rstd) = (vec![0.0; rows * h], vec![0.0; rows]);
+        let (mut normed, mut rstd) = (pool.take(rows * h), pool.take(rows));
         rms_norm::forward(x, self.load(&layer.input_norm, loader)?, a.eps, &mut normed, &mut rstd);
         let rstd_in = trained(&rstd);
 
-        let mut q = vec![0.0; rows * layer.q.outputs];
-        let mut k = vec![0.0; rows * layer.k.outputs];
-        let mut v = vec![0.0; rows * layer.v.outputs];
+        let mut q = pool.take(rows * layer.q.outputs);
+        let mut k = pool.take(rows * layer.k.outputs);
+        let mut v = pool.take(rows * layer.v.outputs);
         self.linear(&layer.q, &normed, &mut q, loader)?;
         self.linear(&layer.k, &normed, &mut k, loader)?;
         self.linear(&layer.v, &normed, &mut v, loader)?;
         let before_norm = match &layer.qk_norm {
             Some((q_norm, k_norm)) => {
-                let mut norm = |x: &mut Vec<f32>, name: &str| -> Result<[Vec<f32>; 2], ImageError> {
-                    let before = std::mem::replace(x, vec![0.0; x.len()]);
-                    let mut rstd = vec![0.0; x.len() / d];
+                let mut norm = |x: &mut Buffer, name: &str| -> Result<[Buffer; 2], ImageError> {
+                    let before = std::mem::replace(x, pool.take(x.len()));
+                    let mut rstd = pool.take(x.len() / d);
                     rms_norm::forward(&before, self.load(name, loader)?, a.eps, x, &mut rstd);
                     Ok([trained(&before), trained(&rstd)])
                 };
@@ -183,12 +194,12 @@ impl Model {
             }
             None => None,
         };
-        let mut heads = [vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]];
+        let mut heads = [pool.take(q.len()), pool.take(k.len()), pool.take(v.len())];
         rope::forward(&q, angles, &mut heads[0], rows);
         rope::forward(&k, angles, &mut heads[1], rows);
         rope::split_heads(&v, &mut heads[2], rows, d);
         let [query, key, value] = heads;
-        let (mut attended_heads, mut log_sums) = (vec![0.0; q.len()], vec![0.0; a.heads * rows]);
+        let (mut attended_heads, mut log_sums) = (pool.take(q.len()), pool.take(a.heads * rows));
         let shape = self.shape(batch, layer);
         attention::forward(&query, &key, &value, &batch.spans, &shape, &mut attended_heads, &mut log_sums);
         let mut attended = q;
@@ -199,13 +210,21 @@ impl Model {
         self.linear(&layer.o, &attended, &mut normed, loader)?;
         cpu::add(x, &normed);
         let (attended, x_mid) = (trained(&attended), trained(x));
+        // Heads apart, the rows that train are the end of each.
+        let ends = |x: &[f32], width: usize| {
+            let mut out = pool.take(x.len() / rows * batch.trained());
+            let of_heads = x.chunks_exact(rows * width).zip(out.chunks_exact_mut(batch.trained() * width));
+            of_heads.for_each(|(x, out)| out.copy_from_slice(&x[batch.frozen * width..]));
+            out
+        };
+        let (query, log_sums) = (ends(&query, d), ends(&log_sums, 1));
         rms_norm::forward(x, self.load(&layer.post_norm, loader)?, a.eps, &mut normed, &mut rstd);
         let rstd_mid = trained(&rstd);
-        let mut gate = vec![0.0; rows * layer.gate.outputs];
-        let mut up = vec![0.0; rows * layer.up.outputs];
+        let mut gate = pool.take(rows * layer.gate.outputs);
+        let mut up = pool.take(rows * layer.up.outputs);
         self.linear(&layer.gate, &normed, &mut gate, loader)?;
         self.linear(&layer.up, &normed, &mut up, loader)?;
-        let mut act = vec![0.0; gate.len()];
+        let mut act = pool.take(gate.len());
         swiglu::forward(&gate, &up, &mut act);
         self.linear(&layer.down, &act, &mut normed, loader)?;
         cpu::add(x, &normed);
@@ -255,7 +274,7 @@ impl Model {
             self.head(batch, &x, true, if trainable(head_name) { std::slice::from_ref(head_name) } else { &[] })?;
 
         // The gradient of the stream: only rows with a target have one so far.
-        let (targets, mut dx) = (&batch.targets, vec![0.0; batch.trained() * h]);
+        let (targets, mut dx) = (&batch.targets, self.pool.zeros(batch.trained() * h));
         let rows: Vec<f32> = targets.iter().flat_map(|(row, _)| &x[row * h..(row + 1) * h]).copied().collect();
         let (mut d_rows, mut d_norm) = (vec![0.0; rows.len()], vec![0.0; h]);
         let loader = &mut Loader::default();
@@ -300,10 +319,10 @@ impl Model {
         loader: &mut Loader,
     ) -> Result<LayerGradients, StepError> {
         let a = &*self.architecture;
-        let (trained, h, d) = (batch.trained(), a.hidden, a.head_dim);
+        let (trained, h, d, pool) = (batch.trained(), a.hidden, a.head_dim, &self.pool);
         let Saved { mut gate, mut up, .. } = saved;
         // Feed-forward. `act` starts as its own gradient.
-        let mut act = vec![0.0; gate.len()];
+        let mut act = pool.take(gate.len());
         let back = |l: &Linear, dy: &[f32], dx: &mut [f32], add: bool, loader: &mut Loader| {
             let w = self.load(&l.weight, loader)?;
             linear::backward_input(dy, w, dx, l.inputs, l.outputs, add);
@@ -311,25 +330,25 @@ impl Model {
         };
         back(&layer.down, dx, &mut act, false, loader)?;
         swiglu::backward(&mut act, &mut gate, &mut up);
-        let mut d_normed = vec![0.0; trained * h];
+        let mut d_normed = pool.take(trained * h);
         back(&layer.gate, &gate, &mut d_normed, false, loader)?;
         back(&layer.up, &up, &mut d_normed, true, loader)?;
-        let d_out = dx.to_vec();
+        let d_out = pool.copy(dx);
         let mut d_post_norm = vec![0.0; h];
         let norm = self.load(&layer.post_norm, loader)?;
         rms_norm::backward(&d_normed, &saved.x_mid, norm, &saved.rstd_mid, dx, &mut d_post_norm);
-        let d_mid = dx.to_vec();
+        let d_mid = pool.copy(dx);
 
         // Attention.
-        let mut d_attended = vec![0.0; trained * layer.o.inputs];
+        let mut d_attended = pool.take(trained * layer.o.inputs);
         back(&layer.o, dx, &mut d_attended, false, loader)?;
-        let mut delta = vec![0.0; a.heads * trained];
+        let mut delta = pool.take(a.heads * trained);
         attention::delta(&d_attended, &saved.attended, a.heads, d, &mut delta);
-        let mut d_heads = vec![0.0; d_attended.len()];
+        let mut d_heads = pool.take(d_attended.len());
         rope::split_heads(&d_attended, &mut d_heads, trained, d);
         let mut dq_heads = d_attended;
-        let mut dk_heads = vec![0.0; trained * layer.k.outputs];
-        let mut dv_heads = vec![0.0; trained * layer.v.outputs];
+        let mut dk_heads = pool.take(trained * layer.k.outputs);
+        let mut dv_heads = pool.take(trained * layer.v.outputs);
         attention::backward(
             &d_heads,
             &delta,
@@ -341,14 +360,14 @@ impl Model {
             (&mut dq_heads, &mut dk_heads, &mut dv_heads),
         );
         let mut dq = d_heads;
-        let (mut dk, mut dv) = (vec![0.0; dk_heads.len()], vec![0.0; dv_heads.len()]);
+        let (mut dk, mut dv) = (pool.take(dk_heads.len()), pool.take(dv_heads.len()));
         rope::backward(&dq_heads, angles, batch.frozen, &mut dq, trained);
         rope::backward(&dk_heads, angles, batch.frozen, &mut dk, trained);
         rope::join_heads(&dv_heads, &mut dv, trained, d);
         let mut d_qk_norm = None;
         if let (Some((q_norm, k_norm)), Some([q, q_rstd, k, k_rstd])) = (&layer.qk_norm, &saved.before_norm) {
-            let mut norm = |dy: &mut Vec<f32>, x: &[f32], rstd: &[f32], name: &str| {
-                let (mut dx, mut dw) = (vec![0.0; dy.len()], vec![0.0; d]);
+            let mut norm = |dy: &mut Buffer, x: &[f32], rstd: &[f32], name: &str| {
+                let (mut dx, mut dw) = (pool.zeros(dy.len()), vec![0.0; d]);
                 rms_norm::backward(dy, x, self.load(name, loader)?, rstd, &mut dx, &mut dw);
                 *dy = dx;
                 Ok::<_, ImageError>(dw)
@@ -432,11 +451,11 @@ impl Model {
         let block = if keep_logits { count } else { (LOGITS / v).clamp(16, count.max(16)) };
         let mut gradient = HeadGradient::None;
         if backward && !trained.is_empty() && !keep_logits {
-            gradient = HeadGradient::Whole(vec![0.0; v * h]);
+            gradient = HeadGradient::Whole(self.pool.zeros(v * h));
         }
         for first in (0..count).step_by(block) {
             let end = count.min(first + block);
-            let mut logits = vec![0.0; (end - first) * v];
+            let mut logits = self.pool.take((end - first) * v);
             let rows = &normed[first * h..end * h];
             self.logits_of(rows, &mut logits)?;
             let weight = 1.0 / count as f32;
@@ -455,7 +474,7 @@ impl Model {
             })?;
             match &mut gradient {
                 HeadGradient::Whole(dw) => linear::backward_weight(&logits, rows, dw, h, v, 0, true),
-                none if keep_logits => *none = HeadGradient::Logits { d_logits: logits, normed: rows.to_vec() },
+                none if keep_logits => *none = HeadGradient::Logits { d_logits: logits, normed: self.pool.copy(rows) },
                 _ => {}
             }
         }

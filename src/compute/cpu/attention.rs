@@ -151,8 +151,9 @@ pub fn forward(q: &[f32], k: &[f32], v: &[f32], spans: &[Span], shape: &Shape, o
 }
 
 /// Gradients of the rows `first..` (the trained ones; every prefix lies before them and gets none).
-/// `dout` and `dq` are (heads, T - first, D), `dk` and `dv` (kv heads, T - first, D), all three written; `delta`
-/// (heads, T - first) is the row sum of `dout * out`; `log_sums` is from the forward pass, (heads, T).
+/// `q`, `dout` and `dq` are (heads, T - first, D), `k` and `v` (kv heads, T, D), `dk` and `dv` (kv heads, T - first, D);
+/// `dq`, `dk` and `dv` are written. `delta` (heads, T - first) is the row sum of `dout * out`; `log_sums` (heads,
+/// T - first) is from the forward pass.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     dout: &[f32],
@@ -183,13 +184,14 @@ pub fn backward(
                     ds.resize(block.len() * n, 0.0);
                     for member in 0..group {
                         let head = kv_head * group + member;
-                        let query = head_rows(q, head, total, block.start, block.end, d);
+                        let query = head_rows(q, head, trained, block.start - first, block.end - first, d);
                         let dout = head_rows(dout, head, trained, block.start - first, block.end - first, d);
                         times_keys(&mut p, query, k, kv_head, total, &keys, d);
                         times_keys(&mut ds, dout, v, kv_head, total, &keys, d);
                         for ((p, ds), t) in p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n)).zip(block.clone()) {
                             let seen = shape.visible(span, &keys, t);
-                            let (log_sum, delta) = (log_sums[head * total + t], delta[head * trained + t - first]);
+                            let at = head * trained + t - first;
+                            let (log_sum, delta) = (log_sums[at], delta[at]);
                             backward_row(p, ds, seen.start, seen.end, scale, log_sum, delta);
                         }
                         let dq = &mut dq[(member * trained + block.start - first) * d..][..block.len() * d];
@@ -300,7 +302,8 @@ mod tests {
             let cut = |x: &[f32]| -> Vec<f32> {
                 x.chunks_exact(n).flat_map(|head| head[first * d..].iter().copied()).collect()
             };
-            let (out, dout) = (cut(&out), cut(&up));
+            let (out, dout, q_cut) = (cut(&out), cut(&up), cut(&q));
+            let log_sums: Vec<f32> = log_sums.chunks_exact(s.rows).flat_map(|head| &head[first..]).copied().collect();
             let (mut rows_out, mut rows_dout) = (vec![0.0; out.len()], vec![0.0; out.len()]);
             join_heads(&out, &mut rows_out, trained, d);
             join_heads(&dout, &mut rows_dout, trained, d);
@@ -310,7 +313,7 @@ mod tests {
             split_heads(&rows_dout, &mut again, trained, d);
             let mut dq = vec![9.0; 4 * trained * d];
             let (mut dk, mut dv) = (vec![9.0; 2 * trained * d], vec![9.0; 2 * trained * d]);
-            backward(&again, &sums, (&q, &k, &v), &log_sums, &spans, &s, first, (&mut dq, &mut dk, &mut dv));
+            backward(&again, &sums, (&q_cut, &k, &v), &log_sums, &spans, &s, first, (&mut dq, &mut dk, &mut dv));
             let loss = |q: &[f32], k: &[f32], v: &[f32]| {
                 let out = plain(q, k, v, &spans, &s);
                 out.iter().zip(&up).map(|(o, &u)| o * u as f64).sum::<f64>()

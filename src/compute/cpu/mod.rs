@@ -3,6 +3,7 @@
 
 pub mod apollo;
 pub mod attention;
+pub mod buffers;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod linear;
