@@ -18,7 +18,7 @@ pub mod weight;
 
 pub use math::dot;
 
-use math::vectorized;
+pub(crate) use math::vectorized;
 use rayon::prelude::*;
 
 /// Rows that one task of an element-wise operation takes.
