@@ -56,10 +56,10 @@ fn main() {
     let ids: Vec<u32> = (0..context + trained).map(id).collect();
     let sample = Tokens::new(ids[..context].to_vec(), ids[context..].to_vec());
     let batch = Batch::pack([(1, &sample)]);
-    let predicted = batch.memory(&architecture);
     let weights = Arc::new(InMemory::load(&model).unwrap());
     let mut trainer = Trainer::new(Model::new(architecture, weights).unwrap(), Default::default());
     let settings: Settings = serde_json::from_str(&format!("{{\"optimizer\": \"{}\"}}", values["optimizer"])).unwrap();
+    let predicted = batch.memory(&trainer.model.architecture, settings.rank());
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     let before = resident("VmRSS");
     let _ = std::fs::write("/proc/self/clear_refs", "5"); // the peak begins anew

@@ -122,7 +122,7 @@ fn jobs_that_cannot_run_are_refused_by_name_and_touch_nothing() {
 
 #[test]
 fn a_job_that_does_not_fit_is_refused_with_the_figure() {
-    let rig = rig(Options { free_memory: || 1_000_000, ..Options::default() });
+    let rig = rig(Options { free_memory: || 100_000_000, ..Options::default() });
     assert!(rig.queue.submit(JOB).is_ok());
     let rig = self::rig(Options { free_memory: || 1_000, ..Options::default() });
     let error = rig.queue.submit(JOB).unwrap_err();

@@ -164,18 +164,7 @@ impl Gradients {
         let mut give = |name: &str, rows: usize, columns: usize, source: Source<'_>| {
             if trainable(name) { f(name, &Gradient { rows, columns, source }) } else { Ok(()) }
         };
-        let embedded = Some((self.ids.as_slice(), &*self.dx));
         let (rows, columns) = (a.vocabulary, a.hidden);
-        match &a.head {
-            None => {
-                give(&a.embedding, rows, columns, Source::Vocabulary { head: Some(&self.head), embedding: embedded })?
-            }
-            Some(head) => {
-                give(head, rows, columns, Source::Vocabulary { head: Some(&self.head), embedding: None })?;
-                give(&a.embedding, rows, columns, Source::Vocabulary { head: None, embedding: embedded })?;
-            }
-        }
-        drop(self.head);
         give(&a.norm, 1, columns, Source::Dense(&self.d_norm))?;
         for (i, g) in self.layers {
             let layer: &Layer = &a.layers[i];
@@ -200,6 +189,17 @@ impl Gradients {
             if let (Some((q, k)), Some((dq, dk))) = (&layer.qk_norm, &g.d_qk_norm) {
                 give(q, 1, a.head_dim, Source::Dense(dq))?;
                 give(k, 1, a.head_dim, Source::Dense(dk))?;
+            }
+        }
+        // Last, when the layers have left room for it.
+        let embedded = Some((self.ids.as_slice(), &*self.dx));
+        match &a.head {
+            None => {
+                give(&a.embedding, rows, columns, Source::Vocabulary { head: Some(&self.head), embedding: embedded })?
+            }
+            Some(head) => {
+                give(head, rows, columns, Source::Vocabulary { head: Some(&self.head), embedding: None })?;
+                give(&a.embedding, rows, columns, Source::Vocabulary { head: None, embedding: embedded })?;
             }
         }
         Ok(())

@@ -148,7 +148,7 @@ impl Job {
         }) {
             return Err(BadJob(format!("tensor '{name}' is {:?}, which does not train", spec.dtype)));
         }
-        let working = steps.iter().map(|step| batch(&samples, step).memory(model)).max().unwrap_or(0);
+        let working = steps.iter().map(|step| batch(&samples, step).memory(model, settings.rank())).max().unwrap_or(0);
         Ok(Plan { settings, samples, steps, notes, memory: working + growth })
     }
 }

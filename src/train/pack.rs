@@ -111,22 +111,27 @@ impl Batch {
         self.samples.iter().find(|(rows, _)| rows.contains(&row)).map(|(_, number)| *number)
     }
 
-    /// Bytes that a step of this batch holds beyond the weights and the optimizer's state, at its peak. Follows what
-    /// `step.rs` allocates; a test compares the two.
-    pub fn memory(&self, model: &Architecture) -> u64 {
+    /// Bytes that a step of this batch holds beyond the weights and the optimizer's state, at its peak: the end of the
+    /// backward pass, or the first update. Follows what `step.rs` and `apollo.rs` take; the benchmark prints it beside
+    /// what was measured.
+    pub fn memory(&self, model: &Architecture, rank: usize) -> u64 {
         let (t, all, l) = (self.trained() as u64, self.rows() as u64, self.targets.len() as u64);
         let (h, i, v) = (model.hidden as u64, model.intermediate as u64, model.vocabulary as u64);
         let q = (model.heads * model.head_dim) as u64;
         let kv = (model.kv_heads * model.head_dim) as u64;
-        // Kept of every layer for its gradient, and the keys and values of all rows.
-        let layer = t * (2 * h + 2 * q + 2 * i) + 2 * all * kv;
-        let gradients = t * (4 * h + 2 * q + 2 * kv + 3 * i);
-        let layers = model.layers.len() as u64 * layer.max(gradients);
-        // One layer's passing values, one widened weight, one gradient of a matrix.
-        let passing = all * (3 * h + 3 * q + 2 * kv + 3 * i);
-        let matrix = (h * i).max(h * q);
-        let head = l.min(h) * v + (l * h) * 3;
-        4 * (layers + passing + 3 * matrix + head)
+        // Of every layer: two inputs and two gradients of the stream; attention's output and q's gradient; the
+        // feed-forward's gate, up and act; k's and v's gradients, in the buffers of k and v of all rows.
+        let layers = model.layers.len() as u64 * (t * (4 * h + 2 * q + 3 * i) + 2 * all * kv);
+        // The gradient of the logits, or of the head where that is smaller; the head's input and its gradient.
+        let head = l.min(h) * v + 3 * l * h;
+        // One layer's passing values in the forward pass; in the backward pass fewer rows of about as many.
+        let passing = all * (3 * h + 3 * q + 4 * kv + 3 * i);
+        // A matrix as bytes, widened, and its gradient; what it is projected to.
+        let matrix = (h * i).max(h * q).max(1 << 20);
+        let update = 3 * matrix + rank as u64 * v.max(i);
+        // Threads' stacks and the packing buffers of matrix products.
+        const FIXED: u64 = 12 << 20;
+        4 * (layers + head + passing.max(update)) + FIXED
     }
 }
 

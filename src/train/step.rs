@@ -306,6 +306,8 @@ impl Model {
             layers.push((i, gradients));
         }
         let gradients = Gradients::new(a, batch, head.gradient, d_norm, layers, dx);
+        // What only passed through is free, and the update wants other sizes.
+        self.pool.clear();
         Ok((head.losses, gradients))
     }
 
