@@ -8,7 +8,7 @@ use crate::compute::cpu::buffers::Buffer;
 use crate::compute::cpu::{embedding, linear, rms_norm};
 
 /// Elements of the embedding's or the head's gradient that are in memory at once.
-const VOCABULARY_PART: usize = 1 << 21;
+const VOCABULARY_PART: usize = 1 << 20;
 
 /// What one layer left: for each linear its input and its output's gradient, in rows that train.
 pub(super) struct LayerGradients {
@@ -191,7 +191,8 @@ impl Gradients {
                 give(k, 1, a.head_dim, Source::Dense(dk))?;
             }
         }
-        // Last, when the layers have left room for it.
+        // Last, when the layers have left room for it: its parts, their bytes, and what the updater projects them to.
+        self.dx.pool().release(8 * VOCABULARY_PART + 4 * 64 * rows);
         let embedded = Some((self.ids.as_slice(), &*self.dx));
         match &a.head {
             None => {

@@ -62,6 +62,8 @@ impl Trainer {
             report.untouched += !touched as usize;
             Ok(())
         });
+        // Its buffers would lie idle through the next backward pass, which is the peak.
+        self.updater = Updater::default();
         match updated {
             Ok(()) => {}
             Err(source) => return Err(StepError::Torn { step: state.step + 1, source }),

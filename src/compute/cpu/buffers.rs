@@ -43,16 +43,45 @@ impl Pool {
         buffer
     }
 
+    /// Gives free buffers back to the system until they were `bytes`, the largest first: room for other sizes.
+    pub fn release(&self, bytes: usize) {
+        let (mut free, mut released) = (self.0.lock(), 0);
+        while released < bytes
+            && let Some(mut last) = free.last_entry()
+        {
+            match last.get_mut().pop() {
+                Some(buffer) => released += 4 * buffer.len(),
+                None => drop(last.remove()),
+            }
+        }
+        drop(free);
+        trim();
+    }
+
     /// Gives all free buffers back to the system, when other sizes are coming.
     pub fn clear(&self) {
         self.0.lock().clear();
+        trim();
     }
 }
 
 impl Buffer {
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
     /// Another of this size, from the same pool, of whatever values were there.
     pub fn like(&self) -> Buffer {
         self.pool.take(self.len())
+    }
+}
+
+/// Asks the allocator to give free pages back: glibc keeps those below its newest allocation for itself.
+fn trim() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: `malloc_trim` may be called at any time from any thread; it touches free memory alone.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 
@@ -99,7 +128,10 @@ mod tests {
         drop(b);
         assert_eq!(pool.zeros(100).iter().sum::<f32>(), 0.0);
         assert_ne!(pool.take(40).as_ptr(), address, "too large for that");
-        pool.clear();
+        drop(pool.take(3000));
+        pool.release(2000);
+        assert!(pool.0.lock().contains_key(&100) && pool.0.lock()[&3000].is_empty());
+        pool.release(usize::MAX);
         assert!(pool.0.lock().is_empty());
     }
 }
