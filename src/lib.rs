@@ -5,9 +5,11 @@
 
 pub mod cli;
 pub mod commit;
+pub mod compute;
 pub mod fs;
 pub mod image;
 pub mod memory;
 pub mod model;
 pub mod source;
+pub mod train;
 pub mod view;

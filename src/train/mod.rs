@@ -1,0 +1,33 @@
+//! Training of live weights, in place: jobs in, changed weights out. `docs/training.md` tells users what it does.
+//!
+//! The path of a sample: `job` reads it, `tokenize` (with `chat`) makes ids of it, `pack` lays several side by side,
+//! `step` runs a model of `families` forward and back, `gradients` makes one tensor's gradient at a time, and `apollo`
+//! turns that into an update. Underneath are the operations of [`crate::compute`]; live weights come in through
+//! [`Weights`].
+
+pub mod apollo;
+pub mod chat;
+pub mod config;
+pub mod families;
+pub mod gradients;
+pub mod job;
+pub mod pack;
+pub mod queue;
+pub mod sample;
+pub mod settings;
+pub mod state;
+pub mod step;
+pub mod trainer;
+pub mod weights;
+
+pub use config::{Config, Refusal};
+pub use families::Architecture;
+pub use job::{BadJob, Job, Plan};
+pub use pack::{Batch, Tokens};
+pub use queue::{JobRecord, JobState, Queue, QueueError, QueueStatus};
+pub use sample::{Sample, TextModel};
+pub use settings::{Optimizer, Rounding, Settings};
+pub use state::OptimizerState;
+pub use step::{Model, StepError};
+pub use trainer::{StepReport, Trainer};
+pub use weights::{InMemory, Step, TensorSpec, Weights};

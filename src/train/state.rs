@@ -1,0 +1,158 @@
+//! The optimizer's memory between steps, and its file: a safetensors file with `NAME.m` and `NAME.v` for each HF tensor
+//! name, and the counters as JSON in its metadata. It goes with the weights: committed and rolled back with them.
+
+use crate::model::Dtype;
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, HashMap};
+
+/// Which tensors' moments these are: of the gradient itself, or of its projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Form {
+    Adam,
+    /// Projected to `rank`, scaled by channel.
+    Channel {
+        rank: usize,
+    },
+    /// Projected to `rank`, scaled as a whole.
+    Tensor {
+        rank: usize,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct TensorState {
+    pub form: Form,
+    /// Updates of this tensor so far.
+    pub steps: u64,
+    /// The limiter's norm of the last update; `None` before the first.
+    pub last_norm: Option<f32>,
+    pub m: Vec<f32>,
+    pub v: Vec<f32>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct OptimizerState {
+    /// Optimizer steps over the life of the model directory.
+    pub step: u64,
+    pub tensors: BTreeMap<String, TensorState>,
+}
+
+/// Why an optimizer file cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("not an optimizer state of weightfs: {0}")]
+pub struct BadState(String);
+
+const KEY: &str = "weightfs.optimizer";
+const VERSION: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+struct Header {
+    version: u32,
+    step: u64,
+    tensors: BTreeMap<String, TensorHeader>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct TensorHeader {
+    form: Form,
+    steps: u64,
+    /// The bits of the f32, so that a restart changes nothing.
+    last_norm: Option<u32>,
+}
+
+impl OptimizerState {
+    /// Bytes in memory, and nearly in the file.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.values().map(|t| 4 * (t.m.len() + t.v.len()) as u64).sum()
+    }
+
+    pub fn to_safetensors(&self) -> Vec<u8> {
+        let header = Header {
+            version: VERSION,
+            step: self.step,
+            tensors: (self.tensors.iter())
+                .map(|(name, t)| {
+                    let last_norm = t.last_norm.map(f32::to_bits);
+                    (name.clone(), TensorHeader { form: t.form, steps: t.steps, last_norm })
+                })
+                .collect(),
+        };
+        let json = serde_json::to_string(&header).expect("maps with text keys, numbers and enums serialise");
+        let moments: Vec<(String, Vec<u8>)> = (self.tensors.iter())
+            .flat_map(|(name, t)| [(format!("{name}.m"), &t.m), (format!("{name}.v"), &t.v)])
+            .map(|(name, values)| (name, values.iter().flat_map(|x| x.to_le_bytes()).collect()))
+            .collect();
+        let views = moments.iter().map(|(name, bytes)| {
+            let view = TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes);
+            (name.as_str(), view.expect("the shape is made from the bytes"))
+        });
+        safetensors::serialize(views, Some(HashMap::from([(KEY.to_string(), json)])))
+            .expect("f32 tensors with distinct names serialise")
+    }
+
+    pub fn from_safetensors(bytes: &[u8]) -> Result<OptimizerState, BadState> {
+        let bad = |e: &dyn std::fmt::Display| BadState(e.to_string());
+        let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| bad(&e))?;
+        let json = metadata.metadata().as_ref().and_then(|m| m.get(KEY));
+        let json = json.ok_or_else(|| BadState(format!("its metadata has no {KEY}")))?;
+        let header: Header = serde_json::from_str(json).map_err(|e| bad(&e))?;
+        if header.version != VERSION {
+            return Err(BadState(format!("its version is {}, this program reads {VERSION}", header.version)));
+        }
+        let file = SafeTensors::deserialize(bytes).map_err(|e| bad(&e))?;
+        let values = |name: String| -> Result<Vec<f32>, BadState> {
+            let view = file.tensor(&name).map_err(|e| bad(&e))?;
+            if view.dtype() != Dtype::F32 {
+                return Err(BadState(format!("{name} is {:?}, not F32", view.dtype())));
+            }
+            Ok(view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        };
+        let mut tensors = BTreeMap::new();
+        for (name, t) in header.tensors {
+            let (m, v) = (values(format!("{name}.m"))?, values(format!("{name}.v"))?);
+            if m.len() != v.len() {
+                return Err(BadState(format!("{name}.m and {name}.v differ in size")));
+            }
+            let last_norm = t.last_norm.map(f32::from_bits);
+            tensors.insert(name, TensorState { form: t.form, steps: t.steps, last_norm, m, v });
+        }
+        Ok(OptimizerState { step: header.step, tensors })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> OptimizerState {
+        let tensor =
+            |form, last_norm| TensorState { form, steps: 7, last_norm, m: vec![0.1, -3.0], v: vec![1e-30, 2.0] };
+        let tensors = BTreeMap::from([
+            ("model.norm.weight".to_string(), tensor(Form::Adam, None)),
+            ("lm_head.weight".to_string(), tensor(Form::Channel { rank: 4 }, Some(0.1))),
+            ("model.embed_tokens.weight".to_string(), tensor(Form::Tensor { rank: 1 }, Some(1.0 / 3.0))),
+        ]);
+        OptimizerState { step: 12, tensors }
+    }
+
+    #[test]
+    fn a_state_survives_its_file_to_the_bit_and_the_file_is_always_the_same() {
+        let bytes = state().to_safetensors();
+        assert_eq!(OptimizerState::from_safetensors(&bytes).unwrap(), state());
+        assert_eq!(bytes, state().to_safetensors());
+        let empty = OptimizerState::default();
+        assert_eq!(OptimizerState::from_safetensors(&empty.to_safetensors()).unwrap(), empty);
+    }
+
+    #[test]
+    fn damaged_files_are_errors() {
+        let bytes = state().to_safetensors();
+        assert!(OptimizerState::from_safetensors(&bytes[..bytes.len() - 3]).is_err());
+        assert!(OptimizerState::from_safetensors(b"").is_err());
+        let no_header = safetensors::serialize(Vec::<(String, TensorView)>::new(), None).unwrap();
+        assert!(OptimizerState::from_safetensors(&no_header).is_err());
+    }
+}

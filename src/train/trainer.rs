@@ -1,0 +1,75 @@
+//! One optimizer step, whole or not at all: gradients first, while readers go on, then the update of every tensor.
+
+use super::apollo::Updater;
+use super::pack::Batch;
+use super::settings::Settings;
+use super::state::OptimizerState;
+use super::step::{Model, StepError};
+use parking_lot::Mutex;
+use std::sync::Arc;
+
+/// Trains one model. The optimizer's state is shared: it changes only while readers of the weights are shut out (between
+/// [`Step::begin_update`](super::weights::Step::begin_update) and `finish`), so that whoever holds a step of the weights
+/// holds the state of the same step.
+pub struct Trainer {
+    pub model: Model,
+    pub state: Arc<Mutex<OptimizerState>>,
+    updater: Updater,
+}
+
+/// What a step did.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepReport {
+    /// Mean over the trained tokens, before the update.
+    pub loss: f64,
+    /// Tokens that the loss counts.
+    pub targets: usize,
+    /// Rows run, contexts included.
+    pub rows: usize,
+    /// False where the loss was below the job's `min_loss`.
+    pub taken: bool,
+    /// Tensors left alone because their gradient was zero throughout.
+    pub untouched: usize,
+}
+
+impl Trainer {
+    pub fn new(model: Model, state: Arc<Mutex<OptimizerState>>) -> Trainer {
+        Trainer { model, state, updater: Updater::default() }
+    }
+
+    /// One step on `batch` at learning rate `lr`. An error other than [`StepError::Torn`] leaves weights and state as
+    /// they were.
+    pub fn step(&mut self, batch: &Batch, settings: &Settings, lr: f64) -> Result<StepReport, StepError> {
+        let trainable = |name: &str| settings.trains(name);
+        let weights = self.model.weights.clone();
+        let mut step = weights.begin_step()?;
+        let (losses, gradients) = self.model.forward_backward(batch, &trainable)?;
+        let loss = losses.iter().map(|&l| l as f64).sum::<f64>() / losses.len() as f64;
+        let mut report = StepReport {
+            loss,
+            targets: losses.len(),
+            rows: batch.rows(),
+            taken: loss >= settings.min_loss,
+            untouched: 0,
+        };
+        if !report.taken {
+            return Ok(report);
+        }
+        step.begin_update()?;
+        let state = &mut *self.state.lock();
+        let updated = gradients.visit(&self.model.architecture, &trainable, |name, gradient| {
+            let touched = self.updater.update(&*weights, name, gradient, settings, lr, state)?;
+            report.untouched += !touched as usize;
+            Ok(())
+        });
+        // Its buffers would lie idle through the next backward pass, which is the peak.
+        self.updater = Updater::default();
+        match updated {
+            Ok(()) => {}
+            Err(source) => return Err(StepError::Torn { step: state.step + 1, source }),
+        }
+        state.step += 1;
+        step.finish(state.step).map_err(|source| StepError::Torn { step: state.step, source })?;
+        Ok(report)
+    }
+}
