@@ -19,6 +19,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -26,6 +27,8 @@ use std::time::{Duration, SystemTime};
 
 /// Requests served at the same time. Passthrough reads need none; direct reads copy at memory speed, a few of them fill it.
 const THREADS: usize = 8;
+/// Of these, as many may wait for a step's end with a direct read; more of them wait on threads of their own.
+const DIRECT_READS: usize = THREADS / 2;
 /// Attributes and names of ordinary files of the model directory may be this old.
 const TTL: Duration = Duration::from_secs(1);
 /// Read-ahead of the mount for readers whose pages come through us: one request of the largest size (1 MiB); the kernel's
@@ -65,8 +68,13 @@ pub fn serve(tree: Arc<Tree>, mount_point: &Path, options: Options, ended: Sende
     config.n_threads = Some(THREADS);
     config.clone_fd = true;
     let polls = Arc::new(Mutex::new(HashMap::new()));
-    let adapter =
-        Adapter { tree: tree.clone(), backings: backings(&tree), polls: polls.clone(), ended: Mutex::new(Some(ended)) };
+    let adapter = Adapter {
+        tree: tree.clone(),
+        backings: backings(&tree),
+        polls: polls.clone(),
+        direct_reads: AtomicUsize::new(0),
+        ended: Mutex::new(Some(ended)),
+    };
     let session = Session::new(adapter, mount_point, &config)?;
     if let Some(view) = mounted.view() {
         // Asked once, before anybody opens: one inode must be served one way for as long as it is open.
@@ -137,6 +145,7 @@ struct Adapter {
     /// One for each shard while the mount lives: all opens of an inode must name the same backing file.
     backings: Arc<Backings>,
     polls: Arc<Mutex<HashMap<u64, PollNotifier>>>,
+    direct_reads: AtomicUsize,
     ended: Mutex<Option<Sender<()>>>,
 }
 
@@ -311,10 +320,20 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        match self.tree.read(fh.0, offset, size as usize) {
+        let read = move |tree: &Tree| match tree.read(fh.0, offset, size as usize) {
             Ok(bytes) => reply.data(&bytes),
             Err(e) => reply.error(errno(e)),
+        };
+        if !self.tree.read_may_wait(fh.0) {
+            return read(&self.tree);
         }
+        if self.direct_reads.fetch_add(1, Ordering::AcqRel) < DIRECT_READS {
+            read(&self.tree);
+        } else {
+            let tree = self.tree.clone();
+            apart("read", move || read(&tree));
+        }
+        self.direct_reads.fetch_sub(1, Ordering::AcqRel);
     }
 
     fn write(

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 /// How long a writer may keep the lock before a hold gives up: longer than any optimizer step.
 const WRITER_PATIENCE: Duration = Duration::from_secs(30);
+/// How often the lock is tried: a trainer without pauses leaves gaps of less than a millisecond between its steps.
+const LONGEST_PAUSE: Duration = Duration::from_micros(250);
 /// A new hold joins running ones only this long; then it waits for them to end, so that writers are not starved.
 const JOIN_WINDOW: Duration = Duration::from_millis(100);
 
@@ -82,6 +84,8 @@ impl Boundary {
     }
 
     fn enter(self: &Arc<Self>, frozen: bool) -> Result<HoldGuard, NoBoundary> {
+        // Everybody's own: whoever waited behind others for the lock does not begin anew.
+        let deadline = Instant::now() + WRITER_PATIENCE;
         let mut state = self.state.lock();
         loop {
             let starving = state.holds > 0 && state.since.is_some_and(|s| s.elapsed() > JOIN_WINDOW);
@@ -89,12 +93,16 @@ impl Boundary {
             if !step_first && !state.locking {
                 break;
             }
-            self.changed.wait(&mut state);
+            // Steps of our own end; only another process's lock can be held for ever.
+            if state.locking && Instant::now() >= deadline {
+                return Err(NoBoundary);
+            }
+            self.changed.wait_for(&mut state, WRITER_PATIENCE);
         }
         if state.holds == 0 && !self.manifests.is_empty() {
             state.locking = true;
             drop(state);
-            let locked = self.lock_manifests(FlockOperation::NonBlockingLockShared);
+            let locked = self.lock_manifests(FlockOperation::NonBlockingLockShared, deadline);
             state = self.state.lock();
             state.locking = false;
             if let Err(e) = locked {
@@ -126,12 +134,11 @@ impl Boundary {
     /// A step that other processes must not overlap either: their writers and ours take turns.
     pub fn exclude(self: &Arc<Self>) -> Result<ExcludeGuard, NoBoundary> {
         let step = self.step();
-        self.lock_manifests(FlockOperation::NonBlockingLockExclusive)?;
+        self.lock_manifests(FlockOperation::NonBlockingLockExclusive, Instant::now() + WRITER_PATIENCE)?;
         Ok(ExcludeGuard { step })
     }
 
-    fn lock_manifests(&self, operation: FlockOperation) -> Result<(), NoBoundary> {
-        let deadline = Instant::now() + WRITER_PATIENCE;
+    fn lock_manifests(&self, operation: FlockOperation, deadline: Instant) -> Result<(), NoBoundary> {
         for (i, file) in self.manifests.iter().enumerate() {
             let mut pause = Duration::from_micros(50);
             loop {
@@ -145,7 +152,7 @@ impl Boundary {
                     }
                     Err(_) => std::thread::sleep(pause),
                 }
-                pause = (pause * 2).min(Duration::from_millis(5));
+                pause = (pause * 2).min(LONGEST_PAUSE);
             }
         }
         Ok(())
