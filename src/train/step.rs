@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use std::sync::Arc;
 
 /// Logits that are in memory at once.
-const LOGITS: usize = 64 << 18;
+pub(super) const LOGITS: usize = 64 << 18;
 /// Widened head weights that are in memory at once.
 const HEAD_WEIGHTS: usize = 1 << 20;
 /// A gradient above this is taken for overflow: its square, summed, no longer fits f32.
@@ -87,6 +87,11 @@ impl Model {
     pub fn new(architecture: Architecture, weights: Arc<dyn Weights>) -> Result<Model, Refusal> {
         architecture.check(&*weights)?;
         Ok(Model { architecture: Arc::new(architecture), weights, pool: Pool::default(), last: Arc::default() })
+    }
+
+    /// Gives the memory that steps share back to the system, when no more are coming.
+    pub fn release_buffers(&self) {
+        self.pool.clear();
     }
 
     fn load<'l>(&self, name: &str, loader: &'l mut Loader) -> Result<&'l [f32], ImageError> {
