@@ -10,6 +10,7 @@ pub mod chat;
 pub mod config;
 pub mod families;
 pub mod gradients;
+mod head;
 pub mod job;
 pub mod pack;
 pub mod queue;
