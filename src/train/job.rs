@@ -7,6 +7,7 @@ use super::sample::{Sample, TextModel, check};
 use super::settings::{Optimizer, Settings};
 use super::state::OptimizerState;
 use super::weights::Weights;
+use parking_lot::Mutex;
 use serde_json::{Map, Value};
 use std::collections::HashSet;
 
@@ -95,7 +96,7 @@ impl Job {
         text: &TextModel,
         model: &Architecture,
         weights: &dyn Weights,
-        state: &OptimizerState,
+        state: &Mutex<OptimizerState>,
     ) -> Result<Plan, BadJob> {
         let settings = self.settings;
         let trained: Vec<(&str, Vec<u64>)> = model.tensors().into_iter().filter(|(n, _)| settings.trains(n)).collect();
@@ -127,6 +128,8 @@ impl Job {
 
         // What the optimizer will remember, and what of it must be given up.
         let (mut notes, mut growth, mut reset) = (Vec::new(), 0u64, 0u64);
+        // Locked no longer than this: a running step needs it while readers wait.
+        let state = state.lock();
         for (name, shape) in &trained {
             let form = form(&settings, shape);
             match state.tensors.get(*name) {
@@ -137,6 +140,7 @@ impl Job {
                 }
             }
         }
+        drop(state);
         if reset > 0 {
             notes.push(format!(
                 "the optimizer starts anew for {reset} tensors: their state has another rank or optimizer"

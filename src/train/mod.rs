@@ -1,6 +1,6 @@
 //! Training of live weights, in place: jobs in, changed weights out. `docs/training.md` tells users what it does.
 //!
-//! The path of a sample: `job` reads it, `tokenize` (with `chat`) makes ids of it, `pack` lays several side by side,
+//! The path of a sample: `job` reads it, `sample` (with `chat`) makes ids of it, `pack` lays several side by side,
 //! `step` runs a model of `families` forward and back, `gradients` makes one tensor's gradient at a time, and `apollo`
 //! turns that into an update. Underneath are the operations of [`crate::compute`]; live weights come in through
 //! [`Weights`].
@@ -10,6 +10,7 @@ pub mod chat;
 pub mod config;
 pub mod families;
 pub mod gradients;
+mod head;
 pub mod job;
 pub mod pack;
 pub mod queue;

@@ -122,8 +122,10 @@ impl Batch {
         // Of every layer: two inputs and two gradients of the stream; attention's output and q's gradient; the
         // feed-forward's gate, up and act; k's and v's gradients, in the buffers of k and v of all rows.
         let layers = model.layers.len() as u64 * (t * (4 * h + 2 * q + 3 * i) + 2 * all * kv);
-        // The gradient of the logits, or of the head where that is smaller; the head's input and its gradient.
-        let head = l.min(h) * v + 3 * l * h;
+        // The gradient of the logits, or of the head where that is smaller, made from a block of logits at a time; the
+        // head's input and its gradient.
+        let block = if l > h { (super::head::LOGITS as u64).min(l * v) } else { 0 };
+        let head = l.min(h) * v + block + 3 * l * h;
         // One layer's passing values in the forward pass; in the backward pass fewer rows of about as many.
         let passing = all * (3 * h + 3 * q + 4 * kv + 3 * i);
         // A matrix as bytes, widened, and its gradient; what it is projected to.

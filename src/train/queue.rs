@@ -170,12 +170,8 @@ impl Queue {
 
     /// Checks a job whole, and queues it. Returns its id.
     pub fn submit(&self, job: &str) -> Result<u64, QueueError> {
-        let plan = {
-            let job = Job::parse(job)?;
-            // Only the sizes of the state are asked for: a step that runs meanwhile changes none of them.
-            let state = self.state.lock();
-            job.prepare(&self.text, &self.model.architecture, &*self.model.weights, &state)?
-        };
+        let model = &self.model;
+        let plan = Job::parse(job)?.prepare(&self.text, &model.architecture, &*model.weights, &self.state)?;
         let free = (self.free_memory)();
         if plan.memory > free {
             return Err(QueueError::NoMemory { needs: size(plan.memory), free: size(free) });
@@ -285,6 +281,7 @@ impl Shared {
         while let Some((record, plan)) = self.next_job(&trainer) {
             self.tell(&record);
             self.run(&mut trainer, pool, &plan);
+            trainer.model.release_buffers();
         }
     }
 

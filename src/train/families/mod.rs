@@ -1,7 +1,7 @@
 //! Model families: config.json in, a description of every layer out. The families here are one architecture with
 //! switches (pre-norm, rotary attention with grouped heads, gated feed-forward), so a family is a file that reads its
 //! switches from its config, and [`Architecture`] is all that the rest of training sees. To add one, write such a file
-//! and name it in [`FAMILIES`].
+//! and name it in the list below.
 
 mod llama;
 mod mistral;
