@@ -114,6 +114,42 @@ fn a_one_shot_commit_is_refused_while_mounted_and_works_afterwards() {
 }
 
 #[test]
+fn a_commit_with_nothing_changed_writes_no_file_and_says_so() {
+    let Setup { scratch: _scratch, mount, model, mut engine } = setup();
+    engine.change_all(1);
+    mount.does("commit");
+    let before = everything(&model.path);
+    let says = mount.does("commit again");
+    assert!(says.contains("nothing changed"), "{says}");
+    assert_eq!(everything(&model.path), before);
+    assert_eq!(mount.status()["committed"]["id"], 1);
+}
+
+#[test]
+fn a_one_shot_commit_tells_what_it_did_and_is_in_the_history() {
+    let scratch = Scratch::new();
+    let model = Model::single(scratch.join("model"));
+    let mut engine = Engine::new(&model, scratch.join("engine.json"));
+    let commit = || {
+        let mut command = weightfs();
+        command.arg("commit").arg(&model.path).arg("--weights").arg(&engine.manifest);
+        succeeds(&mut command)
+    };
+    assert!(commit().contains("nothing changed"));
+    engine.change_all(3);
+    let live = engine.expected(&model);
+    let mut command = weightfs();
+    command.args(["commit", "--json", "-m", "from cron"]).arg(&model.path).arg("--weights").arg(&engine.manifest);
+    let report: serde_json::Value = serde_json::from_str(&succeeds(&mut command)).unwrap();
+    assert_eq!((&report["commit"]["id"], &report["commit"]["message"]), (&1.into(), &"from cron".into()));
+    assert_same("the disk", &model.disk(), &live);
+    let verify = succeeds(weightfs().arg("verify").arg(&model.path));
+    assert!(verify.contains(" 0 wrong"), "{verify}");
+    let log = succeeds(weightfs().arg("log").arg(&model.path));
+    assert!(log.contains("from cron"), "{log}");
+}
+
+#[test]
 fn a_rollback_brings_live_weights_and_disk_back() {
     let Setup { scratch: _scratch, mount, model, mut engine } = setup();
     engine.change_all(1);
@@ -181,6 +217,26 @@ fn a_mount_of_its_own_weights_has_nothing_to_commit() {
     mount.does("commit");
     assert_eq!(model.mtimes(), mtimes);
     assert_eq!(mount.status()["committed"], serde_json::Value::Null);
+}
+
+/// All files of a directory with size, inode and mtime: what shows that nothing was written.
+fn everything(dir: &Path) -> Vec<(PathBuf, u64, u64, i128)> {
+    use std::os::unix::fs::MetadataExt;
+    let (mut found, mut folders) = (Vec::new(), vec![dir.to_path_buf()]);
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let metadata = path.symlink_metadata().unwrap();
+            match metadata.is_dir() {
+                true => folders.push(path),
+                // The log of the daemon tells of the command.
+                false if path.ends_with("mount.log") => {}
+                false => found.push((path.clone(), metadata.len(), metadata.ino(), mtime(&path))),
+            }
+        }
+    }
+    found.sort();
+    found
 }
 
 /// A file system of a few megabytes, gone with the test.

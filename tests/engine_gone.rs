@@ -39,7 +39,8 @@ impl Setup {
     fn is_gone(&self, why: &str) {
         let (mount, way) = (&self.mount, self.way);
         for i in 0..self.model.shards.len() {
-            assert_eq!(errno(File::open(mount.shard(i))), STALE, "{way:?}: opening weights file {i}");
+            // Whoever joins readers of the step before is told within a second.
+            until("opens fail", || errno(File::open(mount.shard(i))) == STALE);
         }
         until("the engine's end is noticed", || mount.state() == "failed");
         assert!(mount.fact("source_gone").unwrap().contains(why), "{way:?}: {:?}", mount.fact("source_gone"));
@@ -174,6 +175,13 @@ fn an_engine_that_dies_in_the_middle_of_a_step_takes_that_step_with_it() {
             Err(e) => assert_eq!(e.raw_os_error(), STALE, "{way:?}"),
         }
         drop(held);
+        until("opens fail", || match std::fs::read(setup.mount.shard(0)) {
+            Ok(bytes) => {
+                assert!(bytes == whole[0], "{way:?}: half a step was shown");
+                false
+            }
+            Err(e) => e.raw_os_error() == STALE,
+        });
         setup.is_gone("ended");
         model::assert_same("the disk", &setup.model.disk(), &disk);
     }

@@ -87,6 +87,29 @@ fn a_mount_that_works_says_nothing() {
     }
 }
 
+#[test]
+fn of_several_mounts_begun_at_once_at_one_place_one_succeeds_and_none_covers_another() {
+    for _ in 0..8 {
+        let scratch = Scratch::new();
+        let models = ["one", "two", "three"].map(|name| Model::sharded(scratch.join(name)));
+        let point = scratch.dir("mnt");
+        let running = models.each_ref().map(|model| {
+            let mut command = weightfs();
+            command.arg("mount").arg(&model.path).arg(&point).stderr(Stdio::piped()).spawn().unwrap()
+        });
+        let ended = running.map(|child| child.wait_with_output().unwrap());
+        for output in ended.iter().filter(|o| !o.status.success()) {
+            let failure =
+                Failure { status: output.status, stderr: String::from_utf8_lossy(&output.stderr).into_owned() };
+            assert_one_line(&failure, &["mnt"]);
+        }
+        let mounted = ended.iter().filter(|o| o.status.success()).count();
+        (0..mounted).for_each(|_| drop(succeeds(weightfs().arg("umount").arg(&point))));
+        assert_eq!(mounted, 1);
+        assert!(!is_mounted(&point));
+    }
+}
+
 // -- end --
 
 #[test]

@@ -9,6 +9,8 @@ use crate::model::ModelDirectory;
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use log::LevelFilter;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::ErrorKind;
@@ -82,7 +84,7 @@ pub fn run(a: MountArguments, arguments: &[OsString]) -> anyhow::Result<ExitCode
         background::leave_terminal();
     }
     let directory = Arc::new(ModelDirectory::open(&a.model_dir)?);
-    let point = free_mount_point(&a.mount_point, &directory.path)?;
+    let (point, turn) = free_mount_point(&a.mount_point, &directory.path)?;
     let log = log_file(&a, &directory)?;
     // Without a log, what is not trouble is nobody's to read: the command that waits for us is about to end.
     let level =
@@ -94,11 +96,16 @@ pub fn run(a: MountArguments, arguments: &[OsString]) -> anyhow::Result<ExitCode
             None => env_logger::Target::Stderr,
         },
     );
-    serve(&a, directory, point, log.as_deref())?;
+    serve(&a, directory, (point, turn), log.as_deref())?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn serve(a: &MountArguments, directory: Arc<ModelDirectory>, point: PathBuf, log: Option<&Path>) -> anyhow::Result<()> {
+fn serve(
+    a: &MountArguments,
+    directory: Arc<ModelDirectory>,
+    (point, turn): (PathBuf, File),
+    log: Option<&Path>,
+) -> anyhow::Result<()> {
     // Signals are ours from here on: one that comes while we load ends us before anything is mounted.
     let (end, ends) = channel();
     forward_signals(end.clone())?;
@@ -131,6 +138,7 @@ fn serve(a: &MountArguments, directory: Arc<ModelDirectory>, point: PathBuf, log
     let _serving =
         fuse::serve(tree, &point, fuse::Options { allow_other: a.allow_other, passthrough: !a.no_passthrough }, gone)
             .map_err(mount_failed)?;
+    drop(turn);
     std::thread::spawn(move || {
         let _ = is_gone.recv();
         let _ = end.send(End::Unmounted);
@@ -181,18 +189,20 @@ fn forward_signals(end: std::sync::mpsc::Sender<End>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Checks the mount point, and clears away what a killed daemon left there.
-fn free_mount_point(given: &Path, model: &Path) -> anyhow::Result<PathBuf> {
+/// Checks the mount point, and clears away what a killed daemon left there. The file holds the place until it is closed.
+fn free_mount_point(given: &Path, model: &Path) -> anyhow::Result<(PathBuf, File)> {
+    let taken =
+        || anyhow::anyhow!("{} is mounted already: `weightfs umount {}` first", given.display(), given.display());
     let mut point = absolute(given)?;
     if let Some(mount) = mounts::find(&point)
         && mount.is_ours()
     {
         match std::fs::metadata(&point) {
-            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NOTCONN.raw_os_error()) => {
+            Err(e) if e.raw_os_error() == Some(Errno::NOTCONN.raw_os_error()) => {
                 mounts::detach(&point).with_context(|| format!("clearing the dead mount at {}", point.display()))?;
                 eprintln!("weightfs: cleared the mount that a killed daemon left at {}", point.display());
             }
-            _ => bail!("{} is mounted already: `weightfs umount {}` first", given.display(), given.display()),
+            _ => return Err(taken()),
         }
     }
     let metadata = match std::fs::metadata(&point) {
@@ -219,7 +229,15 @@ fn free_mount_point(given: &Path, model: &Path) -> anyhow::Result<PathBuf> {
             given.display()
         );
     }
-    Ok(point)
+    // Of several mounts that begin at once one has the directory for itself until it is mounted: none covers another.
+    let turn = File::open(&point).with_context(|| format!("the mount point {}", given.display()))?;
+    if flock(&turn, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK) {
+        bail!("another mount is being made at {}: use another directory", given.display());
+    }
+    if mounts::find(&point).is_some_and(|m| m.is_ours()) {
+        return Err(taken());
+    }
+    Ok((point, turn))
 }
 
 /// An absolute path without links, also where its last part is a dead mount, which cannot be looked at.

@@ -60,7 +60,7 @@ impl Mounted {
             },
             Command::Train { .. } | Command::Cancel { .. } | Command::Pause | Command::Resume => Err(FsError::new(
                 Errno::NOSYS,
-                format!("this version of weightfs has no trainer, so '{}' does nothing", command.name()),
+                format!("training through a mount is not built yet, so '{}' does nothing", command.name()),
             )),
             Command::Rollback { id } => {
                 self.doing(Some("rolling-back"));
