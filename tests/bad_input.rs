@@ -309,8 +309,8 @@ fn what_is_no_command_is_refused_by_the_write_and_explained_in_status() {
         ("a command and more", b"refresh now\n", libc::EINVAL, "takes nothing after it"),
         ("a number that is none", b"rollback one\n", libc::EINVAL, "takes a number"),
         ("thaw of what is not frozen", b"thaw\n", libc::EINVAL, "not frozen"),
-        ("a word of later", b"train /job.json\n", libc::ENOSYS, "no trainer"),
-        ("another word of later", b"pause\n", libc::ENOSYS, "no trainer"),
+        ("a word of later", b"train /job.json\n", libc::ENOSYS, "not built yet"),
+        ("another word of later", b"pause\n", libc::ENOSYS, "not built yet"),
     ];
     for (what, bytes, expected, words) in cases {
         assert_eq!(errno(mount.write_ctl(bytes)), Some(*expected), "{what}");
