@@ -157,6 +157,28 @@ fn links_to_a_directory_above_themselves_are_hidden_so_that_a_walk_ends() {
 }
 
 #[test]
+fn links_into_the_mount_itself_are_hidden_so_that_nothing_waits_for_itself() {
+    let (scratch, model, mount) = setup();
+    fs::write(scratch.dir("outside").join("file"), "").unwrap();
+    symlink(&mount.point, model.path.join("live")).unwrap();
+    symlink(mount.path("itself"), model.path.join("itself")).unwrap();
+    symlink(mount.path("config.json"), model.path.join("config")).unwrap();
+    symlink(scratch.path(), model.path.join("around")).unwrap();
+    symlink("../outside", model.path.join("out")).unwrap();
+    let listed = names(&mount.point);
+    for hidden in ["live", "itself", "config", "around"] {
+        assert!(!listed.contains(&hidden.into()), "{hidden}");
+        assert_eq!(errno(fs::metadata(mount.path(hidden))), Some(libc::ELOOP), "{hidden}");
+    }
+    assert_eq!(names(&mount.path("out")), ["file"]);
+    // A way round through a directory that holds both.
+    symlink(scratch.path(), scratch.join("outside/around")).unwrap();
+    let deep: PathBuf = std::iter::repeat_n("around/mnt/out", 20).collect();
+    assert!(fs::metadata(mount.path("out").join(deep)).is_err());
+    assert_eq!(mount.state(), "idle");
+}
+
+#[test]
 fn pipes_sockets_and_devices_are_not_shown() {
     let (_scratch, model, mount) = setup();
     rustix::fs::mknodat(

@@ -6,6 +6,7 @@
 pub mod ctl;
 mod error;
 pub mod fuse;
+mod links;
 mod mounted;
 pub mod mounts;
 mod status;

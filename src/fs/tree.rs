@@ -4,7 +4,7 @@
 //!
 //! Lock order: `nodes` and `handles` are leaves, never held while anything else is called.
 
-use super::{FsError, Mounted, Served};
+use super::{FsError, Mounted, Served, links};
 use crate::model::STATE_DIR;
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -274,6 +274,10 @@ impl Tree {
             Node::CommitWeights(id, index) => shard(*index, mounted.commit_time(*id)?),
             Node::Disk(_, path) => {
                 let full = self.on_disk(path);
+                if links::lead_into(&mounted.directory.path, path, &mounted.mount_point) {
+                    let why = format!("{} leads into the mount itself", path.display());
+                    return Err(FsError::new(Errno::LOOP, why));
+                }
                 match std::fs::metadata(&full) {
                     Ok(metadata) => {
                         if metadata.is_dir() && leads_back(&full, &self.mounted.directory.path) {
