@@ -8,6 +8,7 @@ use crate::fs::status::CommandFacts;
 use crate::image::{ImageError, ShardBytes};
 use rustix::io::Errno;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 impl Mounted {
     /// Runs one command to its end; one at a time. Returns what it did in a sentence.
@@ -121,8 +122,7 @@ impl Mounted {
             self.weights_moved(self.step.load(Ordering::Acquire));
             return Ok("weights are read where they are: caches were dropped".into());
         }
-        let _turn = self.moving.lock();
-        self.move_view()?;
+        self.move_in_turn(Instant::now(), &mut self.moving.lock())?;
         Ok(format!("the view shows step {}", self.view_step.load(Ordering::Acquire)))
     }
 

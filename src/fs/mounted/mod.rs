@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// How weights are to be shown (`--view`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,7 +69,8 @@ pub struct Mounted {
     why_direct: Option<String>,
     /// Set by the adapter once it knows whether the kernel serves the view without us.
     passthrough: OnceLock<Result<(), String>>,
-    moving: Mutex<()>,
+    /// Whoever opens or moves the view takes turns; in it, when the last move that failed did so, and why.
+    moving: Mutex<Option<(Instant, FsError)>>,
     readers: Mutex<Readers>,
     snapshots: Mutex<HashMap<u64, (Arc<Snapshot>, usize)>>,
     frozen: Mutex<Option<HoldGuard>>,

@@ -12,8 +12,7 @@ impl Mounted {
     /// Fills the view for the first time and finds out what differs from disk; runs beside the mount.
     pub fn prepare(&self) {
         if self.view.is_some() {
-            let _turn = self.moving.lock();
-            let _ = self.noted(self.move_view());
+            let _ = self.noted(self.move_in_turn(Instant::now(), &mut self.moving.lock()));
         }
         if self.image.source().is_own() {
             // Loaded from the files a moment ago.
@@ -62,11 +61,12 @@ impl Mounted {
             self.changed();
             return Ok(Served::Direct);
         }
-        let _turn = self.moving.lock();
+        let asked = Instant::now();
+        let mut turn = self.moving.lock();
         // Looked at in our turn: whoever came before may have begun to hold the view.
         let before = self.readers.lock().before_open(Instant::now(), || self.is_mapped());
         if before == Opened::MoveFirst {
-            self.noted(self.move_view())?;
+            self.noted(self.move_in_turn(asked, &mut turn))?;
         } else if !self.view.as_ref().is_some_and(CopiedShards::is_whole) {
             return Err(FsError::new(Errno::STALE, "the view is not of one step: the engine went while it moved"));
         }
@@ -104,8 +104,17 @@ impl Mounted {
         Ok(self.image.check()?)
     }
 
+    /// Brings the view to the live step for somebody who asked for it at `asked` and now has the turn. If a move failed
+    /// in between, that was the answer: with an engine that keeps its lock, nobody waits once more for each one before.
+    pub(super) fn move_in_turn(&self, asked: Instant, turn: &mut Option<(Instant, FsError)>) -> Result<(), FsError> {
+        match turn {
+            Some((when, e)) if *when >= asked => Err(e.clone()),
+            _ => self.move_view().inspect_err(|e| *turn = Some((Instant::now(), e.clone()))),
+        }
+    }
+
     /// Brings the view to the live step. The caller has `moving`.
-    pub(super) fn move_view(&self) -> Result<(), FsError> {
+    fn move_view(&self) -> Result<(), FsError> {
         let Some(view) = &self.view else { return Ok(()) };
         if self.is_current() {
             return Ok(());
