@@ -95,7 +95,7 @@ fn status_tells_who_has_weights_open_and_what_the_last_command_did() {
 
     assert_eq!(errno(mount.ctl("train /job.json")), Some(libc::ENOSYS));
     assert!(mount.fact("last_command").unwrap().starts_with("train: ENOSYS: "));
-    assert!(mount.fact("last_error").unwrap().contains("no trainer"));
+    assert!(mount.fact("last_error").unwrap().contains("not built yet"));
 }
 
 #[test]

@@ -8,9 +8,13 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Deserialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// How long a daemon without readers may take to end.
 const PATIENCE_SECONDS: i64 = 30;
+
+/// How long a daemon may take to say how it stands.
+const ANSWER: Duration = Duration::from_secs(5);
 
 #[derive(Args)]
 pub struct UmountArguments {
@@ -29,6 +33,26 @@ struct Readers {
     pids: Vec<u32>,
 }
 
+enum Answer {
+    Facts(Facts),
+    Ended,
+    Silence,
+}
+
+/// Asked before the mount goes. A dead daemon does not answer; one that is stopped never would, so that the question is
+/// left behind on a thread of its own.
+fn ask(status: PathBuf) -> Answer {
+    let (answer, answered) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // Nobody is waiting any more if this fails.
+        let _ = answer.send(std::fs::read(status).ok());
+    });
+    match answered.recv_timeout(ANSWER) {
+        Err(_) => Answer::Silence,
+        Ok(text) => text.and_then(|t| serde_json::from_slice(&t).ok()).map_or(Answer::Ended, Answer::Facts),
+    }
+}
+
 pub fn run(a: UmountArguments) -> anyhow::Result<ExitCode> {
     let given = a.mount_point.display();
     let point = super::mount::absolute(&a.mount_point)?;
@@ -36,16 +60,28 @@ pub fn run(a: UmountArguments) -> anyhow::Result<ExitCode> {
     if !mount.is_ours() {
         bail!("{given} is a mount of type {}, not of weightfs", mount.fs_type);
     }
-    // Asked before it goes; a dead daemon does not answer, and needs no waiting for.
-    let facts = std::fs::read(point.join("status.json")).ok();
-    let facts: Option<Facts> = facts.and_then(|text| serde_json::from_slice(&text).ok());
-    let daemon = facts.as_ref().and_then(|f| {
-        let pid = Pid::from_raw(i32::try_from(f.pid).ok()?)?;
-        pidfd_open(pid, PidfdFlags::empty()).ok()
-    });
+    let answer = ask(point.join("status.json"));
+    // Held from before the mount goes, so that it is this process and none that takes its number later.
+    let daemon = match &answer {
+        Answer::Facts(facts) => i32::try_from(facts.pid).ok().and_then(Pid::from_raw),
+        _ => None,
+    };
+    let daemon = daemon.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
     mounts::detach(&point).with_context(|| format!("unmounting {given}"))?;
-    let (Some(facts), Some(daemon)) = (facts, daemon) else {
-        println!("unmounted {given} (its daemon had ended)");
+    let facts = match answer {
+        Answer::Facts(facts) => facts,
+        Answer::Ended => {
+            println!("unmounted {given} (its daemon had ended)");
+            return Ok(ExitCode::SUCCESS);
+        }
+        Answer::Silence => {
+            println!("unmounted {given} (its daemon does not answer: it is stopped, or hangs)");
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
+    // If it had ended already there is nothing to wait for.
+    let Some(daemon) = daemon else {
+        println!("unmounted {given}");
         return Ok(ExitCode::SUCCESS);
     };
     if facts.readers.open > 0 {
