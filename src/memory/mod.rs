@@ -3,6 +3,7 @@
 //! mix old and new values (callers hold a step boundary when that matters), and a vanished memory is an error.
 
 mod available;
+pub mod cuda;
 mod fault;
 mod hash;
 mod host;
@@ -21,6 +22,9 @@ pub enum MemoryError {
     /// The engine truncated, deleted or unmapped it. Nothing read since then counts.
     #[error("{what} is gone: {why}")]
     Gone { what: String, why: String },
+    /// A GPU refused, for a reason that may pass (no memory left for a buffer).
+    #[error("{what}: {why}")]
+    Device { what: String, why: String },
     #[error("{what} is mapped for reading only")]
     ReadOnly { what: String },
     #[error("{what}: bytes {offset}..{end} lie outside its {bytes} bytes")]
