@@ -50,6 +50,12 @@ __global__ void narrow(const void *w, int kind, i64 ld, int rows, int n, bf16 *o
     for (i64 row = blockIdx.y; row < rows; row += gridDim.y) out[row * n + i] = to_bf16(weight(w, kind, row * ld + i));
 }
 
+// out = x in f32.
+__global__ void widen(const bf16 *x, i64 count, float *out) {
+    const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) out[i] = f32(x[i]);
+}
+
 // *largest = the largest absolute value of x and of what was there, as its bits; NaN is above infinity.
 __global__ void largest(const void *x, int wide, i64 count, u32 *largest) {
     u32 top = 0;
