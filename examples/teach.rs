@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     });
     let options = Options { listener: Some(listener), ..Options::default() };
     let queue = Queue::start(model, TextModel::read(model_dir), Default::default(), options)?;
-    let id = queue.submit(&std::fs::read_to_string(job)?)?;
+    let id = queue.submit(&std::fs::read_to_string(job)?, job)?;
     let done = loop {
         let job = queue.job(id).ok_or("the job is gone")?;
         if !matches!(job.state, JobState::Queued | JobState::Running) {
