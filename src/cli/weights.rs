@@ -1,4 +1,4 @@
-//! `--weights`: own, or manifests.
+//! `--weights`: own, or manifests, or a file of torch handles (told by its content, not its name).
 
 use crate::image::Image;
 use crate::memory::Hash;
@@ -11,9 +11,9 @@ use std::sync::Arc;
 
 #[derive(Args, Clone)]
 pub struct WeightsArguments {
-    /// Where the live weights are: `own` (weightfs loads the model itself), or an engine's manifest; give the option
-    /// once for each rank
-    #[arg(long, value_name = "own|MANIFEST", default_value = "own")]
+    /// Where the live weights are: `own` (weightfs loads the model itself), an engine's manifest (give the option once
+    /// for each rank), or a file in which an engine saved the handles of its CUDA memory with torch.save
+    #[arg(long, value_name = "own|MANIFEST|HANDLES.pt", default_value = "own")]
     weights: Vec<PathBuf>,
     /// Where own weights are kept
     #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]

@@ -4,7 +4,7 @@ mod runs;
 mod shard;
 mod tensor;
 
-pub use shard::Image;
+pub use shard::{Image, TensorRef};
 
 use crate::memory::{BLOCK, Hash, MemoryError};
 use std::any::Any;

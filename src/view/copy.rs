@@ -104,8 +104,14 @@ impl CopiedShards {
     /// Brings the view to the live step: hashes every block where it is, copies those that changed. Weights are held
     /// still meanwhile.
     pub fn refresh(&self, image: &dyn ShardBytes) -> Result<Refreshed, ViewError> {
+        self.refresh_at(image, &|| 0).map(|(refreshed, _)| refreshed)
+    }
+
+    /// The same. `step` is asked while weights are held still, and its answer returned: the step that the view now is of.
+    pub fn refresh_at(&self, image: &dyn ShardBytes, step: &dyn Fn() -> u64) -> Result<(Refreshed, u64), ViewError> {
         let _one = self.refreshing.lock();
         let _hold = image.hold()?;
+        let step = step();
         let first = !self.filled.load(Ordering::Acquire);
         let (blocks, bytes) = (AtomicU64::new(0), AtomicU64::new(0));
         for (index, shard) in self.shards.iter().enumerate() {
@@ -141,7 +147,7 @@ impl CopiedShards {
         image.check()?;
         self.filled.store(true, Ordering::Release);
         self.torn.store(false, Ordering::Release);
-        Ok(Refreshed { blocks, bytes, filled: first })
+        Ok((Refreshed { blocks, bytes, filled: first }, step))
     }
 }
 
