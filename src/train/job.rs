@@ -152,7 +152,12 @@ impl Job {
         }) {
             return Err(BadJob(format!("tensor '{name}' is {:?}, which does not train", spec.dtype)));
         }
-        let working = steps.iter().map(|step| batch(&samples, step).memory(model, settings.rank())).max().unwrap_or(0);
+        let on_device = weights.device(&model.embedding).is_some();
+        let needs = |step: &Vec<usize>| match on_device {
+            true => super::gpu::plan::least(model, &batch(&samples, step), &settings),
+            false => batch(&samples, step).memory(model, settings.rank()),
+        };
+        let working = steps.iter().map(needs).max().unwrap_or(0);
         Ok(Plan { settings, samples, steps, notes, memory: working + growth })
     }
 }

@@ -12,9 +12,12 @@ use super::pack::Batch;
 use super::weights::Weights;
 use crate::compute::cpu::buffers::{Buffer, Pool};
 use crate::compute::cpu::{self, attention, linear, rms_norm, rope, swiglu, weight};
+use crate::compute::cuda::GpuError;
 use crate::image::ImageError;
+use crate::memory::cuda::Device;
 use parking_lot::Mutex;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 /// A gradient above this is taken for overflow: its square, summed, no longer fits f32.
 pub(super) const LARGEST: f64 = 1e15;
@@ -26,6 +29,11 @@ pub enum StepError {
     Image(#[from] ImageError),
     #[error("the {what} of {} is not finite; the weights were left as they were", sample.map_or("a sample".into(), |s| format!("sample {s}")))]
     NotFinite { what: String, sample: Option<usize> },
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    /// On a GPU, where layers are updated one by one for want of memory.
+    #[error("step {step} was cut while weights were being written ({what}): roll back to the last commit")]
+    Cut { step: u64, what: String },
     #[error("step {step} was cut while weights were being written ({source}): roll back to the last commit")]
     Torn {
         step: u64,
@@ -34,9 +42,18 @@ pub enum StepError {
     },
 }
 
+impl StepError {
+    /// Whether weights were written and others of the step were not.
+    pub fn is_torn(&self) -> bool {
+        matches!(self, StepError::Torn { .. } | StepError::Cut { .. })
+    }
+}
+
 /// A model whose weights are somewhere alive.
 #[derive(Clone)]
 pub struct Model {
+    /// Bytes that a trainer holds on the device of the weights.
+    pub(super) held: Arc<AtomicU64>,
     pub architecture: Arc<Architecture>,
     pub weights: Arc<dyn Weights>,
     pub(super) pool: Pool,
@@ -82,7 +99,13 @@ impl Model {
     /// Checks that every tensor is there as config.json implies.
     pub fn new(architecture: Architecture, weights: Arc<dyn Weights>) -> Result<Model, Refusal> {
         architecture.check(&*weights)?;
-        Ok(Model { architecture: Arc::new(architecture), weights, pool: Pool::default(), last: Arc::default() })
+        let (pool, last, held) = Default::default();
+        Ok(Model { architecture: Arc::new(architecture), weights, pool, last, held })
+    }
+
+    /// The device that the weights are on, if they are on one.
+    pub fn device(&self) -> Option<Arc<Device>> {
+        self.weights.device(&self.architecture.embedding).map(|place| place.device)
     }
 
     /// Gives the memory that steps share back to the system, when no more are coming.
@@ -408,7 +431,7 @@ impl Model {
     }
 }
 
-fn layer_tensors(layer: &Layer) -> Vec<&str> {
+pub(super) fn layer_tensors(layer: &Layer) -> Vec<&str> {
     let mut names: Vec<&str> = vec![&layer.input_norm, &layer.post_norm];
     names.extend(layer.linears().iter().flat_map(|l| [Some(l.weight.as_str()), l.bias.as_deref()]).flatten());
     names.extend(layer.qk_norm.iter().flat_map(|(q, k)| [q.as_str(), k]));

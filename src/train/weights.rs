@@ -2,10 +2,12 @@
 
 use crate::compute::cpu::weight::Kind;
 use crate::image::ImageError;
+use crate::memory::cuda::Device;
 use crate::model::Dtype;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Type and shape of a tensor, as its bytes are read and written here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +32,14 @@ impl TensorSpec {
     }
 }
 
+/// A tensor on a device: element (i, j) at `address + (i * stride + j) * bytes of an element`; a vector is one row.
+#[derive(Debug, Clone)]
+pub struct DeviceTensor {
+    pub device: Arc<Device>,
+    pub address: u64,
+    pub stride: u64,
+}
+
 /// Live weights, trained in place. Rows are indices of a tensor's first dimension; bytes are its row-major elements,
 /// little-endian, of the dtype that [`Weights::tensor`] says.
 pub trait Weights: Send + Sync {
@@ -40,6 +50,12 @@ pub trait Weights: Send + Sync {
 
     /// Called only between [`Step::begin_update`] and [`Step::finish`].
     fn write_rows(&self, name: &str, rows: Range<u64>, src: &[u8]) -> Result<(), ImageError>;
+
+    /// Where all of a tensor lies on a device, with its rows whole and `tensor`'s dtype; `None` for one that is elsewhere, in
+    /// several pieces, or turned.
+    fn device(&self, _name: &str) -> Option<DeviceTensor> {
+        None
+    }
 
     /// Begins an optimizer step: until it is dropped, nobody else writes these weights. Readers may go on.
     fn begin_step(&self) -> Result<Box<dyn Step + '_>, ImageError>;

@@ -94,6 +94,14 @@ pub fn projection(gpu: &Gpu, stream: &Stream, small: usize, rank: usize, tall: b
     Ok(Projection { rank, single, split })
 }
 
+/// `out (count, bf16)` = normals times `scale`: weights for tests.
+pub fn normals(gpu: &Gpu, stream: &Stream, count: usize, scale: f32, out: Part) -> Result<()> {
+    let split = gpu.bf16(2 * count)?;
+    launch!(gpu, "projection", (blocks(count.div_ceil(4), BLOCK), 1, 1), (BLOCK as u32, 1, 1), 0;
+        words(Some(stream)), count as i64, scale, 0u64, split.part().address, count as i64);
+    gpu.copy(split.part().first(2 * count as u64), out)
+}
+
 /// The first pass over rows `first..` of a gradient of a matrix m x n, of which `g` is a part (all of it, for a wide matrix):
 /// sums of squares by channel into `squares` (f32), the projected gradient into `projected` (f32, twice the size for ranks
 /// above 1: in two summands).

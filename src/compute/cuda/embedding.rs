@@ -52,7 +52,16 @@ pub fn backward(gpu: &Gpu, dx: Part, lookups: &Lookups, h: usize, out: Part) -> 
 }
 
 /// Adds those sums to rows `first..first + rows` of a gradient `g (bf16)`; `ids` (i32) are the tokens.
-pub fn add(gpu: &Gpu, sums: Part, ids: Part, tokens: usize, h: usize, first: usize, rows: usize, g: Part) -> Result<()> {
+pub fn add(
+    gpu: &Gpu,
+    sums: Part,
+    ids: Part,
+    tokens: usize,
+    h: usize,
+    first: usize,
+    rows: usize,
+    g: Part,
+) -> Result<()> {
     launch!(gpu, "embedding_add", (blocks(tokens, 1), 1, 1), (BLOCK, 1, 1), 0;
         sums.f32(tokens * h), ids.holds(tokens, 4), first as i32, rows as i32, h as i32, g.bf16(rows * h));
     Ok(())

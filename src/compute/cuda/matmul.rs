@@ -174,14 +174,18 @@ pub fn matmul(gpu: &Gpu, out: Output, m: usize, n: usize, k: usize, a: Operand, 
         slot.insert(Plan::new(gpu, &p, out.add, key.alignment)?);
     }
     match &plans[&key] {
-        Some(plan) => plan.run(gpu, &p, p.out, out.add, &plan.algorithm),
+        Some(plan) => {
+            let what = || (format!("matmul {m} {n} {k}"), 2 * (m * n) as u64 * k as u64);
+            gpu.timed(what, || plan.run(gpu, &p, p.out, out.add, &plan.algorithm))
+        }
         None => linear::matmul_plain(gpu, &p, out.add),
     }
 }
 
 impl Plans {
     pub fn new(memory: &memory::Pool) -> Result<Plans> {
-        load(Library::CublasLt).map_err(|why| GpuError::Library(format!("training on the GPU needs cuBLASLt: {why}")))?;
+        load(Library::CublasLt)
+            .map_err(|why| GpuError::Library(format!("training on the GPU needs cuBLASLt: {why}")))?;
         let handle = result::create_handle().map_err(failed)?;
         Ok(Plans { handle, workspace: memory.take(WORKSPACE)?, plans: Mutex::default() })
     }
@@ -194,8 +198,7 @@ impl Plan {
         use sys::cublasLtMatmulPreferenceAttributes_t as Prefer;
         // Everything turned: the library thinks in columns, so that our row-major c = a b is its c' = b' a'.
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        let description =
-            result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F).map_err(failed)?;
+        let description = result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F).map_err(failed)?;
         let kind = if p.wide { sys::cudaDataType_t::CUDA_R_32F } else { sys::cudaDataType_t::CUDA_R_16BF };
         let layout = |kind, rows: usize, columns: usize, stride: usize| {
             result::create_matrix_layout(kind, rows as u64, columns as u64, stride as i64).map_err(failed)
@@ -203,8 +206,11 @@ impl Plan {
         let sixteen = sys::cudaDataType_t::CUDA_R_16BF;
         let (b0, b1) = if p.b.turned { (p.k, p.n) } else { (p.n, p.k) };
         let (a0, a1) = if p.a.turned { (p.m, p.k) } else { (p.k, p.m) };
-        let layouts =
-            [layout(sixteen, b0, b1, p.b.stride)?, layout(sixteen, a0, a1, p.a.stride)?, layout(kind, p.n, p.m, p.stride)?];
+        let layouts = [
+            layout(sixteen, b0, b1, p.b.stride)?,
+            layout(sixteen, a0, a1, p.a.stride)?,
+            layout(kind, p.n, p.m, p.stride)?,
+        ];
         // SAFETY: numbers in C's layout, which mean nothing until the library has filled them.
         let algorithm = unsafe { std::mem::zeroed() };
         let mut plan = Plan { description, layouts, algorithm };
@@ -220,7 +226,8 @@ impl Plan {
                 (Describe::CUBLASLT_MATMUL_DESC_TRANSB, p.a.turned),
             ] {
                 let turned = turned as i32; // CUBLAS_OP_N is 0, CUBLAS_OP_T is 1
-                result::set_matmul_desc_attribute(description, attribute, (&raw const turned).cast(), 4).map_err(failed)?;
+                result::set_matmul_desc_attribute(description, attribute, (&raw const turned).cast(), 4)
+                    .map_err(failed)?;
             }
             let workspace = WORKSPACE as usize;
             result::set_matmul_pref_attribute(
@@ -237,7 +244,8 @@ impl Plan {
                 (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment[2]),
             ] {
                 let bytes = 1u32 << power;
-                result::set_matmul_pref_attribute(preference, attribute, (&raw const bytes).cast(), 4).map_err(failed)?;
+                result::set_matmul_pref_attribute(preference, attribute, (&raw const bytes).cast(), 4)
+                    .map_err(failed)?;
             }
             let [a, b, c] = plan.layouts;
             let code = sys::cublasLtMatmulAlgoGetHeuristic(
@@ -266,7 +274,13 @@ impl Plan {
     }
 
     /// Times the candidates on the operands themselves, into scratch. Without memory for that the first one stays.
-    fn choose(&mut self, gpu: &Gpu, p: &Product, add: bool, found: &[sys::cublasLtMatmulHeuristicResult_t]) -> Result<()> {
+    fn choose(
+        &mut self,
+        gpu: &Gpu,
+        p: &Product,
+        add: bool,
+        found: &[sys::cublasLtMatmulHeuristicResult_t],
+    ) -> Result<()> {
         let Ok(scratch) = gpu.zeros((p.m * p.stride * if p.wide { 4 } else { 2 }) as u64) else { return Ok(()) };
         let mut best = f32::INFINITY;
         for candidate in found {

@@ -163,7 +163,8 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         let mut state = self.pool.state.lock();
         state.used -= self.size;
-        let holds = |p: &&mut Piece| (p.memory.address()..p.memory.address() + p.memory.bytes()).contains(&self.address);
+        let holds =
+            |p: &&mut Piece| (p.memory.address()..p.memory.address() + p.memory.bytes()).contains(&self.address);
         if let Some(piece) = state.pieces.iter_mut().find(holds) {
             piece.free.give(self.address - piece.memory.address(), self.size);
         }
@@ -188,6 +189,14 @@ impl Buffer {
 impl Part {
     /// No operand, where one may be left out.
     pub const NONE: Part = Part { address: 0, bytes: 0 };
+
+    pub fn bytes(self) -> u64 {
+        self.bytes
+    }
+
+    pub fn address(self) -> u64 {
+        self.address
+    }
 
     /// From byte `offset` on.
     pub fn from(self, offset: u64) -> Part {

@@ -20,7 +20,8 @@ pub use memory::{Buffer, Part};
 
 use crate::compute::cpu::weight::Kind;
 use crate::memory::cuda::{CudaError, Device, Priority};
-use cudarc::driver::{CudaStream, result};
+use cudarc::driver::{CudaEvent, CudaStream, result};
+use parking_lot::Mutex;
 use std::sync::Arc;
 
 /// What a GPU could not do.
@@ -43,6 +44,25 @@ pub struct Gpu {
     memory: memory::Pool,
     lasting: memory::Pool,
     plans: matmul::Plans,
+    profile: Mutex<Option<Vec<Timed>>>,
+}
+
+/// A kernel or product with the marks around it.
+struct Timed {
+    what: String,
+    operations: u64,
+    from: CudaEvent,
+    to: CudaEvent,
+}
+
+/// Time in one kernel, or in products of one size.
+#[derive(Debug, Clone)]
+pub struct Share {
+    pub what: String,
+    pub count: usize,
+    pub milliseconds: f64,
+    /// Floating-point operations, of products.
+    pub operations: u64,
 }
 
 impl Gpu {
@@ -52,7 +72,7 @@ impl Gpu {
         let memory = memory::Pool::new(device);
         let lasting = memory::Pool::new(device);
         let plans = matmul::Plans::new(&lasting)?;
-        Ok(Gpu { device: device.clone(), stream, memory, lasting, plans })
+        Ok(Gpu { device: device.clone(), stream, memory, lasting, plans, profile: Mutex::default() })
     }
 
     /// A buffer of whatever was there.
@@ -157,10 +177,53 @@ impl Gpu {
         self.noted(self.stream.synchronize(), "finish a step's work")
     }
 
-    /// Milliseconds on the device between two marks.
-    pub fn mark(&self) -> Result<cudarc::driver::CudaEvent> {
+    /// A point in the stream, to time what lies between two.
+    pub fn mark(&self) -> Result<CudaEvent> {
         let flags = Some(cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT);
         self.stream.record_event(flags).map_err(|e| CudaError::new("mark a time", e).into())
+    }
+
+    /// Milliseconds between two marks, after the second was reached.
+    pub fn between(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f32> {
+        self.noted(from.elapsed_ms(to), "time a step")
+    }
+
+    /// Times every kernel and product from here to [`Gpu::profile`], which costs time itself.
+    pub fn begin_profile(&self) {
+        *self.profile.lock() = Some(Vec::new());
+    }
+
+    /// Times since [`Gpu::begin_profile`], the longest first.
+    pub fn profile(&self) -> Result<Vec<Share>> {
+        self.wait()?;
+        let mut shares: Vec<Share> = Vec::new();
+        for t in self.profile.lock().take().unwrap_or_default() {
+            let time = self.between(&t.from, &t.to)? as f64;
+            match shares.iter_mut().find(|s| s.what == t.what) {
+                Some(s) => {
+                    (s.count, s.milliseconds, s.operations) =
+                        (s.count + 1, s.milliseconds + time, s.operations + t.operations)
+                }
+                None => shares.push(Share { what: t.what, count: 1, milliseconds: time, operations: t.operations }),
+            }
+        }
+        shares.sort_by(|a, b| b.milliseconds.total_cmp(&a.milliseconds));
+        Ok(shares)
+    }
+
+    /// Runs `f`, which asks for one kernel or product, with marks around it where those are wanted.
+    fn timed(&self, what: impl FnOnce() -> (String, u64), f: impl FnOnce() -> Result<()>) -> Result<()> {
+        if self.profile.lock().is_none() {
+            return f();
+        }
+        let from = self.mark()?;
+        f()?;
+        let to = self.mark()?;
+        let (what, operations) = what();
+        if let Some(profile) = &mut *self.profile.lock() {
+            profile.push(Timed { what, operations, from, to });
+        }
+        Ok(())
     }
 
     fn function(
@@ -253,8 +316,8 @@ macro_rules! launch {
             )*
             // SAFETY: the arguments are those of the kernel's signature, in order; the launcher around this has checked
             // that its operands are as long as the sizes it passes, and the kernel stays inside those.
-            let launched = unsafe { launch.launch(config) };
-            gpu.noted(launched, $name)?;
+            let mut go = || gpu.noted(unsafe { launch.launch(config) }.map(drop), $name);
+            gpu.timed(|| ($name.to_string(), 0), &mut go)?;
         }
     }};
 }

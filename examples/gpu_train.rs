@@ -1,0 +1,489 @@
+//! Training on a GPU: checked against the CPU and against goldens of transformers, and measured.
+//!
+//! usage: gpu_train check [GOLDENS]                        every golden, whole steps beside the CPU's, what must not change
+//!        gpu_train bench [CONTEXT+TRAINED …] [--mini] [--gb N] [--profile]   Qwen3-8B's shapes, random weights
+//!
+//! The first device is used. `tests/python/gpu_kernels.py` checks every kernel by itself.
+
+use safetensors::SafeTensors;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+use weightfs::memory::cuda::{Device, devices};
+use weightfs::model::Dtype;
+use weightfs::train::gpu::{GpuTrainer, OnDevice, Order};
+use weightfs::train::{
+    Architecture, Batch, Config, InMemory, Model, Optimizer, OptimizerState, Settings, StepError, TensorSpec, Tokens,
+    Trainer, Weights,
+};
+
+#[path = "../tests/train_support/mod.rs"]
+mod train_support;
+use train_support::{floats, golden_memory, golden_weights, relative_error, splitmix64, to_bytes};
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+fn main() -> Outcome {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let id = devices()?.into_iter().next().ok_or("there is no device")?;
+    let device = Device::open(&id)?;
+    match args.first().map(String::as_str) {
+        Some("check") => check(&device, Path::new(args.get(1).map_or("tests/goldens", String::as_str))),
+        Some("bench") => bench(&device, &args[1..]),
+        _ => Err("usage: gpu_train check [GOLDENS] | bench [CONTEXT+TRAINED …] [--mini] [--gb N] [--profile]".into()),
+    }
+}
+
+/// Counts what is wrong, and says it.
+#[derive(Default)]
+struct Report {
+    wrong: usize,
+    checks: usize,
+}
+
+impl Report {
+    fn expect(&mut self, what: impl std::fmt::Display, good: bool) {
+        self.checks += 1;
+        if !good {
+            self.wrong += 1;
+            println!("WRONG {what}");
+        }
+    }
+}
+
+fn on_device(device: &Arc<Device>, weights: &InMemory) -> Result<Arc<OnDevice>, Box<dyn std::error::Error>> {
+    let tensors = weights.names().filter_map(|n| Some((n.to_string(), weights.tensor(n)?, weights.bytes(n)?)));
+    Ok(Arc::new(OnDevice::new(device, tensors)?))
+}
+
+fn values(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
+    let two = |b: &[u8]| [b[0], b[1]];
+    match dtype {
+        Dtype::BF16 => bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes(two(b)).to_f32()).collect(),
+        Dtype::F16 => bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes(two(b)).to_f32()).collect(),
+        _ => floats(bytes),
+    }
+}
+
+fn check(device: &Arc<Device>, goldens: &Path) -> Outcome {
+    let mut report = Report::default();
+    let parts: [(&str, &dyn Fn(&mut Report) -> Outcome); 5] = [
+        ("goldens", &|r| check_goldens(device, goldens, r)),
+        ("gradients", &|r| check_gradients(device, r)),
+        ("steps", &|r| check_steps(device, goldens, r)),
+        ("orders", &|r| check_orders(device, r)),
+        ("failures", &|r| check_failures(device, goldens, r)),
+    ];
+    for (name, part) in parts {
+        let start = Instant::now();
+        if let Err(e) = part(&mut report) {
+            report.expect(format!("{name}: {e}"), false);
+        }
+        println!("{name}: {:.1} s", start.elapsed().as_secs_f32());
+    }
+    println!("{} of {} checks wrong", report.wrong, report.checks);
+    if report.wrong > 0 { Err("checks are wrong".into()) } else { Ok(()) }
+}
+
+/// Loss and every gradient of every golden. bf16 keeps 8 bits: a product of two rounded values is off by up to 2^-8, a
+/// gradient that went through some ten of them by a few times that.
+fn check_goldens(device: &Arc<Device>, folder: &Path, report: &mut Report) -> Outcome {
+    let mut names: Vec<PathBuf> = std::fs::read_dir(folder)?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
+    names.retain(|p| p.extension().is_some_and(|e| e == "json"));
+    names.sort();
+    for path in names {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let config = std::fs::read_to_string(&path)?;
+        let parsed: serde_json::Value = serde_json::from_str(&config)?;
+        let file = std::fs::read(path.with_extension("safetensors"))?;
+        let golden = SafeTensors::deserialize(&file)?;
+        let ids: Vec<u32> = golden
+            .tensor("ids")?
+            .data()
+            .chunks_exact(4)
+            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect();
+        let context = parsed["context_length"].as_u64().ok_or("no context_length")? as usize;
+        if Config::parse(&config)?.text("model_type").is_none_or(|t| t.contains("qwen3_5")) {
+            continue;
+        }
+        for dtype in [Dtype::BF16, Dtype::F32, Dtype::F16] {
+            let (architecture, weights) = golden_memory(&config, dtype);
+            let model = Model::new(architecture, on_device(device, &weights)?)?;
+            let trainer = GpuTrainer::new(model, device)?;
+            let mut worst = (0.0, String::new());
+            for run in ["plain", "context"] {
+                let tokens = match run {
+                    "plain" => Tokens::new(vec![], ids.clone()),
+                    _ => Tokens::new(ids[..context].to_vec(), ids[context..].to_vec()),
+                };
+                let batch = Batch::pack([(0, &tokens)]);
+                let (losses, gradients) = trainer.gradients(&batch, &Settings::default())?;
+                let loss = losses.iter().sum::<f32>() / losses.len() as f32;
+                let want = floats(golden.tensor(&format!("{run}.loss"))?.data())[0];
+                report.expect(
+                    format!("{name} {dtype:?} {run}: loss {loss}, transformers {want}"),
+                    (loss - want).abs() < 5e-3,
+                );
+                let start = format!("{run}.grad.");
+                for tensor in golden.names().into_iter().filter_map(|n| n.strip_prefix(&start)) {
+                    let want = floats(golden.tensor(&format!("{start}{tensor}"))?.data());
+                    let Some(got) = gradients.get(tensor) else {
+                        report.expect(format!("{name} {run}: {tensor} has a gradient"), false);
+                        continue;
+                    };
+                    let error = relative_error(got, &want);
+                    let what = format!("{name} {dtype:?} {run}: gradient of {tensor} is off by {error:.4}");
+                    report.expect(what, error < 3e-2);
+                    if error.is_nan() || error > worst.0 {
+                        worst = (error, tensor.to_string());
+                    }
+                }
+            }
+            if dtype == Dtype::BF16 {
+                println!("golden {name}: worst gradient {:.4} ({})", worst.0, worst.1);
+            }
+        }
+    }
+    Ok(())
+}
+
+const FAMILY: &str =
+    r#""num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096"#;
+
+fn medium() -> [(&'static str, String); 4] {
+    [
+        (
+            "llama 64",
+            format!(
+                r#"{{"model_type": "llama", "hidden_size": 512, "intermediate_size": 1000, "vocab_size": 5003, {FAMILY}, "attention_bias": true, "mlp_bias": true}}"#
+            ),
+        ),
+        (
+            "qwen3 128 tied",
+            format!(
+                r#"{{"model_type": "qwen3", "head_dim": 128, "hidden_size": 640, "intermediate_size": 1536, "vocab_size": 4096, {FAMILY}, "tie_word_embeddings": true}}"#
+            ),
+        ),
+        (
+            "mistral 256 window",
+            format!(
+                r#"{{"model_type": "mistral", "head_dim": 256, "hidden_size": 256, "intermediate_size": 777, "vocab_size": 999, {FAMILY}, "sliding_window": 100}}"#
+            ),
+        ),
+        (
+            "llama 20, wide vocabulary",
+            format!(
+                r#"{{"model_type": "llama", "head_dim": 20, "hidden_size": 300, "intermediate_size": 100, "vocab_size": 150, {FAMILY}}}"#
+            ),
+        ),
+    ]
+}
+
+/// Packed samples: a long context with two continuations, one alone, one masked.
+fn packed(vocabulary: usize) -> Batch {
+    let ids = |n: usize, seed: u64| -> Vec<u32> {
+        (0..n as u64).map(|i| (splitmix64(seed * 1000 + i) % vocabulary as u64) as u32).collect()
+    };
+    let masked = Tokens { context: vec![], continuation: ids(90, 5), trained: (0..90).map(|i| i % 3 != 0).collect() };
+    let samples = [
+        Tokens::new(ids(300, 1), ids(200, 2)),
+        Tokens::new(ids(300, 1), ids(33, 3)),
+        Tokens::new(vec![], ids(150, 4)),
+        masked,
+    ];
+    Batch::pack(samples.iter().enumerate())
+}
+
+/// Models of some size against the CPU in f32, packed.
+fn check_gradients(device: &Arc<Device>, report: &mut Report) -> Outcome {
+    for (name, config) in medium() {
+        let (architecture, weights) = golden_memory(&config, Dtype::BF16);
+        let batch = packed(architecture.vocabulary);
+        let cpu = Model::new(architecture.clone(), weights.clone())?;
+        let (losses, gradients) = cpu.forward_backward(&batch, &|_| true)?;
+        let mut want = BTreeMap::new();
+        gradients.visit(&architecture, &|_| true, |name, g| {
+            let mut all = vec![0.0; g.rows * g.columns];
+            g.fill(0, &mut all);
+            want.insert(name.to_string(), all);
+            Ok::<_, StepError>(())
+        })?;
+        let trainer = GpuTrainer::new(Model::new(architecture, on_device(device, &weights)?)?, device)?;
+        let (got_losses, got) = trainer.gradients(&batch, &Settings::default())?;
+        let error = relative_error(&got_losses, &losses);
+        report.expect(format!("{name}: losses off by {error:.5}"), error < 5e-3);
+        let mut worst = (0.0, String::new());
+        for (tensor, want) in &want {
+            let error = got.get(tensor).map_or(f64::NAN, |got| relative_error(got, want));
+            report.expect(format!("{name}: gradient of {tensor} is off by {error:.4}"), error < 4e-2);
+            if error > worst.0 {
+                worst = (error, tensor.clone());
+            }
+        }
+        println!("{name}: losses off by {error:.5}, worst gradient {:.4} ({})", worst.0, worst.1);
+    }
+    Ok(())
+}
+
+/// Whole steps beside the CPU's: losses, weights, state. With weights in f32 the difference is the gradients' alone; in 16 bits
+/// both round with the same random bits.
+fn check_steps(device: &Arc<Device>, _goldens: &Path, report: &mut Report) -> Outcome {
+    let mini = Settings { optimizer: Optimizer::ApolloMini, ..Settings::default() };
+    let rank = |r| Settings { rank: Some(r), ..Settings::default() };
+    for (name, config) in medium() {
+        for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+            for settings in [mini.clone(), rank(64), rank(5)] {
+                let settings = Settings { lr: 1e-3, proj_refresh: 2, ..settings };
+                let (architecture, weights) = golden_memory(&config, dtype);
+                let batch = packed(architecture.vocabulary);
+                let start: BTreeMap<String, Vec<u8>> =
+                    weights.names().map(|n| (n.to_string(), weights.bytes(n).unwrap_or_default())).collect();
+                let theirs = on_device(device, &weights)?;
+                let mut cpu = Trainer::new(Model::new(architecture.clone(), weights.clone())?, Default::default());
+                let mut gpu = GpuTrainer::new(Model::new(architecture, theirs.clone())?, device)?;
+                let state = Arc::new(parking_lot::Mutex::new(OptimizerState::default()));
+                let what = format!("{name} {dtype:?} {:?} rank {}", settings.optimizer, settings.rank());
+                for step in 0..3 {
+                    let a = cpu.step(&batch, &settings, settings.lr)?;
+                    let b = gpu.step(&batch, &settings, settings.lr, &state)?;
+                    let error = (a.loss - b.loss).abs() / a.loss;
+                    report.expect(format!("{what} step {step}: loss {} and {}", b.loss, a.loss), error < 1e-2);
+                    report.expect(
+                        format!("{what}: untouched {} and {}", b.untouched, a.untouched),
+                        a.untouched == b.untouched,
+                    );
+                }
+                let mut worst = (0.0, String::new());
+                for (tensor, before) in &start {
+                    let before = values(dtype, before);
+                    let moved = |bytes: Vec<u8>| -> Vec<f32> {
+                        values(dtype, &bytes).iter().zip(&before).map(|(a, b)| a - b).collect()
+                    };
+                    let (a, b) = (moved(weights.bytes(tensor).unwrap_or_default()), moved(theirs.bytes(tensor)?));
+                    let error = relative_error(&b, &a);
+                    // Adam divides by the gradient's own size: where that is small, bf16 turns its sign.
+                    let limit = if before.len() <= 4096 { 0.5 } else { 0.15 };
+                    report.expect(format!("{what}: {tensor} moved by {error:.3} of its move elsewhere"), error < limit);
+                    if error > worst.0 && before.len() > 4096 {
+                        worst = (error, tensor.clone());
+                    }
+                }
+                let state = state.lock();
+                let home = state.at_home()?;
+                let theirs = cpu.state.lock();
+                report.expect(format!("{what}: the state's tensors"), home.tensors.len() == theirs.tensors.len());
+                for (tensor, a) in &theirs.tensors {
+                    let Some(b) = home.tensors.get(tensor) else { continue };
+                    report.expect(format!("{what}: counters of {tensor}"), (a.form, a.steps) == (b.form, b.steps));
+                    let (m, v) = (relative_error(&b.m, &a.m), relative_error(&b.v, &a.v));
+                    report.expect(format!("{what}: moments of {tensor} off by {m:.3} and {v:.3}"), m < 0.1 && v < 0.1);
+                    let (x, y) = (a.last_norm.unwrap_or(-1.0), b.last_norm.unwrap_or(-1.0));
+                    report.expect(format!("{what}: norm of {tensor} {y}, {x}"), (x - y).abs() <= 0.03 * x.abs());
+                }
+                println!("{what}: worst move {:.3} ({})", worst.0, worst.1);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// However a step is laid out in memory, it is the same step: to the bit where nothing is computed from rounded values again.
+fn check_orders(device: &Arc<Device>, report: &mut Report) -> Outcome {
+    for (name, config) in medium() {
+        let (architecture, weights) = golden_memory(&config, Dtype::BF16);
+        let batch = packed(architecture.vocabulary);
+        let settings = Settings { lr: 1e-3, ..Settings::default() };
+        let run = |budget: u64, repeat: u64| -> Result<_, Box<dyn std::error::Error>> {
+            let theirs = on_device(device, &weights)?;
+            let mut trainer = GpuTrainer::new(Model::new(architecture.clone(), theirs.clone())?, device)?;
+            trainer.budget = Some(budget);
+            let mut state = Arc::new(parking_lot::Mutex::new(OptimizerState::default()));
+            let mut loss = 0.0;
+            for step in 0..3 {
+                if repeat == 2 && step == 2 {
+                    // Through its file, as after a restart.
+                    let kept = OptimizerState::from_safetensors(&state.lock().at_home()?.to_safetensors())?;
+                    state = Arc::new(parking_lot::Mutex::new(kept));
+                }
+                loss = trainer.step(&batch, &settings, settings.lr, &state)?.loss;
+            }
+            let bytes: Vec<Vec<u8>> = theirs.names().map(|n| theirs.bytes(n)).collect::<Result<_, _>>()?;
+            let state = state.lock().bytes();
+            Ok((trainer.plan.take().ok_or("no plan")?, loss, bytes, state))
+        };
+        let (plan, loss, bytes, held) = run(u64::MAX / 2, 0)?;
+        report.expect(format!("{name}: {:?}", plan.order), plan.order == Order::After);
+        let (_, _, again, _) = run(u64::MAX / 2, 1)?;
+        report.expect(format!("{name}: twice the same"), again == bytes);
+        let (_, _, restarted, _) = run(u64::MAX / 2, 2)?;
+        report.expect(format!("{name}: the same after a restart"), restarted == bytes);
+        // Just too little for the last plan, until nothing fits.
+        let (mut budget, mut kinds) = (plan.bytes - 1 + held, Vec::new());
+        while let Ok((plan, other, theirs, _)) = run(budget, 0) {
+            let error = (loss - other).abs() / loss;
+            report.expect(format!("{name} {:?} {:?}: loss {other}, not {loss}", plan.order, plan.keep), error < 5e-3);
+            if kinds.is_empty() {
+                report.expect(format!("{name}: the same bits layer by layer"), theirs == bytes);
+            }
+            budget = plan.bytes - 1 + held;
+            kinds.push((plan.order, plan.keep));
+        }
+        println!("{name}: {} layouts, loss {loss:.4}", kinds.len());
+        report.expect(format!("{name}: {} layouts", kinds.len()), kinds.len() >= 4);
+    }
+    Ok(())
+}
+
+/// What is not finite is refused, and changes nothing.
+fn check_failures(device: &Arc<Device>, _goldens: &Path, report: &mut Report) -> Outcome {
+    let (name, config) = &medium()[1];
+    let (architecture, _) = golden_memory(config, Dtype::BF16);
+    let spoilt = |tensor: &str, value: f32| {
+        let tensors = architecture.tensors().into_iter().map(|(n, shape)| {
+            let mut values = golden_weights(n, shape.iter().product::<u64>() as usize);
+            if n == tensor {
+                let middle = values.len() / 2;
+                values[middle] = value;
+            }
+            (n.to_string(), TensorSpec { dtype: Dtype::BF16, shape }, to_bytes(Dtype::BF16, &values))
+        });
+        OnDevice::new(device, tensors).map(Arc::new)
+    };
+    for (tensor, value) in [
+        ("model.layers.1.mlp.up_proj.weight", f32::NAN),
+        ("model.norm.weight", f32::INFINITY),
+        ("model.layers.0.self_attn.k_proj.weight", f32::NEG_INFINITY),
+        ("model.layers.2.mlp.down_proj.weight", 1e30),
+    ] {
+        for plenty in [true, false] {
+            let weights = spoilt(tensor, value)?;
+            let before: Vec<Vec<u8>> = weights.names().map(|n| weights.bytes(n)).collect::<Result<_, _>>()?;
+            let mut trainer = GpuTrainer::new(Model::new(architecture.clone(), weights.clone())?, device)?;
+            let batch = packed(architecture.vocabulary);
+            trainer.budget = Some(if plenty { u64::MAX / 2 } else { 32 << 20 });
+            while trainer.plan(&batch, &Settings::default()).is_err() {
+                trainer.budget = trainer.budget.map(|b| b + b / 8);
+            }
+            let state = Arc::new(parking_lot::Mutex::new(OptimizerState::default()));
+            let result = trainer.step(&batch, &Settings::default(), 1e-3, &state);
+            let after: Vec<Vec<u8>> = weights.names().map(|n| weights.bytes(n)).collect::<Result<_, _>>()?;
+            let what = format!("{name}: {value} in {tensor}");
+            match result {
+                Err(e @ StepError::NotFinite { .. }) => {
+                    report.expect(format!("{what}: {e}, and weights changed"), after == before)
+                }
+                Err(e) => report.expect(format!("{what}: {e}"), false),
+                // 1e30 may train: norms divide it away.
+                Ok(_) => report.expect(format!("{what} trained"), value.is_finite()),
+            }
+        }
+    }
+    // Too little memory fails the step before it begins.
+    let weights = spoilt("", 0.0)?;
+    let mut trainer = GpuTrainer::new(Model::new(architecture.clone(), weights)?, device)?;
+    trainer.budget = Some(1 << 20);
+    let state = Arc::new(parking_lot::Mutex::new(OptimizerState::default()));
+    let refused = trainer.step(&packed(architecture.vocabulary), &Settings::default(), 1e-3, &state);
+    report.expect(format!("too little memory gave {refused:?}"), matches!(refused, Err(StepError::Gpu(_))));
+    Ok(())
+}
+
+const QWEN3_8B: &str = r#"{"model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936,
+    "max_position_embeddings": 40960, "tie_word_embeddings": false, "rope_theta": 1000000}"#;
+
+fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
+    let (mut cases, mut mini, mut gb, mut profile) = (Vec::new(), false, None, false);
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--mini" => mini = true,
+            "--profile" => profile = true,
+            "--gb" => gb = Some(args.next().ok_or("--gb takes a number")?.parse::<f64>()?),
+            case => {
+                let (context, trained) = case.split_once('+').ok_or("a case is CONTEXT+TRAINED")?;
+                cases.push((context.parse::<usize>()?, trained.parse::<usize>()?));
+            }
+        }
+    }
+    if cases.is_empty() {
+        cases = vec![(1024, 1024), (0, 4096), (2048, 256)];
+    }
+    let architecture = Architecture::from_config(&Config::parse(QWEN3_8B)?)?;
+    let weights = Arc::new(OnDevice::random(device, &architecture)?);
+    let mut settings = Settings::default();
+    if mini {
+        settings.optimizer = Optimizer::ApolloMini;
+    }
+    for (context, trained) in cases {
+        let (free, _) = device.memory()?;
+        let mut trainer = GpuTrainer::new(Model::new(architecture.clone(), weights.clone())?, device)?;
+        trainer.budget = gb.map(|gb| (gb * 1e9) as u64);
+        trainer.timed = Some(Vec::new());
+        let state = Arc::new(parking_lot::Mutex::new(OptimizerState::default()));
+        let ids: Vec<u32> = (0..context + trained).map(|i| (i * 7919 % 150_000) as u32).collect();
+        let batch = Batch::pack([(1, &Tokens::new(ids[..context].to_vec(), ids[context..].to_vec()))]);
+        let (mut times, mut losses, mut least) = (Vec::new(), Vec::new(), free);
+        for step in 0..8 {
+            let start = Instant::now();
+            let report = trainer.step(&batch, &settings, 1e-5, &state)?;
+            let time = start.elapsed().as_secs_f64() * 1e3;
+            if step >= 2 {
+                times.push(time);
+            }
+            losses.push(report.loss);
+            least = least.min(device.memory()?.0);
+        }
+        times.sort_by(f64::total_cmp);
+        let median = times[times.len() / 2];
+        let plan = trainer.plan.clone().ok_or("no plan")?;
+        let (_, peak) = trainer.gpu().held();
+        let parts: Vec<String> =
+            trainer.timed.as_deref().unwrap_or_default().iter().map(|(n, t)| format!("{n} {t:.1}")).collect();
+        let count = |k| plan.keep.iter().filter(|x| **x == k).count();
+        use weightfs::train::gpu::plan::Keep;
+        println!(
+            "{} {context}+{trained}: {median:.1} ms (best {:.1}) [{}], {:.2} GB held at most (free fell by {:.2}), {:.2} of them state, predicted {:.2} + state, used {:.2}; {:?}, kept {} {} {}; loss {:.4} {:.4}",
+            if mini { "mini" } else { "rank 64" },
+            times[0],
+            parts.join(", "),
+            peak as f64 / 1e9,
+            (free - least) as f64 / 1e9,
+            state.lock().bytes() as f64 / 1e9,
+            plan.bytes as f64 / 1e9,
+            trainer.gpu().used_peak() as f64 / 1e9,
+            plan.order,
+            count(Keep::All),
+            count(Keep::Attention),
+            count(Keep::Stream),
+            losses[0],
+            losses[losses.len() - 1],
+        );
+        if profile {
+            trainer.gpu().begin_profile();
+            trainer.step(&batch, &settings, 1e-5, &state)?;
+            let shares = trainer.gpu().profile()?;
+            let total: f64 = shares.iter().map(|s| s.milliseconds).sum();
+            let (mut products, mut operations) = (0.0, 0);
+            for s in shares.iter().filter(|s| s.operations > 0) {
+                products += s.milliseconds;
+                operations += s.operations;
+            }
+            println!(
+                "  in kernels {total:.1} ms; products {products:.1} ms at {:.0} TFLOP/s",
+                operations as f64 / products / 1e9
+            );
+            for s in shares.iter().take(34) {
+                let rate = if s.operations > 0 {
+                    format!(", {:.0} TFLOP/s", s.operations as f64 / s.milliseconds / 1e9)
+                } else {
+                    String::new()
+                };
+                println!("  {:7.2} ms {:4} x {}{rate}", s.milliseconds, s.count, s.what);
+            }
+        }
+    }
+    Ok(())
+}
