@@ -7,11 +7,13 @@ pub mod cuda;
 mod fault;
 mod hash;
 mod host;
+mod process;
 mod users;
 
 pub use available::available;
 pub use hash::{BLOCK, Hash, block_hash, hash_into};
 pub use host::HostMemory;
+pub use process::process_start;
 pub use users::UsersProbe;
 
 use std::fmt::Debug;
