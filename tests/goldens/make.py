@@ -7,6 +7,7 @@ No weights are stored: both sides compute them from the tensor's name (`weights`
 as values that bf16 holds exactly. Each NAME.safetensors holds, for one sequence `ids`:
   plain.logits, plain.loss, plain.grad.TENSOR            the sequence, trained from its second token on
   context.logits, context.loss, context.grad.TENSOR      its first CONTEXT tokens without gradient, the last of them with it
+`bf16_errors.txt` says how far transformers in bfloat16 is from them, which is what a trainer in bfloat16 is measured by.
 The RoPE cases keep the gradients of q_proj and k_proj alone: nothing else about them differs.
 """
 import json
@@ -77,28 +78,58 @@ def loss_and_grads(model, logits, targets):
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
-for name, config in CASES.items():
+def model_of(config):
     config._attn_implementation = "eager"
     model = T.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for tensor, p in model.named_parameters():
             p.copy_(weights(tensor, tuple(p.shape)))
-    ids = torch.tensor([int(splitmix64(np.uint64(1000 + i)) % np.uint64(config.vocab_size)) for i in range(LENGTH)])[None]
-    out = {"ids": ids[0].to(torch.int32)}
+    return model
+
+
+def run(model, ids):
+    """Logits and targets of both runs."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
-    runs = {"plain": (logits, ids[0, 1:])}
+    yield "plain", logits, ids[0, 1:]
     with torch.no_grad():
         cache = model(input_ids=ids[:, : CONTEXT - 1], use_cache=True).past_key_values
     logits = model(input_ids=ids[:, CONTEXT - 1 : -1], past_key_values=cache, use_cache=True).logits[0]
-    runs["context"] = (logits, ids[0, CONTEXT:])
-    for run, (logits, targets) in runs.items():
+    yield "context", logits, ids[0, CONTEXT:]
+
+
+def bf16_errors(config, ids, golden):
+    """By run: the loss's error in bf16, and the largest and the median relative error of a gradient; the larger of those of a
+    model in bf16 and of one in float32 under autocast."""
+    errors = {}
+    for autocast in (False, True):
+        model = model_of(config)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            for name, logits, targets in run(model if autocast else model.bfloat16(), ids):
+                loss, grads = loss_and_grads(model, logits, targets)
+                start = f"{name}.grad."
+                wants = {k.removeprefix(start): v.double() for k, v in golden.items() if k.startswith(start)}
+                off = sorted(float((grads[n].double() - w).norm() / w.norm()) for n, w in wants.items())
+                here = (abs(float(loss) - float(golden[f"{name}.loss"])), off[-1], off[len(off) // 2])
+                errors[name] = [max(a, b) for a, b in zip(errors.get(name, here), here)]
+    return errors
+
+
+lines = []
+for name, config in CASES.items():
+    ids = torch.tensor([int(splitmix64(np.uint64(1000 + i)) % np.uint64(config.vocab_size)) for i in range(LENGTH)])[None]
+    out = {"ids": ids[0].to(torch.int32)}
+    model = model_of(config)
+    for which, logits, targets in run(model, ids):
         loss, grads = loss_and_grads(model, logits, targets)
-        out[f"{run}.logits"], out[f"{run}.loss"] = logits.detach().clone(), loss.reshape(1)
+        out[f"{which}.logits"], out[f"{which}.loss"] = logits.detach().clone(), loss.reshape(1)
         for tensor, grad in grads.items():
             if not name.startswith("rope") or "q_proj.w" in tensor or "k_proj.w" in tensor:
-                out[f"{run}.grad.{tensor}"] = grad
+                out[f"{which}.grad.{tensor}"] = grad
     save_file({k: v.contiguous() for k, v in out.items()}, HERE / f"{name}.safetensors")
     text = json.loads(config.to_json_string())
     text["context_length"] = CONTEXT
     (HERE / f"{name}.json").write_text(json.dumps(text, indent=1) + "\n")
-    print(name, {run: float(out[f"{run}.loss"]) for run in runs}, type(model).__name__)
+    for which, numbers in bf16_errors(config, ids, out).items():
+        lines.append(" ".join([name, which] + [f"{x:.5f}" for x in numbers]))
+    print(name, float(out["plain.loss"]), float(out["context.loss"]), type(model).__name__)
+(HERE / "bf16_errors.txt").write_text("\n".join(lines) + "\n")

@@ -42,9 +42,9 @@ class Module:
         if name not in self.functions:
             f = P()
             ok(cuda.cuModuleGetFunction(ctypes.byref(f), self.handle, name.encode()))
-            if shared > 48 << 10:
-                ok(cuda.cuFuncSetAttribute(f, 8, I(shared)))
             self.functions[name] = f
+        if shared > 48 << 10:
+            ok(cuda.cuFuncSetAttribute(self.functions[name], 8, I(shared)))
         args = [P(a.data_ptr()) if isinstance(a, torch.Tensor) else P(0) if a is None else a for a in args]
         array = (P * len(args))(*[ctypes.cast(ctypes.pointer(a), P) for a in args])
         grid = tuple(grid) + (1,) * (3 - len(grid))
@@ -53,9 +53,10 @@ class Module:
                                1 if isinstance(block, int) else block[1], 1, shared, stream, array, None))
 
 
-def check(what, got, want, limit):
-    got, want = got.double(), want.double()
-    error = float((got - want).norm() / want.norm().clamp_min(1e-30))
+def check(what, got, want, limit, least=1e-30):
+    """Norm of the difference over that of what is wanted, which counts as `least` at the least."""
+    got, want = got.detach().double(), want.detach().double()
+    error = float((got - want).norm() / want.norm().clamp_min(least))
     bad = not error <= limit
     if bad:
         failures.append(what)
@@ -194,8 +195,10 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, plain=F
     want.backward(up)
     group = heads // kv
     gathered = lambda x: x.float().reshape(trained, kv, group, d).sum(2)
-    check(what + " dq", dq, qf.grad[frozen:].reshape(trained, -1), 1.5e-2)
-    check(what + " dk", gathered(dk), kf.grad[frozen:], 1.5e-2)
+    # A row that sees itself alone has no gradient: what is left of dP - delta is measured by dP.
+    least = 1e-2 * float(dout.float().norm())
+    check(what + " dq", dq, qf.grad[frozen:].reshape(trained, -1), 1.5e-2, least)
+    check(what + " dk", gathered(dk), kf.grad[frozen:], 1.5e-2, least)
     check(what + " dv", gathered(dv), vf.grad[frozen:], 1.5e-2)
 
 
@@ -247,7 +250,9 @@ def norms():
         want[index.long()] += xf.grad
         check(f"rms_norm dx {t}x{h}", dx, want, 1e-3)
         check("rms_norm copy", copy[index.long()], want[index.long()], 3e-3)
-        check(f"rms_norm dw {t}x{h} {kind}", dw, wf.grad, 1e-3)
+        # The way back has the rstd of the rows before they were rounded; autograd that of the rounded ones.
+        check(f"rms_norm dw {t}x{h} {kind}", dw, (dy.double() * kept.double() * rstd[:, None].double()).sum(0), 1e-5)
+        check(f"rms_norm dw as autograd {t}x{h} {kind}", dw, wf.grad, 4e-3)
         gathered = poison(n, h)
         norm("rms_norm_forward" + wide, (n,), 256, x, index, w, I(KIND[kind]), F(1e-5), I(h), gathered, None, None, I(0))
         check("rms_norm gathered", gathered, torch.nn.functional.rms_norm(x[index.long()], (h,), w.float(), 1e-5), 3e-3)

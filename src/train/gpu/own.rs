@@ -31,6 +31,8 @@ impl OnDevice {
             Ok::<_, GpuError>((name, (spec, buffer)))
         };
         let tensors = tensors.into_iter().map(place).collect::<Result<_, _>>()?;
+        // Who trains them has a stream of their own.
+        gpu.wait()?;
         Ok(OnDevice { gpu, tensors, step: Default::default() })
     }
 

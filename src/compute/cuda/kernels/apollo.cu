@@ -362,7 +362,8 @@ __global__ void apply(void *w, int kind, i64 ld, const void *g, int wide, int ro
         const float all = *gain;                                                                                             \
         for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < total; at += step) {                                       \
             const u32 row = at / eighths, column = (at - row * eighths) * 8;                                                 \
-            const i64 from = map ? map[first + row] : row;                                                                   \
+            /* Not the type that C finds common to both: that is unsigned, and -1 none of it. */                             \
+            const i64 from = map ? (i64)map[first + row] : (i64)row;                                                         \
             float x[8], old[8], f[8];                                                                                        \
             bf16 *to = w + (first + row) * ld + column;                                                                      \
             if (from < 0) {                                                                                                  \
