@@ -36,8 +36,10 @@ fn main() -> Outcome {
         }
         Some("small") => small(&device),
         Some("bench") => bench(&device, &args[1..]),
-        _ => Err("usage: gpu_train check GOLDENS [PART …] | small | bench [CONTEXT+TRAINED …] [--mini] [--gb N] [--profile]"
-            .into()),
+        _ => Err(
+            "usage: gpu_train check GOLDENS [PART …] | small | bench [CONTEXT+TRAINED …] [--mini] [--gb N] [--profile]"
+                .into(),
+        ),
     }
 }
 
@@ -177,7 +179,8 @@ fn check_goldens(device: &Arc<Device>, folder: &Path, report: &mut Report) -> Ou
             for dtype in [Dtype::F32, Dtype::F16] {
                 let (other, others) = of(dtype)?;
                 let error = gradients.iter().map(|(n, g)| relative_error(&others[n], g)).fold(0.0, f64::max);
-                let what = format!("{name} {run}: {dtype:?} is BF16, loss {other} and {loss}, gradients off by {error:.5}");
+                let what =
+                    format!("{name} {run}: {dtype:?} is BF16, loss {other} and {loss}, gradients off by {error:.5}");
                 report.expect(what, error < 4e-3 && (other - loss).abs() < 1e-4);
             }
         }
@@ -472,7 +475,11 @@ fn small(device: &Arc<Device>) -> Outcome {
             let ids = |n: usize, seed: u64| -> Vec<u32> {
                 (0..n as u64).map(|i| (splitmix64(seed * 1000 + i) % vocabulary) as u32).collect()
             };
-            let samples = [Tokens::new(ids(70, 1), ids(20, 2)), Tokens::new(ids(70, 1), ids(3, 3)), Tokens::new(vec![], ids(30, 4))];
+            let samples = [
+                Tokens::new(ids(70, 1), ids(20, 2)),
+                Tokens::new(ids(70, 1), ids(3, 3)),
+                Tokens::new(vec![], ids(30, 4)),
+            ];
             let batch = Batch::pack(samples.iter().enumerate());
             let settings = Settings { rank: Some(rank), lr: 1e-4, ..Settings::default() };
             let mut budget = u64::MAX / 2;

@@ -187,10 +187,16 @@ impl Mounted {
     }
 
     /// The optimizer's state, for a commit that holds the weights of this moment; `None` when it stands as committed.
-    pub(super) fn optimizer_to_commit(&self) -> Option<commit::OptimizerState> {
-        let state = self.training.queue.get()?.state();
+    pub(super) fn optimizer_to_commit(&self) -> Result<Option<commit::OptimizerState>, CommitError> {
+        let Some(queue) = self.training.queue.get() else { return Ok(None) };
+        let state = queue.state();
         let state = state.lock();
-        (state.step != *self.training.committed.lock()).then(|| committed_form(&state))
+        if state.step == *self.training.committed.lock() {
+            return Ok(None);
+        }
+        // Moments may be on a GPU.
+        let state = state.at_home().map_err(|e| CommitError::Optimizer(e.to_string()))?;
+        Ok(Some(committed_form(&state)))
     }
 
     /// A commit has made the optimizer's state of `step` durable.
