@@ -88,8 +88,7 @@ fn progress(job: &Value) -> String {
 
 /// How it ended, in a line.
 fn tell(job: &Value) {
-    let losses = job["losses"].as_array().map_or(&[][..], Vec::as_slice);
-    let loss = match (losses.first().and_then(Value::as_f64), losses.last().and_then(Value::as_f64)) {
+    let loss = match (job["first_loss"].as_f64(), job["loss"].as_f64()) {
         (Some(first), Some(last)) => format!(", loss {first:.4} to {last:.4}"),
         _ => String::new(),
     };

@@ -23,7 +23,7 @@ pub struct Status {
     pub dirty: &'static str,
     pub job: Option<JobFacts>,
     pub jobs_queued: u64,
-    /// All that are known, oldest first: ended ones of former lives too.
+    /// The newest, oldest first: ended ones of former lives too.
     pub jobs: Vec<JobFacts>,
     pub last_command: Option<CommandFacts>,
     pub last_error: Option<String>,
@@ -74,21 +74,29 @@ pub struct CommitFacts {
     pub time: String,
 }
 
+/// Losses that `status.json` has of a job, the newest; its record in `.weightfs/jobs/` has all.
+const LOSSES: usize = 10_000;
+
 /// A job as its record has it, and what follows from that.
 #[derive(Debug, Clone, Serialize)]
 pub struct JobFacts {
     #[serde(flatten)]
     pub record: JobRecord,
-    /// Of the last step.
+    /// Of the first step, and of the last.
+    pub first_loss: Option<f32>,
     pub loss: Option<f32>,
     pub tokens_per_second: f64,
     pub eta_seconds: Option<f64>,
 }
 
 impl JobFacts {
-    pub fn of(record: JobRecord) -> JobFacts {
+    pub fn of(mut record: JobRecord) -> JobFacts {
+        let first_loss = record.losses.first().copied();
+        let older = record.losses.len().saturating_sub(LOSSES);
+        record.losses.drain(..older);
         let eta = if record.has_ended() { None } else { record.eta() };
         JobFacts {
+            first_loss,
             loss: record.losses.last().copied(),
             tokens_per_second: record.tokens_per_second(),
             eta_seconds: eta,
@@ -107,7 +115,7 @@ impl JobFacts {
             r.steps_done,
             r.steps
         );
-        if let (Some(first), Some(last)) = (r.losses.first(), self.loss) {
+        if let (Some(first), Some(last)) = (self.first_loss, self.loss) {
             let _ = match r.has_ended() {
                 true => write!(line, " loss {first:.4} to {last:.4}"),
                 false => write!(line, " loss {last:.4}"),

@@ -8,6 +8,9 @@ use crate::view::CopiedShards;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+/// Jobs that `status.json` lists.
+const JOBS: usize = 100;
+
 impl Mounted {
     pub fn status(&self) -> Status {
         let source = self.image.source();
@@ -20,6 +23,7 @@ impl Mounted {
         let newest = self.committer.as_ref().and_then(|c| c.newest());
         let facts = self.facts.lock();
         let (paused, running, jobs_queued, jobs) = self.training.jobs();
+        let older = jobs.len().saturating_sub(JOBS);
         let state = match (&facts.gone, facts.doing) {
             (Some(_), _) => "failed",
             (None, Some(doing)) => doing,
@@ -70,7 +74,7 @@ impl Mounted {
             dirty: facts.dirty,
             job: running.map(JobFacts::of),
             jobs_queued,
-            jobs: jobs.into_iter().map(JobFacts::of).collect(),
+            jobs: jobs.into_iter().skip(older).map(JobFacts::of).collect(),
             last_command: facts.last_command.clone(),
             last_error: facts.last_error.clone(),
         }
