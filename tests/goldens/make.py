@@ -123,9 +123,8 @@ def context_in_one_run(model, ids, frozen):
             hook.remove()
 
 
-for name, config in CASES.items():
-    if len(sys.argv) > 1 and name not in sys.argv[1:]:
-        continue
+def build(name, config):
+    """The model with its weights, a sequence, and how much of it is context."""
     config._attn_implementation = "eager"
     vision = "vision" in name
     model = (T.Qwen3_5ForConditionalGeneration(config) if vision else T.AutoModelForCausalLM.from_config(config)).float().eval()
@@ -134,7 +133,12 @@ for name, config in CASES.items():
             p.copy_(weights(tensor, tuple(p.shape), 1.0 if name.startswith("qwen3_5") else 0.0))
     length, context = LENGTHS.get(name, (LENGTH, CONTEXT))
     vocabulary = config.get_text_config().vocab_size - 4 * vision  # not the tokens that stand for pictures
-    ids = torch.tensor([int(splitmix64(np.uint64(1000 + i)) % np.uint64(vocabulary)) for i in range(length)])[None]
+    ids = [int(splitmix64(np.uint64(1000 + i)) % np.uint64(vocabulary)) for i in range(length)]
+    return model, torch.tensor([ids]), context
+
+
+def make(name, config):
+    model, ids, context = build(name, config)
     out = {"ids": ids[0].to(torch.int32)}
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
     runs = {"plain": (logits, ids[0, 1:])}
@@ -160,3 +164,9 @@ for name, config in CASES.items():
     text["context_length"] = context
     (HERE / f"{name}.json").write_text(json.dumps(text, indent=1) + "\n")
     print(name, {run: float(out[f"{run}.loss"]) for run in runs}, type(model).__name__)
+
+
+if __name__ == "__main__":
+    for name, config in CASES.items():
+        if len(sys.argv) < 2 or name in sys.argv[1:]:
+            make(name, config)

@@ -19,10 +19,11 @@ vectorized! {
 }
 
 vectorized! {
-    /// See [`backward`]; `dn` is scratch.
+    /// See [`backward`]; `sums` is dw, then as much scratch.
     fn backward_rows(
-        dy: &[f32], x: &mut [f32], z: &mut [f32], w: &[f32], rstd: &[f32], dx: &mut [f32], dw: &mut [f32], dn: &mut [f32],
+        dy: &[f32], x: &mut [f32], z: &mut [f32], w: &[f32], rstd: &[f32], dx: &mut [f32], sums: &mut [f32],
     ) {
+        let (dw, dn) = sums.split_at_mut(w.len());
         let d = w.len();
         let rows = dy.chunks_exact(d).zip(x.chunks_exact_mut(d)).zip(z.chunks_exact_mut(d)).zip(dx.chunks_exact_mut(d));
         for ((((dy, x), z), dx), &rstd) in rows.zip(rstd) {
@@ -64,9 +65,9 @@ pub fn backward(dy: &[f32], x: &mut [f32], z: &mut [f32], w: &[f32], rstd: &[f32
         .into_par_iter()
         .zip(dx.par_chunks_mut(ROWS * d).zip(rstd.par_chunks(ROWS)))
         .map(|((dy, x, z), (dx, rstd))| {
-            let (mut dw, mut dn) = (vec![0.0; d], vec![0.0; d]);
-            backward_rows(dy, x, z, w, rstd, dx, &mut dw, &mut dn);
-            dw
+            let mut sums = vec![0.0; 2 * d];
+            backward_rows(dy, x, z, w, rstd, dx, &mut sums);
+            sums
         })
         .collect();
     for part in partial {

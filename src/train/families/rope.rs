@@ -33,7 +33,7 @@ impl Rope {
             (given, default) => given.or(default).unwrap_or(1.0),
         };
         let turning = (head_dim as f64 * part) as usize;
-        if turning == 0 || turning > head_dim || turning % 2 != 0 {
+        if turning == 0 || turning > head_dim || !turning.is_multiple_of(2) {
             let why = format!("partial_rotary_factor {part} turns {turning} features of {head_dim}, not an even part");
             return Err(Refusal::Config(why));
         }
