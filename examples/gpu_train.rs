@@ -154,6 +154,13 @@ fn check_goldens(device: &Arc<Device>, folder: &Path, report: &mut Report) -> Ou
                 Ok((losses.iter().sum::<f32>() / losses.len() as f32, gradients))
             };
             let (loss, gradients) = of(Dtype::BF16)?;
+            report.expect(format!("{name} {run}: twice the same"), of(Dtype::BF16)?.1 == gradients);
+            let (architecture, weights) = golden_memory(&config, Dtype::BF16);
+            let trainer = GpuTrainer::new(Model::new(architecture, on_device(device, &weights)?)?, device)?;
+            trainer.gpu().poison();
+            let poisoned = trainer.gradients(&batch, &Settings::default())?.1;
+            let reads: Vec<_> = gradients.iter().filter(|(n, g)| &&poisoned[*n] != g).map(|(n, _)| n).collect();
+            report.expect(format!("{name} {run}: values that nobody wrote are read for {reads:?}"), reads.is_empty());
             let want = floats(golden.tensor(&format!("{run}.loss"))?.data())[0];
             let peer = peers.get(&format!("{name} {run}")).ok_or("bf16_errors.txt lacks a golden")?;
             let off = (loss - want).abs() as f64;
@@ -178,9 +185,11 @@ fn check_goldens(device: &Arc<Device>, folder: &Path, report: &mut Report) -> Ou
             println!("{what}");
             for dtype in [Dtype::F32, Dtype::F16] {
                 let (other, others) = of(dtype)?;
-                let error = gradients.iter().map(|(n, g)| relative_error(&others[n], g)).fold(0.0, f64::max);
-                let what =
-                    format!("{name} {run}: {dtype:?} is BF16, loss {other} and {loss}, gradients off by {error:.5}");
+                let errors = gradients.iter().map(|(n, g)| (relative_error(&others[n], g), n));
+                let (error, tensor) = errors.max_by(|a, b| a.0.total_cmp(&b.0)).ok_or("no gradients")?;
+                let what = format!(
+                    "{name} {run}: {dtype:?} is BF16, loss {other} and {loss}, gradients off by {error:.5} ({tensor})"
+                );
                 report.expect(what, error < 4e-3 && (other - loss).abs() < 1e-4);
             }
         }
@@ -347,7 +356,8 @@ fn check_steps(device: &Arc<Device>, _goldens: &Path, report: &mut Report) -> Ou
                     let Some(b) = home.tensors.get(tensor) else { continue };
                     report.expect(format!("{what}: counters of {tensor}"), (a.form, a.steps) == (b.form, b.steps));
                     let (m, v) = (relative_error(&b.m, &a.m), relative_error(&b.v, &a.v));
-                    report.expect(format!("{what}: moments of {tensor} off by {m:.3} and {v:.3}"), m < 0.1 && v < 0.1);
+                    // v has squares, of which errors are twice as large.
+                    report.expect(format!("{what}: moments of {tensor} off by {m:.3} and {v:.3}"), m < 0.1 && v < 0.2);
                     let (x, y) = (a.last_norm.unwrap_or(-1.0), b.last_norm.unwrap_or(-1.0));
                     report.expect(format!("{what}: norm of {tensor} {y}, {x}"), (x - y).abs() <= 0.03 * x.abs());
                 }

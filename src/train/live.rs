@@ -82,6 +82,11 @@ impl Step for LiveStep<'_> {
         }
         Ok(())
     }
+
+    fn withdraw(mut self: Box<Self>) {
+        // Nothing ended: whoever waits reads what was there before.
+        self.alone = None;
+    }
 }
 
 impl Drop for LiveStep<'_> {

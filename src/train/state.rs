@@ -45,10 +45,13 @@ pub struct OptimizerState {
     pub remote: Elsewhere,
 }
 
+/// m and v of one tensor.
+pub type Moments = (Vec<f32>, Vec<f32>);
+
 /// Whoever has moments on a device. A tensor whose `m` and `v` are empty has them there.
 pub trait Remote: Send + Sync {
     /// m and v of a tensor, or `None` if it has none there; the error is a sentence.
-    fn moments(&self, name: &str) -> Result<Option<(Vec<f32>, Vec<f32>)>, String>;
+    fn moments(&self, name: &str) -> Result<Option<Moments>, String>;
 
     fn bytes(&self) -> u64;
 }

@@ -63,13 +63,17 @@ pub trait Weights: Send + Sync {
 
 /// One optimizer step. The forward and backward passes come first and only read; then `begin_update`, after which
 /// nothing but a failing memory can stop the step; then all writes; then `finish`. Dropped before `begin_update`, it
-/// was never there; dropped between the two, the weights are torn and only a rollback mends them.
+/// was never there; dropped between the two, the weights are torn and only a rollback mends them, unless it was
+/// withdrawn.
 pub trait Step {
     /// From here to the end no reader may read and no commit may begin.
     fn begin_update(&mut self) -> Result<(), ImageError>;
 
     /// All is written: the weights are those of step `step`.
     fn finish(self: Box<Self>, step: u64) -> Result<(), ImageError>;
+
+    /// Ends the step after `begin_update` where nothing was written: the weights are those of the step before.
+    fn withdraw(self: Box<Self>);
 }
 
 /// Weights of our own, for tests, benchmarks and examples.
@@ -156,4 +160,6 @@ impl Step for InMemoryStep<'_> {
         *self.0.step.lock() = step;
         Ok(())
     }
+
+    fn withdraw(self: Box<Self>) {}
 }

@@ -362,7 +362,7 @@ def others():
                 strides = [L(1 if ta else k), L(m if ta else 1), L(1 if tb else n), L(k if tb else 1)]
                 for dtype in (torch.float32, torch.bfloat16):
                     c = random(m, n + 3, dtype=dtype)
-                    start = c.float()
+                    start = c.float().clone()  # float() of f32 is the same memory
                     linear("matmul_plain", (-(-n // 16), -(-m // 16)), (16, 16), a, *strides[:2], b, *strides[2:], c, L(n + 3),
                            I(dtype == torch.float32), I(m), I(n), I(k), I(1))
                     check("matmul", c[:, :n], start[:, :n] + want, 4e-3 if dtype == torch.bfloat16 else 1e-5)
@@ -498,8 +498,8 @@ def optimizer():
                             length = (f * f * squares.double()).sum().sqrt()
                             shrink = 1 if before < 0 else max(float(length) / (before + 1e-8), 1.01) / 1.01
                             check("factors", fs, f, 1e-6)
-                            check("factors gain", gain, torch.tensor([0.25 / shrink]), 1e-6)
-                            check("factors last", last, length.cpu()[None] / shrink, 1e-6)
+                            check("factors gain", gain, torch.tensor([0.25 / shrink], device=DEV), 1e-6)
+                            check("factors last", last, length[None] / shrink, 1e-6)
             # A gradient of zeros, and one that is not finite, touch nothing.
             for bad, code in ((0.0, 1), (math.nan, 2), (math.inf, 2), (1e38, 2)):
                 w = random(m, n)

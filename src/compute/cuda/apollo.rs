@@ -215,6 +215,7 @@ pub fn factors(
 }
 
 /// The second pass: `w <- round((w - factor g gain) keep)` for the rows `first..` of the weight that `g` has (all, with a map).
+#[allow(clippy::too_many_arguments)]
 pub fn apply(
     gpu: &Gpu,
     w: &Weight,
@@ -235,7 +236,10 @@ pub fn apply(
     let map = g.map.map_or(0, |m| m.holds(w.rows, 4));
     let (vp, hp) = verdict.parts();
     let stochastic = how.stochastic.is_some() as i32;
-    let aligned = w.kind == Kind::Bf16 && n % 8 == 0 && w.stride % 8 == 0 && (w.address | factors) % 16 == 0;
+    let aligned = w.kind == Kind::Bf16
+        && n.is_multiple_of(8)
+        && w.stride.is_multiple_of(8)
+        && (w.address | factors).is_multiple_of(16);
     if aligned && rows * n / 8 < u32::MAX as usize {
         let name = if g.wide { "apply_wide_f32" } else { "apply_wide" };
         let grid = blocks(rows * n / 8, BLOCK).min(32 * gpu.device.multiprocessors);

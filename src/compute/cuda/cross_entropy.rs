@@ -5,6 +5,7 @@ use super::{Gpu, Part, Result, blocks, kernels, launch};
 kernels!("cross_entropy");
 
 /// `losses (rows)` against `targets` (i32); `d_logits (rows x V, bf16)`, where given: (softmax - target) * share.
+#[allow(clippy::too_many_arguments)]
 pub fn forward_backward(
     gpu: &Gpu,
     logits: Part,

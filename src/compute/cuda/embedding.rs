@@ -52,6 +52,7 @@ pub fn backward(gpu: &Gpu, dx: Part, lookups: &Lookups, h: usize, out: Part) -> 
 }
 
 /// Adds those sums to rows `first..first + rows` of a gradient `g (bf16)`; `ids` (i32) are the tokens.
+#[allow(clippy::too_many_arguments)]
 pub fn add(
     gpu: &Gpu,
     sums: Part,

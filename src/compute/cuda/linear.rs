@@ -49,6 +49,15 @@ pub fn largest(gpu: &Gpu, x: Part, wide: bool, count: usize, top: Part) -> Resul
     Ok(())
 }
 
+/// `*differ` (i32) is set where any of `count` bytes of a and b, a multiple of four, differ.
+pub(super) fn compare(gpu: &Gpu, a: Part, b: Part, bytes: usize, differ: Part) -> Result<()> {
+    let words = bytes / 4;
+    let grid = blocks(words, 4 * BLOCK).min(8 * gpu.device.multiprocessors);
+    launch!(gpu, "compare", (grid, 1, 1), (BLOCK as u32, 1, 1), 0;
+        a.holds(words, 4), b.holds(words, 4), words as i64, differ.holds(1, 4));
+    Ok(())
+}
+
 /// A matrix product without the library: its reference, and what does the sizes that it refuses. See
 /// [`matmul`](super::matmul::matmul).
 pub(super) fn matmul_plain(gpu: &Gpu, p: &super::matmul::Product, add: bool) -> Result<()> {

@@ -1,7 +1,8 @@
 //! Matrix products: a thin layer over cuBLASLt that keeps a plan for every size it meets. Operands are bf16, sums f32.
 //!
 //! The library's first guess of an algorithm is often not its best: products that are worth it are timed, once, among the
-//! few that it thinks best. Sizes that it refuses go to a plain kernel.
+//! few that it thinks best, of which only those are taken that add in the same order as the first one. So what is fastest
+//! today decides nothing about results. Sizes that the library refuses go to a plain kernel.
 
 use super::{Gpu, GpuError, Part, Result, Weight, linear, memory};
 use crate::compute::cpu::weight::Kind;
@@ -116,6 +117,8 @@ struct Plan {
     description: sys::cublasLtMatmulDesc_t,
     layouts: [sys::cublasLtMatrixLayout_t; 3],
     algorithm: sys::cublasLtMatmulAlgo_t,
+    /// Not yet timed: the first is the one above.
+    candidates: Vec<sys::cublasLtMatmulAlgo_t>,
 }
 
 impl Drop for Plan {
@@ -171,10 +174,11 @@ pub fn matmul(gpu: &Gpu, out: Output, m: usize, n: usize, k: usize, a: Operand, 
     };
     let mut plans = gpu.plans.plans.lock();
     if let std::collections::hash_map::Entry::Vacant(slot) = plans.entry(key) {
-        slot.insert(Plan::new(gpu, &p, out.add, key.alignment)?);
+        slot.insert(Plan::new(gpu, &p, key.alignment)?);
     }
-    match &plans[&key] {
+    match plans.get_mut(&key).expect("it is there now") {
         Some(plan) => {
+            plan.choose(gpu, &p)?;
             let what = || (format!("matmul {m} {n} {k}"), 2 * (m * n) as u64 * k as u64);
             gpu.timed(what, || plan.run(gpu, &p, p.out, out.add, &plan.algorithm))
         }
@@ -193,7 +197,7 @@ impl Plans {
 
 impl Plan {
     /// `None` where the library has no algorithm.
-    fn new(gpu: &Gpu, p: &Product, add: bool, alignment: [u8; 3]) -> Result<Option<Plan>> {
+    fn new(gpu: &Gpu, p: &Product, alignment: [u8; 3]) -> Result<Option<Plan>> {
         use sys::cublasLtMatmulDescAttributes_t as Describe;
         use sys::cublasLtMatmulPreferenceAttributes_t as Prefer;
         // Everything turned: the library thinks in columns, so that our row-major c = a b is its c' = b' a'.
@@ -213,7 +217,7 @@ impl Plan {
         ];
         // SAFETY: numbers in C's layout, which mean nothing until the library has filled them.
         let algorithm = unsafe { std::mem::zeroed() };
-        let mut plan = Plan { description, layouts, algorithm };
+        let mut plan = Plan { description, layouts, algorithm, candidates: Vec::new() };
         let preference = result::create_matmul_pref().map_err(failed)?;
         // SAFETY: as above; its state, an enum, is "success" as zero.
         let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> = vec![unsafe { std::mem::zeroed() }; CANDIDATES];
@@ -268,32 +272,43 @@ impl Plan {
         let Some(first) = found.first() else { return Ok(None) };
         plan.algorithm = first.algo;
         if found.len() > 1 && (p.m * p.n) as u64 * p.k as u64 >= WORTH_TIMING {
-            plan.choose(gpu, p, add, &found)?;
+            plan.candidates = found.iter().map(|f| f.algo).collect();
         }
         Ok(Some(plan))
     }
 
-    /// Times the candidates on the operands themselves, into scratch. Without memory for that the first one stays.
-    fn choose(
-        &mut self,
-        gpu: &Gpu,
-        p: &Product,
-        add: bool,
-        found: &[sys::cublasLtMatmulHeuristicResult_t],
-    ) -> Result<()> {
-        let Ok(scratch) = gpu.zeros((p.m * p.stride * if p.wide { 4 } else { 2 }) as u64) else { return Ok(()) };
+    /// Times the candidates on the operands themselves, where there is memory for two more results beside this one; without,
+    /// the next such product does.
+    fn choose(&mut self, gpu: &Gpu, p: &Product) -> Result<()> {
+        if self.candidates.is_empty() {
+            return Ok(());
+        }
+        let bytes = p.m * p.stride * if p.wide { 4 } else { 2 };
+        let whole = bytes.next_multiple_of(4) as u64;
+        let scratch = [gpu.spare(whole), gpu.spare(whole), gpu.spare(4)];
+        let [Some(first), Some(other), Some(differ)] = scratch else { return Ok(()) };
+        gpu.clear(first.part())?;
+        gpu.clear(other.part())?;
         let mut best = f32::INFINITY;
-        for candidate in found {
-            // The first run loads the kernel.
-            self.run(gpu, p, scratch.part().address, add, &candidate.algo)?;
+        for (i, candidate) in std::mem::take(&mut self.candidates).into_iter().enumerate() {
+            let to = if i == 0 { &first } else { &other };
+            // The first run loads the kernel. What it does not write, between rows, is zero in both.
+            self.run(gpu, p, to.part().address, false, &candidate)?;
+            if i > 0 {
+                gpu.clear(differ.part())?;
+                linear::compare(gpu, first.part(), other.part(), whole as usize, differ.part())?;
+                if gpu.download::<i32>(differ.part(), 1)?[0] != 0 {
+                    continue;
+                }
+            }
             let start = gpu.mark()?;
             for _ in 0..3 {
-                self.run(gpu, p, scratch.part().address, add, &candidate.algo)?;
+                self.run(gpu, p, to.part().address, false, &candidate)?;
             }
             let end = gpu.mark()?;
             let time = gpu.noted(start.elapsed_ms(&end), "time a product")?;
             if time < best {
-                (best, self.algorithm) = (time, candidate.algo);
+                (best, self.algorithm) = (time, candidate);
             }
         }
         Ok(())

@@ -94,26 +94,49 @@ impl Pool {
     pub fn take(&self, bytes: u64) -> Result<Buffer> {
         let size = bytes.max(1).next_multiple_of(GRAIN);
         let mut state = self.0.state.lock();
-        let best = |state: &State| {
-            let runs = state.pieces.iter().enumerate().filter_map(|(i, p)| Some((p.free.find(size)?, i)));
-            runs.min().map(|((_, offset), i)| (i, offset))
-        };
-        let (piece, offset) = match best(&state) {
+        let place = match state.best(size) {
             Some(found) => found,
             None => {
                 let memory = self.more(&mut state, size)?;
-                state.held += memory.bytes();
-                state.peak = state.peak.max(state.held);
-                let free = Free::all(memory.bytes());
-                state.pieces.push(Piece { memory, free });
+                state.add(memory);
                 (state.pieces.len() - 1, 0)
             }
         };
+        Ok(self.cut(&mut state, place, size, bytes))
+    }
+
+    /// A buffer of what lies free, if that has room for it.
+    pub fn spare(&self, bytes: u64) -> Option<Buffer> {
+        let size = bytes.max(1).next_multiple_of(GRAIN);
+        let mut state = self.0.state.lock();
+        let place = state.best(size)?;
+        Some(self.cut(&mut state, place, size, bytes))
+    }
+
+    fn cut(&self, state: &mut State, (piece, offset): (usize, u64), size: u64, bytes: u64) -> Buffer {
         state.pieces[piece].free.take(offset, size);
         state.used += size;
         state.used_peak = state.used_peak.max(state.used);
         let address = state.pieces[piece].memory.address() + offset;
-        Ok(Buffer { address, size, bytes, pool: self.0.clone() })
+        Buffer { address, size, bytes, pool: self.0.clone() }
+    }
+
+    /// Holds at least `bytes` from here on, so that as much can be taken without asking the device. In one piece, where
+    /// nothing is taken yet: pieces waste what is left at their ends.
+    pub fn reserve(&self, bytes: u64) -> Result<()> {
+        let mut state = self.0.state.lock();
+        if state.held >= bytes {
+            return Ok(());
+        }
+        state.drop_free();
+        let size = (bytes - state.held).next_multiple_of(GRAIN);
+        match self.0.device.alloc(size) {
+            Err(e) if e.is_out_of_memory() => Err(GpuError::Memory(size)),
+            done => {
+                state.add(done?);
+                Ok(())
+            }
+        }
     }
 
     /// A piece for at least `size`; where there is no memory for a whole one, without those that lie free, or just that.
@@ -153,6 +176,19 @@ impl Pool {
 }
 
 impl State {
+    /// The piece and offset of the smallest free run of at least `size`.
+    fn best(&self, size: u64) -> Option<(usize, u64)> {
+        let runs = self.pieces.iter().enumerate().filter_map(|(i, p)| Some((p.free.find(size)?, i)));
+        runs.min().map(|((_, offset), i)| (i, offset))
+    }
+
+    fn add(&mut self, memory: DeviceBuffer) {
+        self.held += memory.bytes();
+        self.peak = self.peak.max(self.held);
+        let free = Free::all(memory.bytes());
+        self.pieces.push(Piece { memory, free });
+    }
+
     fn drop_free(&mut self) {
         self.pieces.retain(|p| p.free != Free::all(p.memory.bytes()));
         self.held = self.pieces.iter().map(|p| p.memory.bytes()).sum();

@@ -23,6 +23,7 @@ use crate::memory::cuda::{CudaError, Device, Priority};
 use cudarc::driver::{CudaEvent, CudaStream, result};
 use parking_lot::Mutex;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What a GPU could not do.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -45,6 +46,7 @@ pub struct Gpu {
     lasting: memory::Pool,
     plans: matmul::Plans,
     profile: Mutex<Option<Vec<Timed>>>,
+    poisoned: AtomicBool,
 }
 
 /// A kernel or product with the marks around it.
@@ -72,12 +74,39 @@ impl Gpu {
         let memory = memory::Pool::new(device);
         let lasting = memory::Pool::new(device);
         let plans = matmul::Plans::new(&lasting)?;
-        Ok(Gpu { device: device.clone(), stream, memory, lasting, plans, profile: Mutex::default() })
+        Ok(Gpu {
+            device: device.clone(),
+            stream,
+            memory,
+            lasting,
+            plans,
+            profile: Mutex::default(),
+            poisoned: Default::default(),
+        })
     }
 
     /// A buffer of whatever was there.
     pub fn take(&self, bytes: u64) -> Result<Buffer> {
-        self.memory.take(bytes)
+        let buffer = self.memory.take(bytes)?;
+        if self.poisoned.load(Ordering::Relaxed) {
+            self.fill(buffer.part(), 0xff)?;
+        }
+        Ok(buffer)
+    }
+
+    /// For tests: buffers begin as NaN from here on, which shows in every result that comes of a value nobody wrote.
+    pub fn poison(&self) {
+        self.poisoned.store(true, Ordering::Relaxed);
+    }
+
+    /// Sees to it that passing buffers of `bytes` in all can be taken without asking the device for more.
+    pub fn reserve(&self, bytes: u64) -> Result<()> {
+        self.memory.reserve(bytes)
+    }
+
+    /// A passing buffer of what lies free, if there is room.
+    fn spare(&self, bytes: u64) -> Option<Buffer> {
+        self.memory.spare(bytes)
     }
 
     pub fn bf16(&self, elements: usize) -> Result<Buffer> {
@@ -95,9 +124,13 @@ impl Gpu {
     }
 
     pub fn clear(&self, part: Part) -> Result<()> {
+        self.fill(part, 0)
+    }
+
+    fn fill(&self, part: Part, byte: u8) -> Result<()> {
         self.device.bind()?;
         // SAFETY: a part lies inside an allocation; the stream orders this with its other uses.
-        let done = unsafe { result::memset_d8_async(part.address, 0, part.bytes as usize, self.stream.cu_stream()) };
+        let done = unsafe { result::memset_d8_async(part.address, byte, part.bytes as usize, self.stream.cu_stream()) };
         self.noted(done, "clear memory")
     }
 

@@ -23,6 +23,7 @@ pub struct Kept {
 }
 
 /// `y (rows x H, bf16)` = norm of `x (rows x H, f32)`, or of the rows of x that `index` (i32) names.
+#[allow(clippy::too_many_arguments)]
 pub fn forward(
     gpu: &Gpu,
     x: Part,

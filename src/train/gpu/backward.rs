@@ -71,7 +71,7 @@ impl Context<'_> {
 
         // Attention.
         let d_attended = gpu.bf16(n * heads.q())?;
-        self.back(&[&layer.o], d_mid.part(), n, d_attended.part())?;
+        self.back(&[&layer.attention().o], d_mid.part(), n, d_attended.part())?;
         let angles = self.rows.angles.from(self.rows.frozen, a.head_dim);
         let turned = match heads.norms {
             Some(_) => {
@@ -94,7 +94,12 @@ impl Context<'_> {
         let before = if heads.norms.is_some() { q.part() } else { Part::NONE };
         rope::backward(gpu, by_head, n, &heads, &angles, before, d_qkv.part(), dw)?;
         drop((q, dq, dk, dv));
-        self.back(&[&layer.q, &layer.k, &layer.v], d_qkv.part(), n, d_normed.part())?;
+        self.back(
+            &[&layer.attention().q, &layer.attention().k, &layer.attention().v],
+            d_qkv.part(),
+            n,
+            d_normed.part(),
+        )?;
         let d_input_norm = gpu.f32(h)?;
         let w = self.weight(&layer.input_norm);
         let (narrow, dw) = (dx.narrow.part(), d_input_norm.part());

@@ -64,7 +64,12 @@ impl Context<'_> {
         let whole = keep != Keep::Stream;
         let width = heads.q() + 2 * heads.kv();
         let qkv = gpu.bf16(rows * width)?;
-        self.linears(&[&layer.q, &layer.k, &layer.v], normed.part(), rows, qkv.part())?;
+        self.linears(
+            &[&layer.attention().q, &layer.attention().k, &layer.attention().v],
+            normed.part(),
+            rows,
+            qkv.part(),
+        )?;
         let (q, kv) = (gpu.bf16(rows * heads.q())?, gpu.bf16(rows * 2 * heads.kv())?);
         let normed_heads = heads.norms.is_some();
         let q_kept = match (whole, normed_heads) {
@@ -80,7 +85,7 @@ impl Context<'_> {
         let shape = self.shape(&heads, layer);
         attention::forward(gpu, &shape, q.part(), kv.part(), attended.part(), log_sums.part(), false)?;
         drop(q);
-        self.onto_stream(&layer.o, attended.part(), rows, x)?;
+        self.onto_stream(&layer.attention().o, attended.part(), rows, x)?;
 
         let (x_mid, rstd_mid) = match whole {
             true => (Some(gpu.bf16(n * h)?), Some(gpu.f32(n)?)),
@@ -127,7 +132,12 @@ impl Context<'_> {
         let w = self.weight(&layer.input_norm);
         rms_norm::again(gpu, saved.x_in.part(), saved.rstd_in.part(), &w, n, normed.part())?;
         let qkv = gpu.bf16(n * (heads.q() + 2 * heads.kv()))?;
-        self.linears(&[&layer.q, &layer.k, &layer.v], normed.part(), n, qkv.part())?;
+        self.linears(
+            &[&layer.attention().q, &layer.attention().k, &layer.attention().v],
+            normed.part(),
+            n,
+            qkv.part(),
+        )?;
         let turned = gpu.bf16(n * heads.q())?;
         let own = saved.kv.from((4 * r.frozen * heads.kv()) as u64);
         let before = heads.norms.map(|_| gpu.bf16(n * (heads.q() + heads.kv()))).transpose()?;
@@ -139,7 +149,7 @@ impl Context<'_> {
         attention::forward(gpu, &shape, turned.part(), saved.kv.part(), attended.part(), log_sums.part(), true)?;
         let x = gpu.f32(n * h)?;
         linear::widen(gpu, saved.x_in.part(), n * h, x.part())?;
-        self.onto_stream(&layer.o, attended.part(), n, x.part())?;
+        self.onto_stream(&layer.attention().o, attended.part(), n, x.part())?;
         let (x_mid, rstd_mid) = (gpu.bf16(n * h)?, gpu.f32(n)?);
         let kept = Kept { first: 0, rstd: rstd_mid.part(), x: x_mid.part() };
         let w = self.weight(&layer.post_norm);

@@ -17,12 +17,13 @@ mod update;
 pub use own::OnDevice;
 pub use plan::{Order, Plan};
 
-use super::families::{Architecture, Layer, Linear};
+use super::families::{Architecture, Layer, Linear, Mixer};
 use super::pack::Batch;
 use super::settings::Settings;
 use super::state::OptimizerState;
 use super::step::{Model, StepError};
 use super::trainer::StepReport;
+use super::weights::Step;
 use crate::compute::cpu::weight::Kind;
 use crate::compute::cuda::attention::{Shape, Tiles};
 use crate::compute::cuda::matmul::{Operand, Output, matmul};
@@ -35,6 +36,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 type Result<T> = std::result::Result<T, StepError>;
+
+/// Values by tensor.
+pub type ByName = HashMap<String, Vec<f32>>;
 
 /// Trains a model whose weights are on one GPU.
 pub struct GpuTrainer {
@@ -72,13 +76,29 @@ struct Context<'a> {
     settings: &'a Settings,
 }
 
+/// Why a model does not train on a GPU, in one sentence; `None` for one that does where its weights allow it.
+pub fn refusal(a: &Architecture) -> Option<String> {
+    let what = if a.layers.iter().any(|l| matches!(l.mixer, Mixer::DeltaNet(_))) {
+        "linear attention (Gated DeltaNet)".to_string()
+    } else if a.layers.iter().any(|l| matches!(&l.mixer, Mixer::Attention(a) if a.output_gate)) {
+        "a gate on the output of attention".to_string()
+    } else if a.norm_offset != 0.0 {
+        "norms whose weights are distances from 1".to_string()
+    } else if a.rope.inverse_frequencies.len() != a.head_dim / 2 {
+        "rotary embedding of a part of each head".to_string()
+    } else if a.head_dim > LARGEST_HEAD {
+        format!("head_dim {} (at most {LARGEST_HEAD} does)", a.head_dim)
+    } else {
+        return None;
+    };
+    Some(format!("{} does not train on a GPU yet: {what}; weights in shared memory train on the CPU", a.family))
+}
+
 impl GpuTrainer {
     /// Why a model cannot train on `device`, or its trainer.
     pub fn new(model: Model, device: &Arc<Device>) -> std::result::Result<GpuTrainer, GpuError> {
         let a = &model.architecture;
-        if a.head_dim > LARGEST_HEAD {
-            let why =
-                format!("head_dim {} does not train on the GPU: {LARGEST_HEAD} is the largest that does", a.head_dim);
+        if let Some(why) = refusal(a) {
             return Err(GpuError::Library(why));
         }
         for (name, _) in a.tensors() {
@@ -176,7 +196,7 @@ impl GpuTrainer {
     }
 
     /// Losses and the gradient of every tensor that trains, as f32 by name. For tests: all of them at once.
-    pub fn gradients(&self, batch: &Batch, settings: &Settings) -> Result<(Vec<f32>, HashMap<String, Vec<f32>>)> {
+    pub fn gradients(&self, batch: &Batch, settings: &Settings) -> Result<(Vec<f32>, ByName)> {
         let plan = Plan { order: Order::After, ..Plan::forward_only(&self.model.architecture) };
         let c = self.context(batch, settings, &plan)?;
         let (x, saved) = c.forward(true)?;
@@ -199,9 +219,12 @@ impl GpuTrainer {
         state: &Arc<Mutex<OptimizerState>>,
     ) -> Result<StepReport> {
         let weights = self.model.weights.clone();
-        let mut step = weights.begin_step()?;
+        let step = weights.begin_step()?;
         self.moments.adopt(&mut state.lock(), settings, &self.model)?;
         let plan = self.plan(batch, settings)?;
+        // Nothing may be missing once weights change.
+        self.gpu.reserve(plan.bytes)?;
+        self.moments.prepare(&self.model.architecture, settings)?;
         let mut marks = Marks::new(self.timed.is_some());
         marks.add(&self.gpu, "start")?;
         let c = self.context(batch, settings, &plan)?;
@@ -238,44 +261,34 @@ impl GpuTrainer {
                 }
                 marks.add(&self.gpu, "backward")?;
                 c.check_peaks(self.gpu.download(peaks.part(), backward::PEAKS * (c.a.layers.len() + 1))?)?;
-                step.begin_update()?;
-                let mut state = state.lock();
-                let mut u = update::Updater::new(&c, &self.moments, &mut state, lr)?;
-                u.norm(&head)?;
-                for g in layers {
-                    u.layer(g)?;
-                }
-                u.vocabulary(head, &dx)?;
-                report.untouched = u.finish()?;
-                state.step += 1;
+                self.update(&c, step, lr, &mut report, state, |u| {
+                    u.norm(&head)?;
+                    for g in layers {
+                        u.layer(g)?;
+                    }
+                    u.vocabulary(head, &dx)
+                })?;
                 marks.add(&self.gpu, "update")?;
-                let number = state.step;
-                step.finish(number).map_err(|source| StepError::Torn { step: number, source })?;
             }
             Order::Layerwise => {
-                step.begin_update()?;
-                let mut state = state.lock();
-                let mut u = update::Updater::new(&c, &self.moments, &mut state, lr)?;
-                u.norm(&head)?;
-                // A head of its own is done with; a tied one waits for the embedding.
-                let mut head = Some(head);
-                if c.a.head.is_some() {
-                    u.own_head(head.take().expect("it was put there"))?;
-                }
-                for i in (lowest..c.a.layers.len()).rev() {
-                    let kept = saved.pop().expect("one was kept of every layer");
-                    let g = c.layer_backward(i, kept, &mut dx)?;
-                    u.layer(g)?;
-                }
-                match head {
-                    Some(head) => u.vocabulary(head, &dx)?,
-                    None => u.own_embedding(&dx)?,
-                }
-                report.untouched = u.finish()?;
-                state.step += 1;
+                self.update(&c, step, lr, &mut report, state, |u| {
+                    u.norm(&head)?;
+                    // A head of its own is done with; a tied one waits for the embedding.
+                    let mut head = Some(head);
+                    if c.a.head.is_some() {
+                        u.own_head(head.take().expect("it was put there"))?;
+                    }
+                    for i in (lowest..c.a.layers.len()).rev() {
+                        let kept = saved.pop().expect("one was kept of every layer");
+                        let g = c.layer_backward(i, kept, &mut dx)?;
+                        u.layer(g)?;
+                    }
+                    match head {
+                        Some(head) => u.vocabulary(head, &dx),
+                        None => u.own_embedding(&dx),
+                    }
+                })?;
                 marks.add(&self.gpu, "backward and update")?;
-                let number = state.step;
-                step.finish(number).map_err(|source| StepError::Torn { step: number, source })?;
             }
         }
         drop(c);
@@ -285,6 +298,38 @@ impl GpuTrainer {
         self.plan = Some(plan);
         self.model.held.store(self.gpu.held().0 - self.moments.bytes(), Ordering::Relaxed);
         Ok(report)
+    }
+
+    /// The part of a step that writes: all of it, or none, or weights that are said to be torn.
+    fn update(
+        &self,
+        c: &Context,
+        mut step: Box<dyn Step + '_>,
+        lr: f64,
+        report: &mut StepReport,
+        state: &Mutex<OptimizerState>,
+        work: impl FnOnce(&mut update::Updater) -> Result<()>,
+    ) -> Result<()> {
+        step.begin_update()?;
+        let mut state = state.lock();
+        let number = state.step + 1;
+        let mut u = match update::Updater::new(c, &self.moments, &mut state, lr) {
+            Ok(u) => u,
+            Err(e) => {
+                step.withdraw();
+                return Err(e);
+            }
+        };
+        match work(&mut u).and_then(|()| u.finish()) {
+            Ok(untouched) => report.untouched = untouched,
+            Err(e) if u.wrote() => return Err(StepError::Cut { step: number, what: e.in_short() }),
+            Err(e) => {
+                step.withdraw();
+                return Err(e);
+            }
+        }
+        state.step = number;
+        step.finish(number).map_err(|source| StepError::Torn { step: number, source })
     }
 }
 
@@ -317,12 +362,12 @@ impl<'a> Context<'a> {
 
     fn heads(&self, layer: &Layer) -> Heads {
         let a = self.a;
-        let norms = layer.qk_norm.as_ref().map(|(q, k)| (self.weight(q), self.weight(k)));
+        let norms = layer.attention().qk_norm.as_ref().map(|(q, k)| (self.weight(q), self.weight(k)));
         Heads { heads: a.heads, kv_heads: a.kv_heads, head_dim: a.head_dim, norms, eps: a.eps }
     }
 
     fn shape<'s>(&'s self, heads: &'s Heads, layer: &Layer) -> Shape<'s> {
-        Shape { heads, tiles: &self.rows.tiles, window: layer.window }
+        Shape { heads, tiles: &self.rows.tiles, window: layer.attention().window }
     }
 
     fn trains(&self, name: &str) -> bool {
@@ -331,7 +376,7 @@ impl<'a> Context<'a> {
 
     /// The lowest layer that a gradient must reach.
     fn lowest(&self) -> usize {
-        let trains = |layer: &Layer| super::step::layer_tensors(layer).iter().any(|name| self.trains(name));
+        let trains = |layer: &Layer| layer.tensors().into_iter().any(|name| self.trains(name));
         match self.trains(&self.a.embedding) {
             true => 0,
             false => self.a.layers.iter().position(trains).unwrap_or(self.a.layers.len()),

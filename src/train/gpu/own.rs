@@ -122,4 +122,6 @@ impl Step for OnDeviceStep<'_> {
         *self.0.step.lock() = step;
         Ok(())
     }
+
+    fn withdraw(self: Box<Self>) {}
 }

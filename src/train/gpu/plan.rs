@@ -61,7 +61,7 @@ struct Sizes {
 impl Sizes {
     fn new(a: &Architecture, batch: &Batch, settings: &Settings) -> Sizes {
         let (q, kv) = ((a.heads * a.head_dim) as u64, (a.kv_heads * a.head_dim) as u64);
-        let normed = a.layers.iter().any(|l| l.qk_norm.is_some());
+        let normed = a.layers.iter().any(|l| l.attention().qk_norm.is_some());
         let head = a.head.as_ref().unwrap_or(&a.embedding);
         Sizes {
             rows: batch.rows() as u64,

@@ -2,7 +2,8 @@
 //! moments meanwhile, and whoever wants them asks ([`OptimizerState::at_home`]).
 
 use crate::compute::cuda::{Buffer, Gpu, GpuError};
-use crate::train::apollo::{fits, form};
+use crate::train::apollo::{fits, form, moment_elements};
+use crate::train::families::Architecture;
 use crate::train::settings::Settings;
 use crate::train::state::{OptimizerState, Remote};
 use crate::train::step::{Model, StepError};
@@ -87,13 +88,21 @@ impl Moments {
         Ok(pair)
     }
 
+    /// Makes what is missing of every tensor that trains, zeros.
+    pub(super) fn prepare(&self, a: &Architecture, settings: &Settings) -> Result<(), GpuError> {
+        for (name, shape) in a.tensors().into_iter().filter(|(name, _)| settings.trains(name)) {
+            self.of(name, moment_elements(form(settings, &shape), &shape) as usize)?;
+        }
+        Ok(())
+    }
+
     pub(super) fn forget(&self, name: &str) {
         self.held.lock().remove(name);
     }
 }
 
 impl Remote for Moments {
-    fn moments(&self, name: &str) -> Result<Option<(Vec<f32>, Vec<f32>)>, String> {
+    fn moments(&self, name: &str) -> Result<Option<crate::train::state::Moments>, String> {
         let Some(pair) = self.held.lock().get(name).cloned() else { return Ok(None) };
         let values = |b: &Buffer| self.gpu.download(b.part(), b.bytes() as usize / 4).map_err(|e| e.to_string());
         Ok(Some((values(&pair.m)?, values(&pair.v)?)))

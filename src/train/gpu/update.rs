@@ -70,12 +70,12 @@ impl Context<'_> {
         rms_norm::again(gpu, g.x_mid.part(), g.rstd_mid.part(), &self.weight(&layer.post_norm), n, normed.part())?;
         // Weights of the norms are read above and below, before they change.
         together(&[&layer.gate, &layer.up], &g.d_gate_up, normed.part())?;
-        together(&[&layer.o], &g.d_mid, g.attended.part())?;
+        together(&[&layer.attention().o], &g.d_mid, g.attended.part())?;
         rms_norm::again(gpu, g.x_in.part(), g.rstd_in.part(), &self.weight(&layer.input_norm), n, normed.part())?;
-        together(&[&layer.q, &layer.k, &layer.v], &g.d_qkv, normed.part())?;
+        together(&[&layer.attention().q, &layer.attention().k, &layer.attention().v], &g.d_qkv, normed.part())?;
         self.give_vector(sink, &layer.input_norm, g.d_input_norm.part())?;
         self.give_vector(sink, &layer.post_norm, g.d_post_norm.part())?;
-        if let (Some((q, k)), Some(d)) = (&layer.qk_norm, &g.d_qk_norm) {
+        if let (Some((q, k)), Some(d)) = (&layer.attention().qk_norm, &g.d_qk_norm) {
             self.give_vector(sink, q, d.part())?;
             self.give_vector(sink, k, d.from(4 * a.head_dim as u64))?;
         }
@@ -223,6 +223,8 @@ pub(super) struct Updater<'u, 'a> {
     lasts: Buffer,
     halted: Buffer,
     done: Vec<(String, Form, usize)>,
+    /// How many of them may have changed their moments or weights, where their verdict lets them.
+    begun: usize,
 }
 
 impl<'u, 'a> Updater<'u, 'a> {
@@ -233,7 +235,7 @@ impl<'u, 'a> Updater<'u, 'a> {
         let verdicts = c.gpu.zeros(4 * tensors.len() as u64)?;
         let (lasts, halted) = (c.gpu.upload(&lasts)?, c.gpu.zeros(4)?);
         let places = tensors.into_iter().enumerate().map(|(i, (name, shape))| (name, (i, shape))).collect();
-        Ok(Updater { c, moments, state, lr, places, verdicts, lasts, halted, done: Vec::new() })
+        Ok(Updater { c, moments, state, lr, places, verdicts, lasts, halted, done: Vec::new(), begun: 0 })
     }
 
     pub fn norm(&mut self, head: &Head) -> Result<()> {
@@ -256,39 +258,45 @@ impl<'u, 'a> Updater<'u, 'a> {
         self.c.give_vocabulary(head, dx, self)
     }
 
+    /// After an error: has anything been written, or may it have been? Waits for all.
+    pub fn wrote(&self) -> bool {
+        if self.begun == 0 {
+            return false;
+        }
+        match self.c.gpu.download::<i32>(self.verdicts.part(), self.places.len()) {
+            Ok(verdicts) => {
+                // A gradient that is not finite holds all later ones back.
+                let verdicts = self.done[..self.begun].iter().map(|(.., place)| verdicts[*place]);
+                verdicts.take_while(|&v| v <= 1).any(|v| v == 0)
+            }
+            Err(_) => true,
+        }
+    }
+
     /// Waits for all, and notes what became of each tensor. Returns how many were left alone for a gradient of zeros.
-    pub fn finish(self) -> Result<usize> {
+    pub fn finish(&mut self) -> Result<usize> {
         let gpu = self.c.gpu;
         let count = self.places.len();
         let verdicts: Vec<i32> = gpu.download(self.verdicts.part(), count)?;
         let lasts: Vec<f32> = gpu.download(self.lasts.part(), count)?;
-        let (mut touched, mut untouched) = (0, 0);
-        for (name, form, place) in self.done {
-            match verdicts[place] {
-                0 => {
-                    let fresh = || TensorState { form, steps: 0, last_norm: None, m: Vec::new(), v: Vec::new() };
-                    let tensor = self.state.tensors.entry(name).or_insert_with(fresh);
-                    tensor.steps += 1;
-                    tensor.last_norm = Some(lasts[place]).filter(|&x| x >= 0.0);
-                    touched += 1;
+        if let Some((name, ..)) = self.done.iter().find(|(.., place)| verdicts[*place] > 1) {
+            return Err(StepError::NotFinite { what: format!("gradient of {name}"), sample: None });
+        }
+        let mut untouched = 0;
+        for (name, form, place) in self.done.drain(..) {
+            if verdicts[place] == 0 {
+                let fresh = || TensorState { form, steps: 0, last_norm: None, m: Vec::new(), v: Vec::new() };
+                let tensor = self.state.tensors.entry(name).or_insert_with(fresh);
+                tensor.steps += 1;
+                tensor.last_norm = Some(lasts[place]).filter(|&x| x >= 0.0);
+            } else {
+                if !self.state.tensors.contains_key(&name) {
+                    self.moments.forget(&name);
                 }
-                1 => {
-                    if !self.state.tensors.contains_key(&name) {
-                        self.moments.forget(&name);
-                    }
-                    untouched += 1;
-                }
-                _ if touched == 0 => {
-                    return Err(StepError::NotFinite { what: format!("gradient of {name}"), sample: None });
-                }
-                _ => {
-                    return Err(StepError::Cut {
-                        step: self.state.step + 1,
-                        what: format!("the gradient of {name} is not finite"),
-                    });
-                }
+                untouched += 1;
             }
         }
+        self.begun = 0;
         Ok(untouched)
     }
 }
@@ -333,6 +341,7 @@ impl Sink for Updater<'_, '_> {
                     Ok(apollo::measure(gpu, &g, true, first, None, squares.part(), Part::NONE)?)
                 })?;
                 apollo::judge(gpu, squares.part(), pass.channels(rows), limit, &verdict)?;
+                self.begun = self.done.len();
                 return pass.each(|g, first| Ok(apollo::adam(gpu, w, g, first, moments, &rates, &how, &verdict)?));
             }
             Form::Channel { rank } => (rank, true),
@@ -356,6 +365,7 @@ impl Sink for Updater<'_, '_> {
             (squares, projected) = (s, r);
         }
         apollo::judge(gpu, squares.part(), channels, limit, &verdict)?;
+        self.begun = self.done.len();
         let rates = Rates { rate: (rate * settings.scale(m, n)) as f32, ..rates };
         let (factors, gain) = (gpu.f32(channels)?, gpu.f32(1)?);
         let sizes = (channels, rank, tall, by_channel);

@@ -68,6 +68,13 @@ __global__ void largest(const void *x, int wide, i64 count, u32 *largest) {
     if ((threadIdx.x & 31) == 0) atomicMax(largest, top);
 }
 
+// *differ = 1 if any word of a and b does.
+__global__ void compare(const u32 *a, const u32 *b, i64 count, int *differ) {
+    bool same = true;
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) same = same && a[i] == b[i];
+    if (!same) *differ = 1;
+}
+
 // c (m x n) = a b, or c + a b: a(i, l) at i am + l ak, b(l, j) at l bk + j bn, c(i, j) at i ld + j, f32 where `wide`.
 __global__ void matmul_plain(const bf16 *a, i64 am, i64 ak, const bf16 *b, i64 bk, i64 bn, void *c, i64 ld, int wide, int m,
                              int n, int k, int add) {
