@@ -1,0 +1,109 @@
+"""Routes in vLLM's own HTTP server: train, checkpoint and their status, a few lines over the mount's `ctl` and `status.json`; and
+what weightfs itself asks of the engine after weights changed, so that VLLM_SERVER_DEV_MODE need not be set.
+
+vLLM loads it only if VLLM_PLUGINS names it: VLLM_PLUGINS=weightfs,weightfs_http.
+"""
+
+import hashlib
+import os
+import secrets
+
+from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Request
+from starlette.concurrency import run_in_threadpool
+
+from .mount import HTTP, NoMount, Refused, find
+
+
+def authorised(request: Request):
+    """vLLM guards only /v1 with its API keys. These routes change the model: they are guarded by the same keys."""
+    digests = getattr(request.app.state, "weightfs_keys", ())
+    if not digests:
+        return
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    given = hashlib.sha256(token.encode()).digest()
+    known = [secrets.compare_digest(given, digest) for digest in digests]
+    if scheme.lower() != "bearer" or not any(known):
+        raise HTTPException(401, "Unauthorized")
+
+
+router = APIRouter(dependencies=[Depends(authorised)], tags=["weightfs"])
+
+
+def on_mount(request: Request, action):
+    """Runs `action(mount)`; what weightfs refuses becomes the HTTP status that fits, with its sentence."""
+    try:
+        return action(find(request.app.state.weightfs_model))
+    except NoMount as e:
+        raise HTTPException(503, str(e)) from e
+    except Refused as e:
+        raise HTTPException(HTTP.get(e.errno, 500), str(e)) from e
+
+
+@router.post("/train", status_code=202)
+async def train(request: Request, job: dict = Body()):
+    """Queues a training job: {"samples": […], "config": {…}} (docs/training.md)."""
+    queued = await run_in_threadpool(on_mount, request, lambda mount: mount.train(job))
+    return {"job": queued.get("id"), "steps": queued.get("steps"), "state": queued.get("state"), "notes": queued.get("notes", [])}
+
+
+@router.post("/checkpoint")
+async def checkpoint(request: Request, message: str = Body("", embed=True)):
+    """Commits the newest step. Answers when it is durable."""
+    status = await run_in_threadpool(on_mount, request, lambda mount: mount.commit(message))
+    return {"committed": status["committed"], "says": (status.get("last_command") or {}).get("says")}
+
+
+@router.get("/train/status")
+async def train_status(request: Request):
+    """What `status.json` of the mount says of training."""
+    status = await run_in_threadpool(on_mount, request, lambda mount: mount.status())
+    keys = ("state", "step", "view", "dirty", "committed", "job", "jobs_queued", "jobs", "last_command", "last_error")
+    return {key: status.get(key) for key in keys}
+
+
+@router.post("/weightfs/pause")
+async def pause(request: Request):
+    """Requests in flight stand still; they go on with /weightfs/resume."""
+    await engine(request).pause_generation(mode="keep")
+    return {"paused": True}
+
+
+@router.post("/weightfs/resume")
+async def resume(request: Request):
+    await engine(request).resume_generation()
+    return {"paused": False}
+
+
+@router.post("/weightfs/updated")
+async def updated(request: Request, step: int = Body(embed=True)):
+    """The weights are those of `step`: what was computed with older ones is forgotten. Running requests are computed anew
+    from their tokens, and go on."""
+    client = engine(request)
+    done = await client.reset_prefix_cache(True, False)
+    if hasattr(client, "update_weight_version"):
+        await client.update_weight_version(str(step))
+    return {"success": bool(done), "step": step}
+
+
+def engine(request: Request):
+    client = getattr(request.app.state, "weightfs_engine", None)
+    if client is None:
+        raise HTTPException(503, "this server has no engine")
+    return client
+
+
+class WeightfsEndpoints:
+    name = "weightfs_http"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.include_router(router)
+
+    async def init_state(self, engine_client, state, args) -> None:
+        keys = getattr(args, "api_key", None) or []
+        keys = [keys] if isinstance(keys, str) else list(keys)
+        if os.environ.get("VLLM_API_KEY"):
+            keys.append(os.environ["VLLM_API_KEY"])
+        state.weightfs_keys = [hashlib.sha256(key.encode()).digest() for key in keys if key]
+        state.weightfs_engine = engine_client
+        state.weightfs_model = engine_client.vllm_config.model_config.model if engine_client else args.model
