@@ -97,7 +97,9 @@ impl Trail {
             move |job: &train::JobRecord| {
                 if job.state == train::JobState::Running && job.steps_done > 0 && send.send(all(&weights)).is_err() {
                     // Nobody asks any more, and the test may go on for a while.
-                    std::iter::repeat(()).for_each(|()| std::thread::park());
+                    loop {
+                        std::thread::park();
+                    }
                 }
             }
         });

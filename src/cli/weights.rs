@@ -1,4 +1,5 @@
-//! `--weights`: own, manifests, or the engine that serves the model.
+//! `--weights`: own, manifests, the engine that serves the model, or a file of torch handles (told by its content, not
+//! its name).
 
 use crate::image::Image;
 use crate::memory::Hash;
@@ -12,8 +13,9 @@ use std::sync::Arc;
 #[derive(Args, Clone)]
 pub struct WeightsArguments {
     /// Where the live weights are: `own` (weightfs loads the model itself), `vllm` or `torch` (the running engine of
-    /// that kind that serves MODEL_DIR), or an engine's manifest; give the option once for each rank
-    #[arg(long, value_name = "own|vllm|MANIFEST", default_value = "own")]
+    /// that kind that serves MODEL_DIR), an engine's manifest (give the option once for each rank), or a file in which an
+    /// engine saved the handles of its CUDA memory with torch.save
+    #[arg(long, value_name = "own|vllm|MANIFEST|HANDLES.pt", default_value = "own")]
     weights: Vec<PathBuf>,
     /// Where own weights are kept
     #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]

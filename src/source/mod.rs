@@ -7,6 +7,7 @@ mod boundary;
 mod cover;
 mod discover;
 mod engine;
+mod handles;
 mod manifest;
 mod matching;
 mod own;
@@ -15,7 +16,7 @@ mod shared_file;
 pub use boundary::{Boundary, HoldGuard, StepGuard};
 pub use discover::{ENGINES, directories as manifest_directories, discover};
 pub use engine::Engine;
-pub use manifest::Manifest;
+pub use manifest::{CudaDevice, IpcHandle, Manifest, MemoryEntry, TensorMap};
 pub use matching::{Diagnosis, diagnose};
 pub use own::{OwnWeights, load_own};
 
@@ -37,6 +38,8 @@ pub enum SourceError {
     },
     #[error("{path} is not a usable manifest: {why}")]
     BadManifest { path: PathBuf, why: String },
+    #[error("{path} is not a usable handle file: {why}")]
+    BadHandles { path: PathBuf, why: String },
     #[error("{path} is not to be trusted: {why}")]
     Untrusted { path: PathBuf, why: String },
     #[error("the engine of {path} is gone: {why}; start it again and use its new manifest")]
@@ -136,7 +139,7 @@ impl Source {
         paths: &[PathBuf],
         writable: bool,
     ) -> Result<Source, SourceError> {
-        let manifests = read_all(paths)?;
+        let manifests = read_all(directory, paths)?;
         let matched = matching(directory, &manifests);
         if let Some((tensor, why)) = matched.wrong.into_iter().next() {
             return Err(SourceError::Mismatch { tensor, why });
