@@ -4,6 +4,7 @@ what weightfs itself asks of the engine after weights changed, so that VLLM_SERV
 vLLM loads it only if VLLM_PLUGINS names it: VLLM_PLUGINS=weightfs,weightfs_http.
 """
 
+import asyncio
 import hashlib
 import os
 import secrets
@@ -62,16 +63,32 @@ async def train_status(request: Request):
 
 
 @router.post("/weightfs/pause")
-async def pause(request: Request):
-    """Requests in flight stand still; they go on with /weightfs/resume."""
-    await engine(request).pause_generation(mode="keep")
+async def pause(request: Request, seconds: float = Body(30, embed=True, gt=0, le=3600)):
+    """Requests in flight stand still; they go on with /weightfs/resume, and after `seconds` in any case: whoever asked may
+    have died."""
+    client, state = engine(request), request.app.state
+    end_lease(state)
+    await client.pause_generation(mode="keep")
+
+    async def lease():
+        await asyncio.sleep(seconds)
+        await client.resume_generation()
+
+    state.weightfs_lease = asyncio.create_task(lease())
     return {"paused": True}
 
 
 @router.post("/weightfs/resume")
 async def resume(request: Request):
+    end_lease(request.app.state)
     await engine(request).resume_generation()
     return {"paused": False}
+
+
+def end_lease(state):
+    task, state.weightfs_lease = getattr(state, "weightfs_lease", None), None
+    if task is not None:
+        task.cancel()
 
 
 @router.post("/weightfs/updated")
