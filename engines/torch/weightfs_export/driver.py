@@ -10,7 +10,7 @@ import functools
 SUCCESS = 0
 # CUpointer_attribute
 DEVICE_ORDINAL = 9
-IS_LEGACY_CUDA_IPC_CAPABLE = 13
+IS_LEGACY_CUDA_IPC_CAPABLE = 10
 
 
 class DriverError(Exception):
