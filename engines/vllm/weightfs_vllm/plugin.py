@@ -4,6 +4,7 @@ vLLM calls `register` in each of its processes, long before it is known whether 
 imported here but the standard library; the worker's module is patched when, and if, vLLM imports it.
 """
 
+import atexit
 import contextlib
 import importlib.abc
 import logging
@@ -22,8 +23,19 @@ def register():
         if os.environ.get("WEIGHTFS_VLLM", "1") == "0":
             return
         after_import(WORKER, wrap_worker)
+        # vLLM kills its workers when it ends, before they can tidy up; its server ends last, in good order.
+        atexit.unregister(sweep)
+        atexit.register(sweep)
     except Exception:
         logger.exception("weightfs: the plugin could not be set up; vLLM goes on without it")
+
+
+def sweep():
+    """Removes the manifests of workers that have ended."""
+    with contextlib.suppress(Exception):
+        from .export import manifest
+
+        manifest.sweep(manifest.manifest_directory())
 
 
 def after_import(name, action):
