@@ -8,8 +8,15 @@ CUDA parameters are shared where they are, by one IPC handle for each allocation
 first. Nothing is copied after that: weightfs reads and writes the very bytes the model computes with.
 """
 
-from .manifest import manifest_directory
-from .memory import Unexportable
-from .publication import Publication, publish
+import importlib
 
 __all__ = ["Publication", "Unexportable", "manifest_directory", "publish"]
+
+_HOMES = {"Publication": "publication", "publish": "publication", "Unexportable": "memory", "manifest_directory": "manifest"}
+
+
+def __getattr__(name):
+    # On first use: the parts that need no torch can be had without it.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

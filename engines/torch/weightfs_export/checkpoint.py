@@ -63,7 +63,10 @@ def read_header(path):
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
             if length > MAX_HEADER_BYTES:
                 raise CheckpointError(f"{path} is not a safetensors file")
-            header = json.loads(f.read(length))
+            text = f.read(length)
+            if len(text) < length:
+                raise CheckpointError(f"{path} ends inside its header")
+            header = json.loads(text)
             size = os.fstat(f.fileno()).st_size
         tensors = {}
         for name, info in header.items():

@@ -10,6 +10,7 @@ import os
 import secrets
 
 from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from .mount import HTTP, NoMount, Refused, find
@@ -30,36 +31,54 @@ def authorised(request: Request):
 router = APIRouter(dependencies=[Depends(authorised)], tags=["weightfs"])
 
 
-def on_mount(request: Request, action):
-    """Runs `action(mount)`; what weightfs refuses becomes the HTTP status that fits, with its sentence."""
-    try:
-        return action(find(request.app.state.weightfs_model))
-    except NoMount as e:
-        raise HTTPException(503, str(e)) from e
-    except Refused as e:
-        raise HTTPException(HTTP.get(e.errno, 500), str(e)) from e
+async def on_mount(request: Request, action, status_code=200):
+    """Answers with what `action(mount)` returns; what weightfs refuses becomes the HTTP status that fits, with its sentence (not
+    by an exception: vLLM takes paths out of those)."""
+
+    def act():
+        try:
+            return status_code, action(find(request.app.state.weightfs_model))
+        except NoMount as e:
+            return 503, {"detail": str(e)}
+        except Refused as e:
+            return HTTP.get(e.errno, 500), {"detail": str(e)}
+
+    code, content = await run_in_threadpool(act)
+    return JSONResponse(content, code)
 
 
-@router.post("/train", status_code=202)
+@router.post("/train")
 async def train(request: Request, job: dict = Body()):
     """Queues a training job: {"samples": […], "config": {…}} (docs/training.md)."""
-    queued = await run_in_threadpool(on_mount, request, lambda mount: mount.train(job))
-    return {"job": queued.get("id"), "steps": queued.get("steps"), "state": queued.get("state"), "notes": queued.get("notes", [])}
+
+    def queue(mount):
+        queued = mount.train(job)
+        return {"job": queued.get("id"), **{key: queued.get(key) for key in ("state", "steps", "notes")}}
+
+    return await on_mount(request, queue, 202)
 
 
 @router.post("/checkpoint")
 async def checkpoint(request: Request, message: str = Body("", embed=True)):
     """Commits the newest step. Answers when it is durable."""
-    status = await run_in_threadpool(on_mount, request, lambda mount: mount.commit(message))
-    return {"committed": status["committed"], "says": (status.get("last_command") or {}).get("says")}
+
+    def commit(mount):
+        status = mount.commit(message)
+        return {"committed": status["committed"], "says": (status.get("last_command") or {}).get("says")}
+
+    return await on_mount(request, commit)
 
 
 @router.get("/train/status")
 async def train_status(request: Request):
     """What `status.json` of the mount says of training."""
-    status = await run_in_threadpool(on_mount, request, lambda mount: mount.status())
     keys = ("state", "step", "view", "dirty", "committed", "job", "jobs_queued", "jobs", "last_command", "last_error")
-    return {key: status.get(key) for key in keys}
+
+    def look(mount):
+        status = mount.status()
+        return {key: status.get(key) for key in keys}
+
+    return await on_mount(request, look)
 
 
 @router.post("/weightfs/pause")
