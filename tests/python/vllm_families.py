@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 
 import numpy as np
 
@@ -40,9 +41,15 @@ class Vllm:
         self.process.wait(60)
 
 
-def manifests(directory):
-    found = [os.path.join(directory, f) for f in sorted(os.listdir(directory)) if f.endswith(".json")]
-    return found, [json.load(open(f)) for f in found]
+def manifest_of(model, directory):
+    """On the CPU it is written a moment after the engine is there."""
+    began = time.monotonic()
+    while time.monotonic() - began < 60:
+        for name in os.listdir(directory):
+            if name.endswith(".json") and (manifest := json.load(open(os.path.join(directory, name))))["model"] == model:
+                return manifest
+        time.sleep(0.05)
+    raise SystemExit(f"no manifest of {model}")
 
 
 def values(directory):
@@ -81,7 +88,7 @@ def one(vllm, source, directory):
         model, before = prepare(source, f"{scratch}/model"), prepare(source, f"{scratch}/before")
         vision = "vision_config" in json.load(open(f"{model}/config.json"))
         vllm.tell(load=model, options=TEXT_ONLY if vision else {})
-        _, [manifest] = manifests(directory)
+        manifest = manifest_of(model, directory)
         live, opaque = set(manifest["tensors"]), manifest["opaque"]
         original = values(model)
         absent = set(original) - live - set(opaque)

@@ -104,8 +104,7 @@ def wrap_worker(module):
             try:
                 session.publish()
             except Exception as e:
-                logger.exception("weightfs: the weights of this engine are not shared")
-                session.give_up(f"the plugin failed ({type(e).__name__}: {e}); the engine's log has the details")
+                session.failed(e)
         return result
 
     load_model._weightfs = True

@@ -5,6 +5,7 @@ import importlib.metadata
 import logging
 import os
 import re
+import threading
 import time
 
 import torch
@@ -120,26 +121,34 @@ class Session:
     # -- when it has loaded --
 
     def publish(self):
+        """Proves and publishes. On the CPU that goes on beside the engine's own start, which has much left to do; on a device it is
+        done when this returns, since vLLM measures memory and captures graphs next."""
         if self.refused:
             return self.give_up(self.refused)
         if not self.loads:
             return self.give_up("vLLM loaded this model in a way that could not be watched")
+        for load in self.loads:
+            load.derived = load.derived_tracer.survivors() if load.derived_tracer else []
+        if self.on_cpu:
+            threading.Thread(target=self.prove_and_write, name="weightfs-publish", daemon=True).start()
+        else:
+            self.prove_and_write()
+
+    def prove_and_write(self):
         began = time.monotonic()
         try:
             checkpoint = read_checkpoint(self.folder)
-            for load in self.loads:
-                load.derived = load.derived_tracer.survivors() if load.derived_tracer else []
-            memories = Memories()
             device = torch.device("cpu") if self.on_cpu else self.worker.device
-            found = assemble(self.loads, checkpoint, memories, device, self.world_size)
+            found = assemble(self.loads, checkpoint, Memories(), device, self.world_size)
+            if not found.tensors:
+                raise Unexportable(next(iter(found.opaque.values()), "vLLM holds none of its tensors"))
+            path = self.write({"memories": found.memories, "tensors": found.tensors, "opaque": found.opaque})
         except (CheckpointError, Unexportable) as e:
             return self.give_up(str(e))
-        if not found.tensors:
-            reason = next(iter(found.opaque.values()), "vLLM holds none of its tensors")
-            return self.give_up(reason)
+        except Exception as e:
+            return self.failed(e)
         for error in [e for load in self.loads for e in load.tracer.errors][:3]:
             logger.warning("weightfs: while tracing: %s", error)
-        path = self.write({"memories": found.memories, "tensors": found.tensors, "opaque": found.opaque})
         held = sum(memory["bytes"] for memory in found.memories)
         logger.info(
             "weightfs: %d of %d tensors of %s are shared (%.2f GiB, proved in %.2f s): weightfs mount %s MOUNT_POINT --weights vllm",
@@ -148,6 +157,12 @@ class Session:
         for reason, names in by_reason(found.opaque):
             logger.warning("weightfs: %d tensors (%s, …) are shown from disk and not trained: %s", len(names), names[0], reason)
         logger.info("weightfs: manifest %s", path)
+        # What was traced is of no more use.
+        self.loads = []
+
+    def failed(self, error):
+        logger.error("weightfs: the weights of this engine are not shared", exc_info=error)
+        self.give_up(f"the plugin failed ({type(error).__name__}: {error}); the engine's log has the details")
 
     def give_up(self, reason):
         """Leaves word for whoever wants to mount this engine. The engine itself serves as always."""
