@@ -6,11 +6,13 @@ mod available;
 mod fault;
 mod hash;
 mod host;
+mod process;
 mod users;
 
 pub use available::available;
 pub use hash::{BLOCK, Hash, block_hash, hash_into};
 pub use host::HostMemory;
+pub use process::process_start;
 pub use users::UsersProbe;
 
 use std::fmt::Debug;

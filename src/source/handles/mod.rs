@@ -11,7 +11,7 @@ mod tensors;
 pub(super) use layout::place;
 pub(super) use tensors::{LiveMemory, LiveTensors};
 
-use super::engine::process_start;
+use crate::memory::process_start;
 use std::os::unix::fs::MetadataExt;
 
 /// Told by its first bytes, whatever its name: a zip file, or a bare pickle.
