@@ -1,8 +1,8 @@
 //! Finds the manifests of a running engine by the model it serves: `--weights vllm`.
 
-use super::engine::process_start;
 use super::manifest::trust;
 use super::{ModelDirectory, SourceError};
+use crate::memory::process_start;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
