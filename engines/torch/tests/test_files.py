@@ -93,7 +93,8 @@ class Manifests(Scratch):
             (self.path / f"{name}.json").write_text(json.dumps({"engine": about}))
         (self.path / "torn.json").write_text("{")
         (self.path / "ended.txt").write_text(json.dumps({"engine": gone["ended"]}))
-        manifest.sweep(self.path)
+        self.assertEqual(manifest.sweep(self.path), [alive])
+        self.assertEqual(alive["parents"][0], os.getppid())
         self.assertEqual(set(os.listdir(self.path)), {"alive.json", "note.json", "torn.json", "ended.txt"})
         manifest.sweep(self.path / "nowhere")
 

@@ -29,11 +29,24 @@ def process_start(pid):
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def parents(pid):
+    """The processes above `pid`, nearest first, up to init."""
+    above = []
+    while pid > 1:
+        try:
+            with open(f"/proc/{pid}/stat") as f:
+                pid = int(f.read().rpartition(")")[2].split()[1])
+        except OSError:
+            break
+        above.append(pid)
+    return above
+
+
 def engine(name, version, rank=0, world_size=1, **more):
     """The `engine` part of a manifest that this process writes."""
     pid = os.getpid()
     return {"name": name, "version": version, "pid": pid, "start_time": process_start(pid), "rank": rank,
-            "world_size": world_size, **more}  # fmt: skip
+            "world_size": world_size, "parents": parents(pid), **more}  # fmt: skip
 
 
 def write(path, manifest):
@@ -77,11 +90,12 @@ def remove_at_exit(path):
 
 
 def sweep(directory):
-    """Removes manifests of ours whose process has ended."""
+    """Removes manifests of ours whose process has ended. Returns the `engine` parts of those that go on."""
+    alive = []
     try:
         entries = list(os.scandir(directory))
     except OSError:
-        return
+        return alive
     for entry in entries:
         try:
             if not entry.name.endswith(".json") or entry.stat(follow_symlinks=False).st_uid != os.geteuid():
@@ -90,5 +104,8 @@ def sweep(directory):
                 about = json.load(f)["engine"]
             if process_start(about["pid"]) != about["start_time"]:
                 os.unlink(entry.path)
+            else:
+                alive.append(about)
         except (OSError, ValueError, KeyError, TypeError):
             continue
+    return alive

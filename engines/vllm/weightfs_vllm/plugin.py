@@ -8,11 +8,16 @@ import atexit
 import contextlib
 import importlib.abc
 import logging
+import multiprocessing
 import os
 import sys
+import time
 
 # A child of vLLM's logger, so that what is said here comes out where vLLM's own lines do.
 logger = logging.getLogger("vllm.weightfs")
+
+# Seconds that killed workers have to be gone.
+WORKERS_END = 3
 
 WORKER = "vllm.v1.worker.gpu_worker"
 
@@ -31,11 +36,15 @@ def register():
 
 
 def sweep():
-    """Removes the manifests of workers that have ended."""
+    """Removes the manifests of workers that have ended. The server has just killed its own: they are waited for."""
     with contextlib.suppress(Exception):
         from .export import manifest
 
-        manifest.sweep(manifest.manifest_directory())
+        deadline = time.monotonic() + WORKERS_END
+        while any(os.getpid() in about.get("parents", ()) for about in manifest.sweep(manifest.manifest_directory())):
+            if multiprocessing.parent_process() is not None or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
 
 
 def after_import(name, action):
