@@ -174,9 +174,7 @@ class Session:
         directory = manifest.manifest_directory()
         manifest.sweep(directory)
         path = os.path.join(directory, f"vllm-{os.getpid()}-rank{self.rank}.json")
-        # One engine's ranks belong together; data-parallel replicas are told apart by a suffix of vLLM's.
-        instance = re.sub(r"_dp\d+$", "", getattr(self.config, "instance_id", "") or str(os.getppid()))
-        about = manifest.engine("vllm", version(), self.rank, self.world_size, instance=instance)
+        about = manifest.engine("vllm", version(), self.rank, self.world_size, instance=instance(self.config))
         folder = self.folder or self.model_name
         try:
             manifest.write(path, {"weightfs": 1, "engine": about, "model": os.path.abspath(folder), **content})
@@ -196,13 +194,18 @@ def loadable(model):
 
 
 def ranks(config, worker):
-    """This worker's place among all that hold weights of the engine, and their number."""
+    """This worker's place among all that hold weights of the engine, and their number. Replicas of a dense model know nothing of
+    each other: vLLM tells each that it is alone, and each is an engine. Those of a mixture of experts share the experts."""
     parallel = config.parallel_config
     replicas = getattr(parallel, "data_parallel_size", 1)
-    replica = getattr(parallel, "data_parallel_index", None)
-    if replica is None:
-        replica = getattr(parallel, "data_parallel_rank", 0)
+    replica = getattr(parallel, "data_parallel_rank", 0) if replicas > 1 else 0
     return replica * parallel.world_size + worker.rank, replicas * parallel.world_size
+
+
+def instance(config):
+    """What the ranks of one engine have in common. vLLM puts a suffix behind it for each replica."""
+    name = getattr(config, "instance_id", "") or str(os.getppid())
+    return re.sub(r"_dp\d+$", "", name) if getattr(config.parallel_config, "data_parallel_size", 1) > 1 else name
 
 
 def version():
