@@ -4,6 +4,7 @@ import bisect
 import ctypes
 import mmap
 import os
+import re
 import threading
 import weakref
 
@@ -96,8 +97,8 @@ class HostArena:
             if old.nbytes() == 0 or any(a.locate(old.data_ptr(), old.nbytes()) is not None for a in list(_arenas)):
                 continue
             new = self.storage(old.nbytes())
-            if is_touched(old.data_ptr(), old.nbytes()):
-                _bytes(new)[: old.nbytes()].copy_(_bytes(old))
+            for start, end in touched(old.data_ptr(), old.nbytes()):
+                _bytes(new)[start:end].copy_(_bytes(old)[start:end])
             for tensor in group:
                 moved = torch.empty(0, dtype=tensor.dtype)
                 moved.set_(new, tensor.storage_offset(), tensor.shape, tensor.stride())
@@ -116,25 +117,24 @@ def arena_of(address, nbytes):
     return next((a for a in list(_arenas) if a.locate(address, nbytes) is not None), None)
 
 
-def is_touched(address, nbytes):
-    """Has any of these pages ever been used? Memory that was only allocated is all zeros and need not be copied.
+def touched(address, nbytes):
+    """Byte ranges whose pages have been used. Memory that was only allocated is all zeros and need not be copied.
     /proc/PID/pagemap: 8 bytes a page, bit 63 present, bit 62 swapped."""
     first, last = address // PAGE, (address + nbytes - 1) // PAGE
+    used = bytearray()
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as f:
             f.seek(first * 8)
-            left = (last - first + 1) * 8
-            while left:
-                entries = f.read(min(left, 1 << 20))
+            while len(used) <= last - first:
+                entries = f.read(min((last - first + 1 - len(used)) * 8, 1 << 20))
                 if not entries:
-                    return True
+                    return [(0, nbytes)]
                 # The two bits are in the top byte of each little-endian entry.
-                if any(entries[7::8].translate(_USED)):
-                    return True
-                left -= len(entries)
-            return False
+                used += entries[7::8].translate(_USED)
     except OSError:
-        return True
+        return [(0, nbytes)]
+    runs = [((first + run.start()) * PAGE - address, (first + run.end()) * PAGE - address) for run in re.finditer(b"\1+", used)]
+    return [(max(0, start), min(nbytes, end)) for start, end in runs]
 
 
 _USED = bytes(1 if b & 0xC0 else 0 for b in range(256))
