@@ -27,7 +27,7 @@ fn model(path: &Path) -> Model {
         .tensors()
         .into_iter()
         .map(|(name, shape)| {
-            let bytes = to_bytes(Dtype::BF16, &golden_weights(name, shape.iter().product::<u64>() as usize));
+            let bytes = to_bytes(Dtype::BF16, &golden_weights(name, shape.iter().product::<u64>() as usize, 0.0));
             (name.to_string(), shape.iter().map(|&n| n as usize).collect::<Vec<_>>(), bytes)
         })
         .collect();
