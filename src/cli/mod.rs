@@ -3,6 +3,7 @@
 mod background;
 mod commit;
 mod diagnose;
+mod engine;
 mod history;
 mod mount;
 mod policy;
