@@ -1,8 +1,9 @@
 //! All shards of a model as live bytes: extents of header, disk and live tensors, found by file offset.
 
-use super::tensor::LiveTensor;
-use super::{ImageError, ShardBytes, StepHold};
-use crate::memory::{BLOCK, Hash, Memory, hash_into};
+use super::tensor::{Fetch, LiveTensor, copy};
+use super::wide::Plans;
+use super::{ImageError, Part, ShardBytes, StepHold, wide};
+use crate::memory::{Accelerator, BLOCK, Hash, Memory, hash_into};
 use crate::model::{ModelDirectory, Shard};
 use crate::source::{Place, Source};
 use std::ops::Range;
@@ -17,12 +18,14 @@ const GATHER_BLOCKS: usize = 16;
 pub struct Image {
     directory: Arc<ModelDirectory>,
     source: Arc<Source>,
-    shards: Vec<Vec<Extent>>,
+    pub(super) shards: Vec<Vec<Extent>>,
+    /// Where devices find the blocks that were asked for last.
+    pub(super) plans: Plans,
 }
 
 /// What a stretch of a shard file is made of. The extents of a shard follow each other without holes.
 #[derive(Debug)]
-enum Extent {
+pub(super) enum Extent {
     Header(Range<u64>),
     /// Opaque tensors and those the engine does not hold.
     Disk(Range<u64>),
@@ -30,7 +33,7 @@ enum Extent {
 }
 
 impl Extent {
-    fn range(&self) -> &Range<u64> {
+    pub fn range(&self) -> &Range<u64> {
         match self {
             Extent::Header(range) | Extent::Disk(range) => range,
             Extent::Live(tensor) => &tensor.file,
@@ -50,7 +53,7 @@ impl Image {
             }
             extents
         });
-        Image { shards: shards.collect(), directory, source }
+        Image { shards: shards.collect(), directory, source, plans: Plans::default() }
     }
 
     pub fn source(&self) -> &Arc<Source> {
@@ -61,22 +64,49 @@ impl Image {
         &self.directory
     }
 
-    fn extents_from(&self, shard: usize, offset: u64) -> &[Extent] {
+    pub(super) fn extents_from(&self, shard: usize, offset: u64) -> &[Extent] {
         let extents = &self.shards[shard];
         &extents[extents.partition_point(|e| e.range().end <= offset)..]
     }
 
-    fn disk(shard: &Shard, offset: u64, dst: &mut [u8]) -> Result<(), ImageError> {
+    pub(super) fn disk(shard: &Shard, offset: u64, dst: &mut [u8]) -> Result<(), ImageError> {
         let at = |source| ImageError::Disk { path: shard.path.clone(), source };
         shard.file.read_exact_at(dst, offset).map_err(at)
     }
 
     /// Contiguous live memory under the shard's bytes from `offset` on, if there is.
-    fn direct(&self, shard: usize, offset: u64) -> Option<(&dyn Memory, u64, u64)> {
+    pub(super) fn direct(&self, shard: usize, offset: u64) -> Option<(&Arc<dyn Memory>, u64, u64)> {
         match self.extents_from(shard, offset).first() {
             Some(Extent::Live(tensor)) => tensor.direct(offset),
             _ => None,
         }
+    }
+
+    /// Whether any of the weights is on a device that works on them by itself.
+    pub(super) fn has_devices(&self) -> bool {
+        self.source.memories.iter().any(|m| m.device().is_some())
+    }
+
+    pub(super) fn read_with(
+        &self,
+        shard: usize,
+        offset: u64,
+        dst: &mut [u8],
+        fetch: Fetch<'_>,
+    ) -> Result<(), ImageError> {
+        let file = &self.directory.shards[shard];
+        let end = offset + dst.len() as u64;
+        for extent in self.extents_from(shard, offset).iter().take_while(|e| e.range().start < end) {
+            let range = extent.range();
+            let (a, b) = (range.start.max(offset), range.end.min(end));
+            let part = &mut dst[(a - offset) as usize..(b - offset) as usize];
+            match extent {
+                Extent::Header(_) => part.copy_from_slice(&file.header.bytes[a as usize..b as usize]),
+                Extent::Disk(_) => Image::disk(file, a, part)?,
+                Extent::Live(tensor) => tensor.read(a, part, |at, base| Image::disk(file, at, base), fetch)?,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -123,19 +153,29 @@ impl ShardBytes for Image {
     }
 
     fn read(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), ImageError> {
-        let file = &self.directory.shards[shard];
-        let end = offset + dst.len() as u64;
-        for extent in self.extents_from(shard, offset).iter().take_while(|e| e.range().start < end) {
-            let range = extent.range();
-            let (a, b) = (range.start.max(offset), range.end.min(end));
-            let part = &mut dst[(a - offset) as usize..(b - offset) as usize];
-            match extent {
-                Extent::Header(_) => part.copy_from_slice(&file.header.bytes[a as usize..b as usize]),
-                Extent::Disk(_) => Image::disk(file, a, part)?,
-                Extent::Live(tensor) => tensor.read(a, part, |at, base| Image::disk(file, at, base))?,
-            }
+        self.read_with(shard, offset, dst, &mut copy)
+    }
+
+    fn read_parts(&self, parts: &mut [Part<'_>]) -> Result<(), ImageError> {
+        match self.has_devices() {
+            true => wide::read_parts(self, parts),
+            false => parts.iter_mut().try_for_each(|p| self.read(p.shard, p.offset, p.dst)),
         }
-        Ok(())
+    }
+
+    fn changed(
+        &self,
+        ranges: &[(usize, Range<u64>)],
+        known: &[&[Hash]],
+    ) -> Result<Vec<(usize, Range<u64>)>, ImageError> {
+        match self.has_devices() {
+            true => wide::changed(self, ranges, known),
+            false => super::changed_in_batches(self, ranges, known),
+        }
+    }
+
+    fn accelerator(&self) -> Option<Arc<dyn Accelerator>> {
+        self.source.memories.iter().find_map(|m| m.device()).map(|d| d.accelerator())
     }
 
     fn hash(&self, shard: usize, first: u64, out: &mut [Hash]) -> Result<(), ImageError> {
