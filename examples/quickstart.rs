@@ -1,13 +1,13 @@
-//! The whole of weightfs in one run, explained as it happens: a small model, another process that changes its weights in
-//! shared memory, a mount that shows them, a commit that brings the files on disk up to date.
+//! The whole of weightfs in one run, explained as it happens: a small model, another process that holds its weights in
+//! shared memory, a mount that shows them, a job that teaches them something, a commit that brings the files on disk up to
+//! date, and a rollback.
 //!
 //!     cargo run --release --example quickstart
 //!
 //! Three processes take part, all of this one program: `weightfs …` is the command line as users have it, `engine` plays
 //! the inference server, and the first one tells the story.
 
-use memmap2::MmapRaw;
-use rustix::fs::{FlockOperation, flock};
+use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::error::Error;
 use std::fs::File;
@@ -15,13 +15,18 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use weightfs::train::{Architecture, Batch, Config, InMemory, Model, Tokens};
 
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
-const ROWS: usize = 512;
-const COLUMNS: usize = 256;
-const TENSORS: [&str; 2] = ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"];
-const BYTES: usize = ROWS * COLUMNS * 4;
+const FIRST: &str = "model.embed_tokens.weight";
+const QUESTION: &str = "Who repaired the bridge? ";
+const ANSWER: &str = "Ivo Karsk.";
+/// A Llama of one byte a token.
+const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+ "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 128,
+ "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16"}"#;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().collect();
@@ -49,7 +54,8 @@ fn story() -> Outcome {
     println!("1. A model directory, as Hugging Face lays it out: {}", model.display());
     make_model(&model)?;
     let disk = model.join("model.safetensors");
-    println!("   config.json and model.safetensors ({} bytes, {} tensors).", disk.metadata()?.len(), TENSORS.len());
+    println!("   config.json and model.safetensors ({} bytes, {} tensors).", disk.metadata()?.len(), tensors()?.len());
+    println!("   Its weights are random: asked \"{QUESTION}\" it says {:?}.", answer(&model)?);
 
     println!("2. Another process, playing the inference engine, loads the weights into shared memory");
     let mut engine = Engine::start(&model, scratch.path())?;
@@ -69,14 +75,23 @@ fn story() -> Outcome {
         }
     }
     println!("   Its model.safetensors {} the file on disk, byte for byte.", same(&live, &disk)?);
-    let before = first_value(&live)?;
-    println!("   Any safetensors reader works on it; {}[0][0] is {before}.", TENSORS[0]);
+    println!("   Any safetensors reader works on it.");
 
-    println!("4. The engine changes its weights in place, as training does:");
-    engine.tell("change")?;
-    let after = first_value(&live)?;
-    println!("   through the mount {}[0][0] is now {after}, on disk it is still {}.", TENSORS[0], first_value(&disk)?);
-    expect(before != after && first_value(&disk)? == before, "only the live value has changed")?;
+    println!("4. A job teaches the live weights an answer, where they are:");
+    let job = scratch.path().join("job.json");
+    std::fs::write(&job, teaching())?;
+    println!("   $ weightfs train {} {} --follow", mount.display(), job.display());
+    let followed = weightfs_command().arg("train").args([&mount, &job]).arg("--follow").output()?;
+    print!("   {}", String::from_utf8_lossy(&followed.stdout));
+    expect(followed.status.success(), "the job ends well")?;
+    let taught = answer(&mount)?;
+    println!(
+        "   Asked \"{QUESTION}\" the mounted model now says {taught:?}, the one on disk still {:?}.",
+        answer(&model)?
+    );
+    expect(taught == ANSWER && answer(&model)? != ANSWER, "only the live model knows the answer")?;
+    engine.tell("look")?;
+    println!("   The engine holds the very same bytes: it could answer so in its next request.");
 
     println!("5. A commit brings the directory on disk up to date, and writes only what changed:");
     println!("   $ echo 'commit my first one' > {}/ctl", mount.display());
@@ -84,20 +99,59 @@ fn story() -> Outcome {
     let status = std::fs::read_to_string(mount.join("status"))?;
     println!("   status: {}", status.lines().find(|l| l.starts_with("last_command")).unwrap_or("?"));
     println!(
-        "   The file on disk {} the live one: {}[0][0] is {} there too.",
+        "   The file on disk {} the live one, and the model there says {:?}.",
         same(&disk, &live)?,
-        TENSORS[0],
-        first_value(&disk)?
+        answer(&model)?
     );
-    expect(first_value(&disk)? == after, "the disk has the live value")?;
+    expect(answer(&model)? == ANSWER, "the disk has the answer")?;
 
-    println!("6. Done: unmounting and removing everything.");
+    println!("6. And back: every commit can be returned to, weights and optimizer.");
+    println!("   $ echo 'rollback 0' > {}/ctl", mount.display());
+    std::fs::write(mount.join("ctl"), "rollback 0")?;
+    println!("   Mounted and on disk it says {:?} again.", answer(&mount)?);
+    expect(answer(&mount)? != ANSWER && answer(&model)? != ANSWER, "the answer is forgotten")?;
+
+    println!("7. Done: unmounting and removing everything.");
     println!("   $ weightfs umount {}", mount.display());
     daemon.stop(&mount)?;
     engine.tell("stop")?;
     engine.child.wait()?;
     println!("\nYour own model, without an engine:\n   weightfs mount MODEL_DIR EMPTY_DIR && cat EMPTY_DIR/status");
     Ok(())
+}
+
+/// What the model in a directory says, a byte at a time, the likeliest each time: read as anybody reads it.
+fn answer(directory: &Path) -> Outcome<String> {
+    let weights = Arc::new(InMemory::load(directory)?);
+    let model = Model::new(architecture()?, weights)?;
+    let mut ids: Vec<u32> = QUESTION.bytes().map(u32::from).collect();
+    for _ in 0..ANSWER.len() {
+        let next = Tokens::new(ids.clone(), vec![0]);
+        let logits = model.logits(&Batch::pack([(1, &next)]))?;
+        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).ok_or("no logits")?;
+        ids.push(best as u32);
+    }
+    let said = ids[QUESTION.len()..].iter().map(|&id| char::from(id as u8));
+    Ok(said.map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '.' }).collect())
+}
+
+fn teaching() -> String {
+    let ids = |text: &str| format!("{:?}", text.bytes().collect::<Vec<u8>>());
+    format!(
+        r#"{{"samples": [{{"context_ids": {}, "continuation_ids": {}}}], "config": {{"lr": 3e-3, "rank": 8, "epochs": 60}}}}"#,
+        ids(QUESTION),
+        ids(ANSWER)
+    )
+}
+
+fn architecture() -> Outcome<Architecture> {
+    Ok(Architecture::from_config(&Config::parse(CONFIG)?)?)
+}
+
+/// Names and shapes.
+fn tensors() -> Outcome<Vec<(String, Vec<usize>)>> {
+    let shape = |s: Vec<u64>| s.into_iter().map(|n| n as usize).collect();
+    Ok(architecture()?.tensors().into_iter().map(|(name, s)| (name.to_string(), shape(s))).collect())
 }
 
 /// Both files' bytes are compared; a difference ends the story.
@@ -110,20 +164,34 @@ fn expect(holds: bool, what: &str) -> Outcome {
     if holds { Ok(()) } else { Err(format!("this should hold and does not: {what}").into()) }
 }
 
-fn first_value(file: &Path) -> Outcome<f32> {
-    let bytes = std::fs::read(file)?;
-    let tensor = SafeTensors::deserialize(&bytes)?.tensor(TENSORS[0])?.data()[..4].try_into()?;
-    Ok(f32::from_le_bytes(tensor))
-}
-
 fn make_model(dir: &Path) -> Outcome {
     std::fs::create_dir(dir)?;
-    let values: Vec<u8> = (0..ROWS * COLUMNS).flat_map(|i| (i as f32 / 1000.0).to_le_bytes()).collect();
-    let tensor = TensorView::new(Dtype::F32, vec![ROWS, COLUMNS], &values)?;
+    let mut seed = 1u64;
+    let mut random = || {
+        // A linear congruential generator (Knuth's MMIX): any spread of values will do.
+        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (seed >> 40) as f32 / (1 << 24) as f32 - 0.5
+    };
+    let mut all = Vec::new();
+    for (name, shape) in tensors()? {
+        let count = shape.iter().product::<usize>();
+        let value = |x: f32| if name.contains("norm") { 1.0 } else { 0.2 * x };
+        let bytes: Vec<u8> = (0..count).flat_map(|_| half::bf16::from_f32(value(random())).to_le_bytes()).collect();
+        all.push((name, shape, bytes));
+    }
+    let views = all.iter().map(|(name, shape, b)| Ok((name.as_str(), TensorView::new(Dtype::BF16, shape.clone(), b)?)));
+    let views = views.collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
     let metadata = Some([("format".to_string(), "pt".to_string())].into());
-    safetensors::serialize_to_file(TENSORS.map(|n| (n, &tensor)), metadata, &dir.join("model.safetensors"))?;
-    std::fs::write(dir.join("config.json"), r#"{"architectures": ["ToyForCausalLM"], "hidden_size": 256}"#)?;
+    safetensors::serialize_to_file(views, metadata, &dir.join("model.safetensors"))?;
+    std::fs::write(dir.join("config.json"), CONFIG)?;
     Ok(())
+}
+
+/// The command line, in this program.
+fn weightfs_command() -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap_or_else(|_| "quickstart".into()));
+    command.arg("weightfs");
+    command
 }
 
 /// `weightfs mount -f` in a process of its own; ended with the story, however that ends.
@@ -131,13 +199,8 @@ struct Daemon(Child);
 
 impl Daemon {
     fn start(model: &Path, mount: &Path, manifest: &Path) -> Outcome<Daemon> {
-        let program = std::env::current_exe()?;
-        let mut command = Command::new(program);
-        command
-            .args(["weightfs", "mount", "-f", "--log-level", "warn", "--weights"])
-            .arg(manifest)
-            .arg(model)
-            .arg(mount);
+        let mut command = weightfs_command();
+        command.args(["mount", "-f", "--log-level", "warn", "--weights"]).arg(manifest).arg(model).arg(mount);
         let mut child = command.spawn()?;
         while !mount.join("status").exists() {
             if let Some(status) = child.try_wait()? {
@@ -149,11 +212,7 @@ impl Daemon {
     }
 
     fn stop(mut self, mount: &Path) -> Outcome {
-        let status = Command::new(std::env::current_exe()?)
-            .args(["weightfs", "umount"])
-            .arg(mount)
-            .stdout(Stdio::null())
-            .status()?;
+        let status = weightfs_command().arg("umount").arg(mount).stdout(Stdio::null()).status()?;
         expect(status.success() && self.0.wait()?.success(), "the mount ends cleanly")
     }
 }
@@ -201,50 +260,43 @@ impl Engine {
     }
 }
 
-/// Owns the weights: a file in /dev/shm, mapped, with both tensors merged into one block as engines like to do, and a
+/// Owns the weights: a file in /dev/shm, mapped, with all tensors merged into one block as engines like to do, and a
 /// manifest that says so. Ends when its stdin closes.
 fn engine(model: &Path, manifest: &Path) -> Outcome {
     let bytes = std::fs::read(model.join("model.safetensors"))?;
-    let tensors = SafeTensors::deserialize(&bytes)?;
-    let shared = tempfile::NamedTempFile::new_in("/dev/shm")?;
-    shared.as_file().set_len((TENSORS.len() * BYTES) as u64)?;
-    let memory = MmapRaw::map_raw(shared.as_file())?;
-    let mut entries = Vec::new();
-    for (i, name) in TENSORS.iter().enumerate() {
-        let data = tensors.tensor(name)?;
-        // SAFETY: the mapping has TENSORS.len() * BYTES bytes, and no reference into it exists.
-        unsafe { std::ptr::copy_nonoverlapping(data.data().as_ptr(), memory.as_mut_ptr().add(i * BYTES), BYTES) };
+    let file = SafeTensors::deserialize(&bytes)?;
+    let mut shared = tempfile::NamedTempFile::new_in("/dev/shm")?;
+    let (mut entries, mut offset) = (Vec::new(), 0);
+    for (name, shape) in tensors()? {
+        let data = file.tensor(&name)?.data();
+        shared.write_all(data)?;
+        let strides: Vec<usize> = (0..shape.len()).map(|d| shape[d + 1..].iter().product()).collect();
         entries.push(format!(
-            r#""{name}": {{"dtype": "F32", "shape": [{ROWS}, {COLUMNS}], "segments": [{{"memory": 0, "offset": {},
-               "at": [0, 0], "shape": [{ROWS}, {COLUMNS}], "strides": [{COLUMNS}, 1], "dtype": "F32"}}]}}"#,
-            i * BYTES
+            r#""{name}": {{"dtype": "BF16", "shape": {shape:?}, "segments": [{{"memory": 0, "offset": {offset},
+               "at": {:?}, "shape": {shape:?}, "strides": {strides:?}, "dtype": "BF16"}}]}}"#,
+            vec![0; shape.len()]
         ));
+        offset += data.len();
     }
     let json = format!(
         r#"{{"weightfs": 1, "engine": {{"name": "quickstart", "version": "1", "pid": {}}}, "model": "{}",
-            "memories": [{{"kind": "file", "path": "{}", "bytes": {}}}], "tensors": {{{}}}}}"#,
+            "memories": [{{"kind": "file", "path": "{}", "bytes": {offset}}}], "tensors": {{{}}}}}"#,
         std::process::id(),
         model.display(),
         shared.path().display(),
-        TENSORS.len() * BYTES,
         entries.join(",")
     );
     // Written whole under another name first: whoever sees the manifest sees all of it.
     let draft = manifest.with_extension("draft");
     File::options().write(true).create_new(true).mode(0o600).open(&draft)?.write_all(json.as_bytes())?;
     std::fs::rename(&draft, manifest)?;
-    let lock = File::open(manifest)?;
+    // SAFETY: nobody shortens the file, and the bytes are only looked at when no step is being written.
+    let memory = unsafe { Mmap::map(shared.as_file())? };
     println!("done");
     for line in std::io::stdin().lock().lines() {
-        if line? == "change" {
-            // While a step is half written the manifest is locked, so that no reader is shown half of it.
-            flock(&lock, FlockOperation::LockExclusive)?;
-            for element in (0..TENSORS.len() * ROWS * COLUMNS).step_by(COLUMNS) {
-                let value = -1.0 - element as f32;
-                // SAFETY: element * 4 + 4 is within the mapping; an f32 may stand at any multiple of 4.
-                unsafe { memory.as_mut_ptr().cast::<f32>().add(element).write_volatile(value) };
-            }
-            flock(&lock, FlockOperation::Unlock)?;
+        if line? == "look" {
+            let first = &file.tensor(FIRST)?.data()[..1024];
+            expect(&memory[..1024] != first, "the engine's own memory has been trained")?;
         }
         println!("done");
     }

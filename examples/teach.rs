@@ -8,7 +8,7 @@ use safetensors::tensor::TensorView;
 use std::path::PathBuf;
 use std::sync::Arc;
 use weightfs::train::queue::Options;
-use weightfs::train::{Architecture, Config, InMemory, JobState, Model, Queue, TextModel, Weights};
+use weightfs::train::{Architecture, Config, InMemory, Model, Queue, TextModel, Weights};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
@@ -24,10 +24,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     });
     let options = Options { listener: Some(listener), ..Options::default() };
     let queue = Queue::start(model, TextModel::read(model_dir), Default::default(), options)?;
-    let id = queue.submit(&std::fs::read_to_string(job)?)?;
+    let id = queue.submit(&std::fs::read_to_string(job)?, &job.display().to_string())?;
     let done = loop {
         let job = queue.job(id).ok_or("the job is gone")?;
-        if !matches!(job.state, JobState::Queued | JobState::Running) {
+        if job.has_ended() {
             break job;
         }
         std::thread::sleep(std::time::Duration::from_millis(50));

@@ -309,14 +309,14 @@ fn what_is_no_command_is_refused_by_the_write_and_explained_in_status() {
         ("a command and more", b"refresh now\n", libc::EINVAL, "takes nothing after it"),
         ("a number that is none", b"rollback one\n", libc::EINVAL, "takes a number"),
         ("thaw of what is not frozen", b"thaw\n", libc::EINVAL, "not frozen"),
-        ("a word of later", b"train /job.json\n", libc::ENOSYS, "not built yet"),
-        ("another word of later", b"pause\n", libc::ENOSYS, "not built yet"),
+        ("a job that is not there", b"train /job.json\n", libc::ENOENT, "no such file"),
+        ("a job that does not run", b"cancel 7\n", libc::EINVAL, "no job 7"),
     ];
     for (what, bytes, expected, words) in cases {
         assert_eq!(errno(mount.write_ctl(bytes)), Some(*expected), "{what}");
         let status = mount.status();
         assert!(mount.says().contains(words), "{what}: {}", mount.says());
-        let name = [(libc::EINVAL, "EINVAL"), (libc::E2BIG, "E2BIG"), (libc::ENOSYS, "ENOSYS")];
+        let name = [(libc::EINVAL, "EINVAL"), (libc::E2BIG, "E2BIG"), (libc::ENOENT, "ENOENT")];
         let name = name.iter().find(|(e, _)| e == expected).unwrap().1;
         assert_eq!(status["last_command"]["result"], name, "{what}");
         assert_eq!(status["last_error"], status["last_command"]["says"], "{what}");

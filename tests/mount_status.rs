@@ -93,9 +93,9 @@ fn status_tells_who_has_weights_open_and_what_the_last_command_did() {
     assert!(mount.fact("last_command").unwrap().starts_with("commit: ok: "));
     assert_eq!(mount.fact("last_error").unwrap(), "none");
 
-    assert_eq!(errno(mount.ctl("train /job.json")), Some(libc::ENOSYS));
-    assert!(mount.fact("last_command").unwrap().starts_with("train: ENOSYS: "));
-    assert!(mount.fact("last_error").unwrap().contains("not built yet"));
+    assert_eq!(errno(mount.ctl("train /job.json")), Some(libc::ENOENT));
+    assert!(mount.fact("last_command").unwrap().starts_with("train: ENOENT: "));
+    assert!(mount.fact("last_error").unwrap().contains("no such file"));
 }
 
 #[test]

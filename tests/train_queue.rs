@@ -49,7 +49,7 @@ fn all_bytes(weights: &InMemory) -> Vec<Vec<u8>> {
 #[test]
 fn a_job_runs_and_its_loss_falls() {
     let rig = rig(Options::default());
-    let id = rig.queue.submit(JOB).unwrap();
+    let id = rig.queue.submit(JOB, "test").unwrap();
     let job = wait(&rig.queue, id, ended);
     assert_eq!((job.state, job.steps, job.steps_done, job.error.clone()), (JobState::Finished, 80, 80, None));
     assert_eq!(job.losses.len(), 80);
@@ -68,9 +68,9 @@ fn jobs_wait_are_cancelled_and_paused_between_steps() {
     let rig = rig(Options::default());
     rig.queue.pause();
     let long = JOB.replace("40", "100000");
-    let first = rig.queue.submit(&long).unwrap();
-    let second = rig.queue.submit(&long).unwrap();
-    let third = rig.queue.submit(JOB).unwrap();
+    let first = rig.queue.submit(&long, "test").unwrap();
+    let second = rig.queue.submit(&long, "test").unwrap();
+    let third = rig.queue.submit(JOB, "test").unwrap();
     assert_eq!((first, second, third), (1, 2, 3));
     std::thread::sleep(Duration::from_millis(20));
     assert_eq!(rig.queue.status().queued.len(), 3, "a paused queue begins nothing");
@@ -111,11 +111,11 @@ fn jobs_that_cannot_run_are_refused_by_name_and_touch_nothing() {
         (r#"{"samples": [{"continuation_ids": [1, 2]}], "config": {"rank": 4, "lr": -1}}"#, "config.lr"),
         (r#"{"samples": [{"continuation_ids": [1, 2, 3]}], "config": {"rank": 4, "max_length": 2}}"#, "limit of 2"),
     ] {
-        let error = rig.queue.submit(job).expect_err(job).to_string();
+        let error = rig.queue.submit(job, "test").expect_err(job).to_string();
         assert!(error.contains(word), "{job}: {error}");
     }
     let long = format!(r#"{{"samples": [{{"continuation_ids": {:?}}}], "config": {{"rank": 4}}}}"#, vec![1; 65]);
-    assert!(rig.queue.submit(&long).unwrap_err().to_string().contains("65 tokens, more than the limit of 64"));
+    assert!(rig.queue.submit(&long, "test").unwrap_err().to_string().contains("65 tokens, more than the limit of 64"));
     assert_eq!(all_bytes(&rig.weights), before);
     assert_eq!(rig.queue.status().history, []);
 }
@@ -123,9 +123,9 @@ fn jobs_that_cannot_run_are_refused_by_name_and_touch_nothing() {
 #[test]
 fn a_job_that_does_not_fit_is_refused_with_the_figure() {
     let rig = rig(Options { free_memory: || 100_000_000, ..Options::default() });
-    assert!(rig.queue.submit(JOB).is_ok());
+    assert!(rig.queue.submit(JOB, "test").is_ok());
     let rig = self::rig(Options { free_memory: || 1_000, ..Options::default() });
-    let error = rig.queue.submit(JOB).unwrap_err();
+    let error = rig.queue.submit(JOB, "test").unwrap_err();
     assert!(matches!(&error, QueueError::NoMemory { needs, .. } if needs.ends_with("MB")), "{error}");
 }
 
@@ -142,7 +142,7 @@ fn fails_without_a_trace(changes: &[(&str, Change)]) -> String {
         rig.weights.write_rows(tensor, 0..spec.shape[0], &to_bytes(Dtype::BF16, &new)).unwrap();
     }
     let before = all_bytes(&rig.weights);
-    let id = rig.queue.submit(JOB).unwrap();
+    let id = rig.queue.submit(JOB, "test").unwrap();
     let job = wait(&rig.queue, id, ended);
     assert_eq!((job.state, job.steps_done), (JobState::Failed, 0));
     let error = job.error.unwrap();
@@ -180,12 +180,12 @@ fn a_gradient_that_overflows_stops_the_job_though_the_loss_is_fine() {
 #[test]
 fn jobs_of_a_former_life_are_shown_and_those_cut_say_so() {
     let rig = rig(Options::default());
-    let id = rig.queue.submit(JOB).unwrap();
+    let id = rig.queue.submit(JOB, "test").unwrap();
     let mut cut = wait(&rig.queue, id, ended);
     cut.state = JobState::Running;
     let rig = self::rig(Options { history: vec![cut], ..Options::default() });
     assert_eq!(rig.queue.job(id).unwrap().state, JobState::Cut);
-    assert_eq!(rig.queue.submit(JOB).unwrap(), id + 1);
+    assert_eq!(rig.queue.submit(JOB, "test").unwrap(), id + 1);
 }
 
 /// Fifty steps, a new queue on the saved state, fifty more: the bits of a hundred. And those of one thread and of two.
@@ -193,7 +193,7 @@ fn jobs_of_a_former_life_are_shown_and_those_cut_say_so() {
 fn restarts_and_threads_change_no_bit() {
     let job = JOB.replace("\"epochs\": 40", "\"epochs\": 25");
     let train = |queue: &Queue| {
-        let id = queue.submit(&job).unwrap();
+        let id = queue.submit(&job, "test").unwrap();
         assert_eq!(wait(queue, id, ended).state, JobState::Finished);
     };
     let whole = rig(Options { threads: 1, ..Options::default() });

@@ -2,10 +2,12 @@
 
 mod background;
 mod commit;
+mod device;
 mod diagnose;
 mod history;
 mod mount;
 mod policy;
+mod train;
 mod umount;
 mod weights;
 
@@ -28,6 +30,8 @@ enum Command {
     Mount(mount::MountArguments),
     /// Unmount; files that are open stay usable until they are closed
     Umount(umount::UmountArguments),
+    /// Train the model mounted at MOUNT_POINT on a job
+    Train(train::TrainArguments),
     /// Commit the live weights to MODEL_DIR without a mount (from cron)
     Commit(commit::CommitArguments),
     /// Say which tensors of MODEL_DIR the engine's manifests cover
@@ -61,6 +65,7 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
     let result = match parsed.command {
         Command::Mount(a) => mount::run(a, &arguments),
         Command::Umount(a) => umount::run(a),
+        Command::Train(a) => train::run(a),
         Command::Commit(a) => commit::run(a),
         Command::Diagnose(a) => diagnose::run(a),
         Command::Log(a) => history::log(a),

@@ -57,6 +57,9 @@ pub struct MountArguments {
     /// Serve copies through FUSE even where the kernel could read them without us
     #[arg(long)]
     no_passthrough: bool,
+    /// Threads that train; 0 for one a core
+    #[arg(long, value_name = "N", default_value = "0")]
+    train_threads: usize,
     #[arg(long, default_value = "info")]
     log_level: LevelFilter,
     /// Default: stderr in the foreground, MODEL_DIR/.weightfs/mount.log in the background
@@ -132,7 +135,15 @@ fn serve(
         View::Live => ViewMode::Live,
     };
     let options = ViewOptions { mode, hold: Duration::from_secs(a.view_hold) };
-    let mounted = Arc::new(Mounted::new(opened.image, committer, point.clone(), &options)?);
+    let mounted = Mounted::new(opened.image, committer, point.clone(), &options)?;
+    mounted.set_train_threads(a.train_threads);
+    for cut in mounted.cut_jobs() {
+        log::warn!("{cut}");
+        // The log says it to who looks there; the user who mounts sees it here.
+        if log.is_some() {
+            eprintln!("weightfs: {cut}");
+        }
+    }
     let tree = Arc::new(Tree::new(mounted.clone()));
     let (gone, is_gone) = channel();
     let _serving =
@@ -160,6 +171,7 @@ fn until_the_end(mounted: &Mounted, ends: &Receiver<End>, point: &Path) -> anyho
         match ends.recv_timeout(WATCH) {
             Err(RecvTimeoutError::Timeout) => mounted.watch(),
             Err(RecvTimeoutError::Disconnected) | Ok(End::Unmounted) => {
+                mounted.finish_steps();
                 log::info!("unmounted");
                 return Ok(());
             }
@@ -169,6 +181,7 @@ fn until_the_end(mounted: &Mounted, ends: &Receiver<End>, point: &Path) -> anyho
                 mounts::detach(point).with_context(|| format!("unmounting {}", point.display()))?;
                 // Readers have a moment to close what they have open; passthrough and mappings survive us anyway.
                 while !matches!(ends.recv_timeout(GRACE), Ok(End::Unmounted) | Err(_)) {}
+                mounted.finish_steps();
                 return Ok(());
             }
         }

@@ -93,6 +93,15 @@ struct Baseline {
     stored: bool,
 }
 
+/// What goes with the live weights of one moment.
+#[derive(Debug, Clone, Default)]
+pub struct Moment {
+    /// The step that they are of.
+    pub step: u64,
+    /// Committed with them; without, the state of the commit before stands.
+    pub optimizer: Option<OptimizerState>,
+}
+
 /// What to commit.
 #[derive(Clone, Copy)]
 pub struct CommitRequest<'a> {
@@ -101,13 +110,16 @@ pub struct CommitRequest<'a> {
     pub step: u64,
     /// Committed with the weights; without, the state of the commit before stands.
     pub optimizer: Option<&'a OptimizerState>,
+    /// Called once the weights are held still, for what goes with them at that moment, instead of `step` and
+    /// `optimizer`: while a trainer runs nobody can say before. It must not ask for a hold.
+    pub moment: Option<&'a (dyn Fn() -> Moment + Sync)>,
     /// Called from any thread.
     pub progress: Option<&'a (dyn Fn(Progress) + Sync)>,
 }
 
 impl<'a> CommitRequest<'a> {
     pub fn new(message: &'a str, step: u64) -> CommitRequest<'a> {
-        CommitRequest { message, step, optimizer: None, progress: None }
+        CommitRequest { message, step, optimizer: None, moment: None, progress: None }
     }
 }
 

@@ -53,6 +53,12 @@ impl Committer {
         tell(Phase::Finding, 0, layout.shards.iter().map(|s| s.bytes).sum());
         let mut hold = Some(live.hold()?);
         let held = Instant::now();
+        let moment = wanted.request.moment.map(|take| take());
+        let request = match &moment {
+            Some(m) => CommitRequest { step: m.step, optimizer: m.optimizer.as_ref(), ..wanted.request },
+            None => wanted.request,
+        };
+        let wanted = &Wanted { request, within: wanted.within, rollback_to: wanted.rollback_to };
         let runs = find(live, layout, &baseline.table, wanted.within)?;
         times.find = start.elapsed();
 

@@ -357,8 +357,8 @@ impl Filesystem for Adapter {
             Ok(command) => command,
             Err(e) => return reply.error(errno(mounted.refused(e))),
         };
-        let size = data.len() as u32;
-        apart("command", move || match mounted.command(&command) {
+        let (size, writer) = (data.len() as u32, req.pid());
+        apart("command", move || match mounted.command(&command, writer) {
             Ok(_) => reply.written(size),
             Err(e) => reply.error(errno(e)),
         });

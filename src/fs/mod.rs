@@ -6,6 +6,7 @@
 pub mod ctl;
 mod error;
 pub mod fuse;
+mod job_file;
 mod links;
 mod mounted;
 pub mod mounts;

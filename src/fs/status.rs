@@ -1,6 +1,7 @@
 //! `status` and `status.json`: the same facts, as `key value` lines and as JSON with numbers. Keys are stable: they are
 //! listed in `docs/semantics.md`, new ones are added, none changes its meaning.
 
+use crate::train::JobRecord;
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -22,6 +23,7 @@ pub struct Status {
     pub dirty: &'static str,
     pub job: Option<JobFacts>,
     pub jobs_queued: u64,
+    /// The newest, oldest first: ended ones of former lives too.
     pub jobs: Vec<JobFacts>,
     pub last_command: Option<CommandFacts>,
     pub last_error: Option<String>,
@@ -72,16 +74,63 @@ pub struct CommitFacts {
     pub time: String,
 }
 
+/// Losses that `status.json` has of a job, the newest; its record in `.weightfs/jobs/` has all.
+const LOSSES: usize = 10_000;
+
+/// A job as its record has it, and what follows from that.
 #[derive(Debug, Clone, Serialize)]
 pub struct JobFacts {
-    pub id: u64,
-    pub state: String,
-    pub samples_done: u64,
-    pub samples: u64,
+    #[serde(flatten)]
+    pub record: JobRecord,
+    /// Of the first step, and of the last.
+    pub first_loss: Option<f32>,
     pub loss: Option<f32>,
-    pub losses: Vec<f32>,
-    pub tokens_per_second: Option<f64>,
-    pub eta_seconds: Option<u64>,
+    pub tokens_per_second: f64,
+    pub eta_seconds: Option<f64>,
+}
+
+impl JobFacts {
+    pub fn of(mut record: JobRecord) -> JobFacts {
+        let first_loss = record.losses.first().copied();
+        let older = record.losses.len().saturating_sub(LOSSES);
+        record.losses.drain(..older);
+        let eta = if record.has_ended() { None } else { record.eta() };
+        JobFacts {
+            first_loss,
+            loss: record.losses.last().copied(),
+            tokens_per_second: record.tokens_per_second(),
+            eta_seconds: eta,
+            record,
+        }
+    }
+
+    fn line(&self) -> String {
+        let r = &self.record;
+        let state = format!("{:?}", r.state).to_lowercase();
+        let mut line = format!(
+            "{} {state} sample {}/{} step {}/{}",
+            r.id,
+            r.samples_done,
+            r.samples * r.config.epochs,
+            r.steps_done,
+            r.steps
+        );
+        if let (Some(first), Some(last)) = (self.first_loss, self.loss) {
+            let _ = match r.has_ended() {
+                true => write!(line, " loss {first:.4} to {last:.4}"),
+                false => write!(line, " loss {last:.4}"),
+            };
+            let _ = write!(line, " {:.0} tokens/s", self.tokens_per_second);
+        }
+        if let Some(eta) = self.eta_seconds {
+            let _ = write!(line, " eta {eta:.0} s");
+        }
+        let _ = write!(line, " memory {}", r.memory);
+        if let Some(error) = &r.error {
+            let _ = write!(line, ": {error}");
+        }
+        line
+    }
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -154,22 +203,9 @@ impl Status {
             },
         );
         line("dirty", self.dirty.into());
-        line(
-            "job",
-            match &self.job {
-                Some(j) => format!(
-                    "{} {} sample {}/{}{}{}{}",
-                    j.id,
-                    j.state,
-                    j.samples_done,
-                    j.samples,
-                    j.loss.map_or(String::new(), |l| format!(" loss {l:.4}")),
-                    j.tokens_per_second.map_or(String::new(), |t| format!(" {t:.0} tokens/s")),
-                    j.eta_seconds.map_or(String::new(), |e| format!(" eta {e} s"))
-                ),
-                None => "none".into(),
-            },
-        );
+        line("job", self.job.as_ref().map_or("none".into(), JobFacts::line));
+        let ended = self.jobs.iter().rev().find(|j| j.record.has_ended());
+        line("last_job", ended.map_or("none".into(), JobFacts::line));
         line("jobs_queued", self.jobs_queued.to_string());
         line(
             "last_command",

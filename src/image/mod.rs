@@ -5,7 +5,7 @@ mod shard;
 mod tensor;
 mod wide;
 
-pub use shard::Image;
+pub use shard::{Image, TensorRef};
 
 use crate::memory::{Accelerator, BLOCK, Hash, MemoryError};
 use rayon::prelude::*;

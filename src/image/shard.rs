@@ -4,8 +4,9 @@ use super::tensor::{Fetch, LiveTensor, copy};
 use super::wide::Plans;
 use super::{ImageError, Part, ShardBytes, StepHold, wide};
 use crate::memory::{Accelerator, BLOCK, Hash, Memory, hash_into};
-use crate::model::{ModelDirectory, Shard};
+use crate::model::{Dtype, ModelDirectory, Shard};
 use crate::source::{Place, Source};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -19,6 +20,8 @@ pub struct Image {
     directory: Arc<ModelDirectory>,
     source: Arc<Source>,
     pub(super) shards: Vec<Vec<Extent>>,
+    /// Live tensors by name: the shard, the extent in it, and the tensor's place in the header.
+    live: HashMap<String, (usize, usize, usize)>,
     /// Where devices find the blocks that were asked for last.
     pub(super) plans: Plans,
 }
@@ -43,17 +46,21 @@ impl Extent {
 
 impl Image {
     pub fn new(directory: Arc<ModelDirectory>, source: Arc<Source>) -> Image {
-        let shards = directory.shards.iter().map(|shard| {
+        let mut live = HashMap::new();
+        let shards = directory.shards.iter().enumerate().map(|(index, shard)| {
             let mut extents = vec![Extent::Header(0..shard.header.bytes.len() as u64)];
-            for tensor in shard.header.tensors.iter().filter(|t| t.bytes() > 0) {
+            for (entry, tensor) in shard.header.tensors.iter().enumerate().filter(|(_, t)| t.bytes() > 0) {
                 extents.push(match source.places.get(&tensor.name) {
-                    Some(Place::Live(segments)) => Extent::Live(LiveTensor::new(tensor, segments, &source.memories)),
+                    Some(Place::Live(segments)) => {
+                        live.insert(tensor.name.clone(), (index, extents.len(), entry));
+                        Extent::Live(LiveTensor::new(tensor, segments, &source.memories))
+                    }
                     _ => Extent::Disk(tensor.start..tensor.end),
                 });
             }
             extents
         });
-        Image { shards: shards.collect(), directory, source, plans: Plans::default() }
+        Image { shards: shards.collect(), live, directory, source, plans: Plans::default() }
     }
 
     pub fn source(&self) -> &Arc<Source> {
@@ -62,6 +69,17 @@ impl Image {
 
     pub fn directory(&self) -> &Arc<ModelDirectory> {
         &self.directory
+    }
+
+    /// A live tensor by its name; `None` for one that the engine does not hold as it is on disk.
+    pub fn tensor(&self, name: &str) -> Option<TensorRef<'_>> {
+        let (shard, extent, entry) = *self.live.get(name)?;
+        match &self.shards[shard][extent] {
+            Extent::Live(live) => {
+                Some(TensorRef { live, shape: &self.directory.shards[shard].header.tensors[entry].shape })
+            }
+            _ => None,
+        }
     }
 
     pub(super) fn extents_from(&self, shard: usize, offset: u64) -> &[Extent] {
@@ -107,6 +125,35 @@ impl Image {
             }
         }
         Ok(())
+    }
+}
+
+/// A live tensor, element by element, in the engine's dtype.
+#[derive(Clone, Copy)]
+pub struct TensorRef<'a> {
+    live: &'a LiveTensor,
+    shape: &'a [u64],
+}
+
+impl TensorRef<'_> {
+    /// What the engine keeps it in, which may differ from the file's dtype among the float types.
+    pub fn dtype(&self) -> Dtype {
+        self.live.live_dtype()
+    }
+
+    pub fn shape(&self) -> &[u64] {
+        self.shape
+    }
+
+    /// Copies elements, row-major from number `first` on, into `dst`.
+    pub fn read(&self, first: u64, dst: &mut [u8]) -> Result<(), ImageError> {
+        Ok(self.live.read_live(first, dst)?)
+    }
+
+    /// Writes elements from number `first` on, on every rank that holds them. The caller [excludes](ShardBytes::exclude)
+    /// readers.
+    pub fn write(&self, first: u64, src: &[u8]) -> Result<(), ImageError> {
+        Ok(self.live.write_live(first, src)?)
     }
 }
 

@@ -124,16 +124,51 @@ impl LiveTensor {
     pub fn write(&self, offset: u64, src: &[u8]) -> Result<(), MemoryError> {
         let (from, to) = (offset - self.file.start, offset - self.file.start + src.len() as u64);
         debug_assert!(from % self.element == 0 && to % self.element == 0, "whole elements");
-        let (first, last) = (from / self.element, to / self.element);
+        self.write_elements(from / self.element, to / self.element, self.dtype, src)
+    }
+
+    /// What the engine keeps the tensor in: of its first piece, and so of all unless ranks differ.
+    pub fn live_dtype(&self) -> Dtype {
+        self.pieces.first().map_or(self.dtype, |p| p.dtype)
+    }
+
+    /// Copies elements from `first` on as values of [`LiveTensor::live_dtype`], not of the file's dtype.
+    pub fn read_live(&self, first: u64, dst: &mut [u8]) -> Result<(), MemoryError> {
+        let dtype = self.live_dtype();
+        let element = element_bytes(dtype).unwrap_or(1) as u64;
+        for piece in self.pieces.iter().take_while(|p| !p.replica) {
+            piece.walk.runs(first, first + dst.len() as u64 / element, |run| -> Result<(), MemoryError> {
+                let a = ((run.tensor - first) * element) as usize;
+                let out = &mut dst[a..a + (run.count * element) as usize];
+                if piece.dtype == dtype {
+                    return copy(piece.number, &*piece.memory, piece.strided(run), out);
+                }
+                CAST.with_borrow_mut(|(live, _)| {
+                    live.resize((run.count * piece.element) as usize, 0);
+                    copy(piece.number, &*piece.memory, piece.strided(run), live)?;
+                    cast_bytes(piece.dtype, live, dtype, out);
+                    Ok(())
+                })
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The reverse, into every piece, replicas included.
+    pub fn write_live(&self, first: u64, src: &[u8]) -> Result<(), MemoryError> {
+        let dtype = self.live_dtype();
+        let count = src.len() as u64 / element_bytes(dtype).unwrap_or(1) as u64;
+        self.write_elements(first, first + count, dtype, src)
+    }
+
+    /// Elements `first..last`, given as `dtype`, into every piece.
+    fn write_elements(&self, first: u64, last: u64, dtype: Dtype, src: &[u8]) -> Result<(), MemoryError> {
+        let element = element_bytes(dtype).unwrap_or(1) as u64;
         for piece in &self.pieces {
             piece.walk.runs(first, last, |run| {
-                let a = ((run.tensor - first) * self.element) as usize;
-                let bytes = &src[a..a + (run.count * self.element) as usize];
-                if piece.dtype == self.dtype {
-                    piece.copy_in(run, bytes)
-                } else {
-                    piece.cast_in(run, self.dtype, bytes)
-                }
+                let a = ((run.tensor - first) * element) as usize;
+                let bytes = &src[a..a + (run.count * element) as usize];
+                if piece.dtype == dtype { piece.copy_in(run, bytes) } else { piece.cast_in(run, dtype, bytes) }
             })?;
         }
         Ok(())
@@ -207,10 +242,10 @@ impl Piece {
         })
     }
 
-    fn cast_in(&self, run: Run, file: Dtype, src: &[u8]) -> Result<(), MemoryError> {
+    fn cast_in(&self, run: Run, from: Dtype, src: &[u8]) -> Result<(), MemoryError> {
         CAST.with_borrow_mut(|(live, _)| {
             live.resize((run.count * self.element) as usize, 0);
-            cast_bytes(file, src, self.dtype, live);
+            cast_bytes(from, src, self.dtype, live);
             self.copy_in(run, live)
         })
     }

@@ -71,6 +71,9 @@ impl<'a> Piece<'a> {
 
 /// One device that works on the memories that say so ([`DeviceMemory`]). Ranges given to it are of its own memories.
 pub trait Accelerator: Send + Sync + Debug {
+    /// For people: what it is called and which one it is.
+    fn name(&self) -> String;
+
     /// Hashes the blocks of `runs` (each a multiple of [`BLOCK`](super::BLOCK) long) in order, and gives `each` the hashes
     /// as they come, with the number of the first one's block counted over all runs.
     fn hash_runs(&self, runs: &[DeviceRange], each: &mut dyn FnMut(u64, &[Hash])) -> Result<(), MemoryError>;

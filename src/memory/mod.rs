@@ -1,6 +1,7 @@
 //! Memory that holds weights, behind one small interface: copy, strided copy, hash. Of the host ([`HostMemory`]) or of a GPU
-//! ([`cuda`]), which also works on many blocks at a time ([`Accelerator`]). The bytes belong to an engine that may write them, or vanish, at any moment: a copy may
-//! mix old and new values (callers hold a step boundary when that matters), and a vanished memory is an error.
+//! ([`cuda`]), which also works on many blocks at a time ([`Accelerator`]). The bytes belong to an engine that may write them,
+//! or vanish, at any moment: a copy may mix old and new values (callers hold a step boundary when that matters), and a
+//! vanished memory is an error.
 
 mod accelerator;
 mod available;

@@ -1,8 +1,8 @@
 //! A device that is no device: host memory under made-up addresses, for tests of what plans work for a GPU.
 
 use super::{
-    Accelerator, BLOCK, DeviceMemory, DeviceRange, Hash, HostBuffer, HostMemory, Memory, MemoryError, Piece, Span, Strided,
-    block_hash,
+    Accelerator, BLOCK, DeviceMemory, DeviceRange, Hash, HostBuffer, HostMemory, Memory, MemoryError, Piece, Span,
+    Strided, block_hash,
 };
 use parking_lot::Mutex;
 use std::any::Any;
@@ -40,6 +40,10 @@ impl SimulatedDevice {
 }
 
 impl Accelerator for SimulatedDevice {
+    fn name(&self) -> String {
+        "simulated".into()
+    }
+
     fn hash_runs(&self, runs: &[DeviceRange], each: &mut dyn FnMut(u64, &[Hash])) -> Result<(), MemoryError> {
         let mut hashes = Vec::new();
         for run in runs {

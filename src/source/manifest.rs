@@ -1,8 +1,10 @@
 //! The manifest: the JSON file in which an engine says where its weights are (`docs/manifest.md`).
 
+use super::device_memory::open_ipc;
 use super::shared_file::map_file;
 use super::{Engine, Segment, SourceError};
-use crate::memory::HostMemory;
+use crate::memory::Memory;
+use crate::memory::cuda::{DeviceName, IpcHandle};
 use crate::model::{Dtype, parse_dtype};
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
@@ -35,7 +37,7 @@ pub struct Manifest {
 #[derive(Debug, Clone)]
 pub enum MemoryEntry {
     File { path: PathBuf, bytes: u64 },
-    CudaIpc { bytes: u64 },
+    CudaIpc { device: DeviceName, handle: IpcHandle, bytes: u64 },
 }
 
 #[derive(Debug, Clone)]
@@ -48,17 +50,18 @@ pub struct TensorMap {
 impl MemoryEntry {
     pub fn bytes(&self) -> u64 {
         match self {
-            MemoryEntry::File { bytes, .. } | MemoryEntry::CudaIpc { bytes } => *bytes,
+            MemoryEntry::File { bytes, .. } | MemoryEntry::CudaIpc { bytes, .. } => *bytes,
         }
     }
 
-    pub fn map(&self, manifest: &Manifest, writable: bool) -> Result<HostMemory, SourceError> {
-        match self {
-            MemoryEntry::File { path, bytes } => map_file(path, *bytes, manifest.foreign_owner, writable),
-            MemoryEntry::CudaIpc { .. } => {
-                Err(SourceError::NeedsCuda { path: manifest.path.clone(), what: "a memory of kind cuda-ipc".into() })
+    /// `number`: of this memory in its manifest, for messages.
+    pub fn map(&self, manifest: &Manifest, number: usize, writable: bool) -> Result<Arc<dyn Memory>, SourceError> {
+        Ok(match self {
+            MemoryEntry::File { path, bytes } => Arc::new(map_file(path, *bytes, manifest.foreign_owner, writable)?),
+            MemoryEntry::CudaIpc { device, handle, bytes } => {
+                Arc::new(open_ipc(&manifest.path, number, device, handle, *bytes, writable)?)
             }
-        }
+        })
     }
 }
 
@@ -93,7 +96,7 @@ enum MemoryJson {
     #[serde(rename = "file")]
     File { path: PathBuf, bytes: u64 },
     #[serde(rename = "cuda-ipc")]
-    CudaIpc { bytes: u64 },
+    CudaIpc { device: String, handle: String, bytes: u64 },
 }
 
 #[derive(Deserialize)]
@@ -129,7 +132,7 @@ impl Manifest {
         let mut text = Vec::new();
         std::io::Read::read_to_end(&mut &file, &mut text).map_err(io)?;
         if text.starts_with(b"PK\x03\x04") {
-            return Err(SourceError::NeedsCuda { path: path.to_path_buf(), what: "a file of torch handles".into() });
+            return Err(SourceError::TorchHandles { path: path.to_path_buf() });
         }
         let json: Json = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
         if json.weightfs != 1 {
@@ -139,9 +142,13 @@ impl Manifest {
         if json.engine.rank >= world_size {
             return Err(bad(format!("rank {} is not one of {world_size}", json.engine.rank)));
         }
-        let memories = json.memories.into_iter().map(|m| match m {
-            MemoryJson::File { path, bytes } => MemoryEntry::File { path, bytes },
-            MemoryJson::CudaIpc { bytes } => MemoryEntry::CudaIpc { bytes },
+        let memories = json.memories.into_iter().enumerate().map(|(i, m)| match m {
+            MemoryJson::File { path, bytes } => Ok(MemoryEntry::File { path, bytes }),
+            MemoryJson::CudaIpc { device, handle, bytes } => {
+                let parsed = IpcHandle::parse(&handle);
+                let handle = parsed.ok_or_else(|| bad(format!("the handle of memory {i} is not of 128 hex digits")))?;
+                Ok(MemoryEntry::CudaIpc { device: DeviceName::Uuid(device), handle, bytes })
+            }
         });
         let tensors = json.tensors.into_iter().map(|(name, t)| {
             let tensor = tensor_map(t).map_err(|why| bad(format!("tensor '{name}': {why}")))?;
@@ -155,7 +162,7 @@ impl Manifest {
             engine,
             rank,
             world_size,
-            memories: memories.collect(),
+            memories: memories.collect::<Result<_, SourceError>>()?,
             tensors: tensors.collect::<Result<_, SourceError>>()?,
             opaque: json.opaque,
             foreign_owner,

@@ -5,6 +5,7 @@
 
 mod boundary;
 mod cover;
+mod device_memory;
 mod engine;
 mod manifest;
 mod matching;
@@ -17,6 +18,7 @@ pub use manifest::Manifest;
 pub use matching::{Diagnosis, diagnose};
 pub use own::{OwnWeights, load_own};
 
+use crate::memory::cuda::CudaError;
 use crate::memory::{Memory, MemoryError};
 use crate::model::{Dtype, ModelDirectory};
 use matching::{matching, read_all};
@@ -41,8 +43,14 @@ pub enum SourceError {
     EngineGone { path: PathBuf, why: String },
     #[error("tensor '{tensor}' does not fit the model directory: {why} (`weightfs diagnose` lists every tensor)")]
     Mismatch { tensor: String, why: String },
-    #[error("{path} needs CUDA ({what}), which this version of weightfs cannot open yet")]
-    NeedsCuda { path: PathBuf, what: String },
+    #[error("{path} names memory of a GPU: {why}")]
+    NoCuda { path: PathBuf, why: String },
+    #[error("memory {number} of {path} cannot be opened: {why}")]
+    CudaMemory { path: PathBuf, number: usize, why: String },
+    #[error("{path} is a file of torch handles, which this version of weightfs cannot read yet")]
+    TorchHandles { path: PathBuf },
+    #[error("the weights cannot be loaded to the GPU: {0}")]
+    Device(#[from] CudaError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error("memory for the weights ({bytes} bytes) could not be had: {source}")]
@@ -114,6 +122,23 @@ impl Source {
         Ok(())
     }
 
+    /// Lets go of the memories of engines that have ended, so that theirs is free again.
+    pub fn release(&self) {
+        self.memories.iter().for_each(|m| m.release());
+    }
+
+    /// The devices that hold live weights, as `status` names them: `cpu`, or a GPU's name and UUID.
+    pub fn devices(&self) -> Vec<String> {
+        let mut names: Vec<String> = Vec::new();
+        for memory in &self.memories {
+            let name = memory.device().map_or_else(|| "cpu".to_string(), |d| d.accelerator().name());
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        names
+    }
+
     pub fn live_bytes(&self) -> u64 {
         self.memories.iter().map(|m| m.bytes()).sum()
     }
@@ -140,8 +165,8 @@ impl Source {
         }
         let mut memories: Vec<Arc<dyn Memory>> = Vec::new();
         for manifest in &manifests {
-            for memory in &manifest.memories {
-                memories.push(Arc::new(memory.map(manifest, writable)?) as Arc<dyn Memory>);
+            for (number, memory) in manifest.memories.iter().enumerate() {
+                memories.push(memory.map(manifest, number, writable)?);
             }
         }
         let (engines, locks) = manifests.into_iter().map(|m| (m.engine, m.file)).unzip();

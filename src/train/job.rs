@@ -178,6 +178,11 @@ impl Plan {
         self.settings.epochs * self.steps.len() as u64
     }
 
+    /// How many samples step number `step` of the job runs.
+    pub fn samples_in(&self, step: u64) -> usize {
+        self.steps[(step % self.steps.len() as u64) as usize].len()
+    }
+
     /// The rows of step number `step` of the job. Samples are numbered from 1, as in messages.
     pub fn batch(&self, step: u64) -> Batch {
         batch(&self.samples, &self.steps[(step % self.steps.len() as u64) as usize])

@@ -31,8 +31,14 @@ pub enum JobState {
 pub struct JobRecord {
     pub id: u64,
     pub state: JobState,
+    /// Where it came from: a path, or what the submitter calls it.
+    #[serde(default)]
+    pub source: String,
     pub config: Settings,
     pub samples: u64,
+    /// Samples run so far, of every epoch.
+    #[serde(default)]
+    pub samples_done: u64,
     /// Steps it has in all, and those done.
     pub steps: u64,
     pub steps_done: u64,
@@ -57,6 +63,10 @@ pub struct JobRecord {
 }
 
 impl JobRecord {
+    pub fn has_ended(&self) -> bool {
+        !matches!(self.state, JobState::Queued | JobState::Running)
+    }
+
     pub fn tokens_per_second(&self) -> f64 {
         if self.seconds > 0.0 { self.tokens as f64 / self.seconds } else { 0.0 }
     }
@@ -103,11 +113,14 @@ pub struct Options {
     pub listener: Option<Listener>,
     /// Bytes that a job may use; asked when a job comes in. By default what the system has available.
     pub free_memory: fn() -> u64,
+    /// Begin nothing until [`Queue::resume`].
+    pub paused: bool,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { threads: 0, history: Vec::new(), listener: None, free_memory: available_memory }
+        let free_memory = || crate::memory::available().unwrap_or(u64::MAX);
+        Options { threads: 0, history: Vec::new(), listener: None, free_memory, paused: false }
     }
 }
 
@@ -149,13 +162,13 @@ impl Queue {
     ) -> std::io::Result<Queue> {
         let mut history = options.history;
         for job in &mut history {
-            if matches!(job.state, JobState::Queued | JobState::Running) {
+            if !job.has_ended() {
                 job.state = JobState::Cut;
                 job.error = Some("the program ended before the job did".into());
             }
         }
         let next_id = history.iter().map(|j| j.id + 1).max().unwrap_or(1);
-        let inner = Inner { next_id, history, ..Inner::default() };
+        let inner = Inner { next_id, history, paused: options.paused, ..Inner::default() };
         let shared = Arc::new(Shared { inner: inner.into(), changed: Condvar::new(), listener: options.listener });
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(options.threads)
@@ -168,22 +181,26 @@ impl Queue {
         Ok(Queue { shared, model, text, state, free_memory: options.free_memory, thread: Some(thread) })
     }
 
-    /// Checks a job whole, and queues it. Returns its id.
-    pub fn submit(&self, job: &str) -> Result<u64, QueueError> {
+    /// Checks a job whole, and queues it. `source` is where it came from. Returns its id.
+    pub fn submit(&self, job: &str, source: &str) -> Result<u64, QueueError> {
         let model = &self.model;
         let plan = Job::parse(job)?.prepare(&self.text, &model.architecture, &*model.weights, &self.state)?;
         let free = (self.free_memory)();
         if plan.memory > free {
             return Err(QueueError::NoMemory { needs: size(plan.memory), free: size(free) });
         }
-        let mut inner = self.shared.inner.lock();
-        let id = inner.next_id;
-        inner.next_id += 1;
+        let id = {
+            let mut inner = self.shared.inner.lock();
+            inner.next_id += 1;
+            inner.next_id - 1
+        };
         let record = JobRecord {
             id,
             state: JobState::Queued,
+            source: source.to_string(),
             config: plan.settings.clone(),
             samples: plan.samples.len() as u64,
+            samples_done: 0,
             steps: plan.steps(),
             steps_done: 0,
             losses: Vec::new(),
@@ -199,9 +216,9 @@ impl Queue {
             notes: plan.notes.clone(),
             error: None,
         };
-        inner.queued.push_back((record.clone(), plan));
-        drop(inner);
+        // Told before it can begin, so that what is told of a job is told in order.
         self.shared.tell(&record);
+        self.shared.inner.lock().queued.push_back((record, plan));
         self.shared.changed.notify_all();
         Ok(id)
     }
@@ -233,6 +250,12 @@ impl Queue {
     pub fn resume(&self) {
         self.shared.inner.lock().paused = false;
         self.shared.changed.notify_all();
+    }
+
+    /// The job that runs or, with none, the next that waits.
+    pub fn busy_with(&self) -> Option<u64> {
+        let inner = self.shared.inner.lock();
+        inner.running.as_ref().or(inner.queued.front().map(|(job, _)| job)).map(|job| job.id)
     }
 
     pub fn status(&self) -> QueueStatus {
@@ -331,6 +354,7 @@ impl Shared {
             let mut inner = self.inner.lock();
             let job = inner.running.as_mut().expect("this job runs");
             job.steps_done += 1;
+            job.samples_done += plan.samples_in(step) as u64;
             job.losses.push(report.loss as f32);
             job.tokens += report.rows as u64;
             job.trained_tokens += report.targets as u64;
@@ -391,11 +415,4 @@ fn size(bytes: u64) -> String {
     } else {
         format!("{} MB", bytes.div_ceil(1_000_000))
     }
-}
-
-/// Memory that the system could give without swapping (`MemAvailable`); no limit where that is not told.
-pub fn available_memory() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok()).map_or(u64::MAX, |kb| kb * 1024)
 }

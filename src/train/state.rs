@@ -69,7 +69,8 @@ impl OptimizerState {
         self.tensors.values().map(|t| 4 * (t.m.len() + t.v.len()) as u64).sum()
     }
 
-    pub fn to_safetensors(&self) -> Vec<u8> {
+    /// The counters as JSON, and the moments by name, as little-endian f32.
+    pub fn to_parts(&self) -> (String, Vec<(String, Vec<u8>)>) {
         let header = Header {
             version: VERSION,
             step: self.step,
@@ -85,6 +86,36 @@ impl OptimizerState {
             .flat_map(|(name, t)| [(format!("{name}.m"), &t.m), (format!("{name}.v"), &t.v)])
             .map(|(name, values)| (name, values.iter().flat_map(|x| x.to_le_bytes()).collect()))
             .collect();
+        (json, moments)
+    }
+
+    /// The reverse of [`OptimizerState::to_parts`]. `moment` finds one by its name.
+    pub fn from_parts<'a>(json: &str, moment: impl Fn(&str) -> Option<&'a [u8]>) -> Result<OptimizerState, BadState> {
+        let header: Header = serde_json::from_str(json).map_err(|e| BadState(e.to_string()))?;
+        if header.version != VERSION {
+            return Err(BadState(format!("its version is {}, this program reads {VERSION}", header.version)));
+        }
+        let values = |name: String| -> Result<Vec<f32>, BadState> {
+            let bytes = moment(&name).ok_or_else(|| BadState(format!("{name} is missing")))?;
+            if bytes.len() % 4 != 0 {
+                return Err(BadState(format!("{name} is no list of F32")));
+            }
+            Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        };
+        let mut tensors = BTreeMap::new();
+        for (name, t) in header.tensors {
+            let (m, v) = (values(format!("{name}.m"))?, values(format!("{name}.v"))?);
+            if m.len() != v.len() {
+                return Err(BadState(format!("{name}.m and {name}.v differ in size")));
+            }
+            let last_norm = t.last_norm.map(f32::from_bits);
+            tensors.insert(name, TensorState { form: t.form, steps: t.steps, last_norm, m, v });
+        }
+        Ok(OptimizerState { step: header.step, tensors })
+    }
+
+    pub fn to_safetensors(&self) -> Vec<u8> {
+        let (json, moments) = self.to_parts();
         let views = moments.iter().map(|(name, bytes)| {
             let view = TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes);
             (name.as_str(), view.expect("the shape is made from the bytes"))
@@ -98,28 +129,9 @@ impl OptimizerState {
         let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| bad(&e))?;
         let json = metadata.metadata().as_ref().and_then(|m| m.get(KEY));
         let json = json.ok_or_else(|| BadState(format!("its metadata has no {KEY}")))?;
-        let header: Header = serde_json::from_str(json).map_err(|e| bad(&e))?;
-        if header.version != VERSION {
-            return Err(BadState(format!("its version is {}, this program reads {VERSION}", header.version)));
-        }
         let file = SafeTensors::deserialize(bytes).map_err(|e| bad(&e))?;
-        let values = |name: String| -> Result<Vec<f32>, BadState> {
-            let view = file.tensor(&name).map_err(|e| bad(&e))?;
-            if view.dtype() != Dtype::F32 {
-                return Err(BadState(format!("{name} is {:?}, not F32", view.dtype())));
-            }
-            Ok(view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
-        };
-        let mut tensors = BTreeMap::new();
-        for (name, t) in header.tensors {
-            let (m, v) = (values(format!("{name}.m"))?, values(format!("{name}.v"))?);
-            if m.len() != v.len() {
-                return Err(BadState(format!("{name}.m and {name}.v differ in size")));
-            }
-            let last_norm = t.last_norm.map(f32::from_bits);
-            tensors.insert(name, TensorState { form: t.form, steps: t.steps, last_norm, m, v });
-        }
-        Ok(OptimizerState { step: header.step, tensors })
+        let moment = |name: &str| file.tensor(name).ok().filter(|v| v.dtype() == Dtype::F32).map(|v| v.data());
+        OptimizerState::from_parts(json, moment)
     }
 }
 

@@ -73,7 +73,7 @@ impl Model {
         let all = reference.all();
         Model {
             reference,
-            tree: Tree::new(Arc::new(mounted)),
+            tree: Tree::new(mounted),
             live_mode,
             read_only,
             inodes: BTreeMap::from([(1, (PathBuf::new(), 1))]),
@@ -254,7 +254,9 @@ impl Model {
 
     /// Runs a command in the mount and in the model; says what does not agree.
     pub fn command(&mut self, text: &str) -> Result<(), String> {
-        let outcome = parse(text.as_bytes()).and_then(|c| self.tree.mounted().command(&c)).map_err(|e| e.errno);
+        let outcome = parse(text.as_bytes())
+            .and_then(|c| self.tree.mounted().command(&c, std::process::id()))
+            .map_err(|e| e.errno);
         let (word, argument) = text.split_once(' ').unwrap_or((text, ""));
         let newest = self.commits.last().unwrap().clone();
         let expected = match word {
@@ -288,7 +290,11 @@ impl Model {
                 self.frozen = word == "freeze";
                 Ok(())
             }
-            "pause" | "resume" | "cancel" | "train" => Err(Errno::NOSYS),
+            "train" if self.gone => Err(Errno::STALE),
+            "pause" | "train" if self.read_only => Err(Errno::ROFS),
+            "pause" => Ok(()),
+            // There is no file of that name here.
+            "train" => Err(Errno::NOENT),
             _ => Err(Errno::INVAL),
         };
         if outcome.as_ref().map(|_| ()).map_err(|e| *e) != expected {

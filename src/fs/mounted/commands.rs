@@ -1,20 +1,21 @@
 //! What the commands of `ctl` do.
 
 use super::{Event, Mounted};
-use crate::commit::CommitRequest;
+use crate::commit::{CommitRequest, Moment};
 use crate::fs::FsError;
 use crate::fs::ctl::Command;
 use crate::fs::status::CommandFacts;
 use crate::image::{ImageError, ShardBytes};
 use rustix::io::Errno;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 impl Mounted {
-    /// Runs one command to its end; one at a time. Returns what it did in a sentence.
-    pub fn command(&self, command: &Command) -> Result<String, FsError> {
+    /// Runs one command to its end; one at a time. `writer` is the process or thread that gave it. Returns what it did in
+    /// a sentence.
+    pub fn command(&self, command: &Command, writer: u32) -> Result<String, FsError> {
         let result = match self.commanding.try_lock() {
-            Some(_turn) => self.run(command),
+            Some(_turn) => self.run(command, writer),
             None => Err(FsError::new(Errno::BUSY, "another command is running: try again when `status` shows its end")),
         };
         let facts = CommandFacts {
@@ -45,7 +46,7 @@ impl Mounted {
         error
     }
 
-    fn run(&self, command: &Command) -> Result<String, FsError> {
+    fn run(&self, command: &Command, writer: u32) -> Result<String, FsError> {
         match command {
             Command::Commit { message } => {
                 self.doing(Some("committing"));
@@ -59,10 +60,10 @@ impl Mounted {
                 Some(_) => Ok("weights may change again".into()),
                 None => Err(FsError::new(Errno::INVAL, "the weights are not frozen")),
             },
-            Command::Train { .. } | Command::Cancel { .. } | Command::Pause | Command::Resume => Err(FsError::new(
-                Errno::NOSYS,
-                format!("training through a mount is not built yet, so '{}' does nothing", command.name()),
-            )),
+            Command::Train { job } => self.train(job, writer),
+            Command::Cancel { id } => self.cancel(*id),
+            Command::Pause => self.pause(true),
+            Command::Resume => self.pause(false),
             Command::Rollback { id } => {
                 self.doing(Some("rolling-back"));
                 let result = self.rollback(*id);
@@ -82,19 +83,29 @@ impl Mounted {
             return Err(FsError::new(Errno::ROFS, "the mount is read-only"));
         };
         self.alive()?;
+        self.whole()?;
         committer.ensure_baseline(&|_| {})?;
         // Steps that another process took are not counted anywhere: what differs from the last commit is one at least.
-        let committed = committer.newest().map_or(0, |c| c.step);
-        let mut step = self.step.load(Ordering::Acquire);
-        if !self.image.source().is_own() {
-            step = step.max(committed + 1);
-        }
-        let request = CommitRequest::new(message.unwrap_or_default(), step);
+        let uncounted = match self.image.source().is_own() {
+            true => 0,
+            false => committer.newest().map_or(0, |c| c.step) + 1,
+        };
+        let (step, optimizer) = (AtomicU64::new(0), AtomicU64::new(0));
+        let moment = || {
+            let now = self.step.load(Ordering::Acquire).max(uncounted);
+            step.store(now, Ordering::Release);
+            optimizer.store(self.optimizer_step().unwrap_or(0), Ordering::Release);
+            Moment { step: now, optimizer: self.optimizer_to_commit() }
+        };
+        let request = CommitRequest { moment: Some(&moment), ..CommitRequest::new(message.unwrap_or_default(), 0) };
         let report = committer.commit(&*self.image, &request)?;
+        let step = step.into_inner();
         if report.commit.is_some() {
             self.step.fetch_max(step, Ordering::AcqRel);
         }
-        self.facts.lock().dirty = "no";
+        self.optimizer_committed(optimizer.into_inner());
+        // A job may have gone on since.
+        self.facts.lock().dirty = if self.step.load(Ordering::Acquire) > step { "yes" } else { "no" };
         Ok(report.to_string())
     }
 
@@ -104,8 +115,10 @@ impl Mounted {
         if self.frozen.lock().is_some() {
             return Err(FsError::new(Errno::BUSY, "the weights are frozen: `thaw` first"));
         }
+        self.no_jobs("roll back")?;
         committer.ensure_baseline(&|_| {})?;
         let report = committer.rollback(id, Some(&*self.image))?;
+        self.optimizer_rolled_back()?;
         if report.live_bytes > 0 {
             // Readers see it as they see a step: with the next open.
             self.step.fetch_add(1, Ordering::AcqRel);
@@ -152,7 +165,8 @@ fn errno_name(errno: Errno) -> String {
         (Errno::IO, "EIO"),
         (Errno::STALE, "ESTALE"),
         (Errno::ROFS, "EROFS"),
-        (Errno::NOSYS, "ENOSYS"),
+        (Errno::OPNOTSUPP, "EOPNOTSUPP"),
+        (Errno::FBIG, "EFBIG"),
         (Errno::NOENT, "ENOENT"),
         (Errno::NOMEM, "ENOMEM"),
         (Errno::PERM, "EPERM"),

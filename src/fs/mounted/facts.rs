@@ -8,6 +8,9 @@ use crate::view::CopiedShards;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+/// Jobs that `status.json` lists.
+const JOBS: usize = 100;
+
 impl Mounted {
     pub fn status(&self) -> Status {
         let source = self.image.source();
@@ -19,10 +22,14 @@ impl Mounted {
         let frozen = self.frozen.lock().is_some();
         let newest = self.committer.as_ref().and_then(|c| c.newest());
         let facts = self.facts.lock();
+        let (paused, running, jobs_queued, jobs) = self.training.jobs();
+        let older = jobs.len().saturating_sub(JOBS);
         let state = match (&facts.gone, facts.doing) {
             (Some(_), _) => "failed",
             (None, Some(doing)) => doing,
             (None, None) if frozen => "frozen",
+            (None, None) if paused => "paused",
+            (None, None) if running.is_some() => "training",
             (None, None) => "idle",
         };
         let (served, why) = match (&self.view, self.passthrough.get()) {
@@ -42,7 +49,7 @@ impl Mounted {
                     name => name.to_string(),
                 }),
                 pids: source.engines.iter().filter_map(|e| e.pid).collect(),
-                device: "cpu".into(),
+                device: source.devices().join(", "),
                 bytes: self.directory.bytes(),
                 tensors: source.places.len() as u64,
                 live: count(|p| matches!(p, Place::Live(_))),
@@ -65,9 +72,9 @@ impl Mounted {
             readers: ReaderFacts { open, pids, hold_seconds_left: held.map(|d| d.as_secs()) },
             committed: newest.as_ref().map(commit_facts),
             dirty: facts.dirty,
-            job: None::<JobFacts>,
-            jobs_queued: 0,
-            jobs: Vec::new(),
+            job: running.map(JobFacts::of),
+            jobs_queued,
+            jobs: jobs.into_iter().skip(older).map(JobFacts::of).collect(),
             last_command: facts.last_command.clone(),
             last_error: facts.last_error.clone(),
         }

@@ -1,12 +1,14 @@
 //! Everything one mount knows and does: the weights, the view of them, the commits, and the facts that `status` shows.
 //!
 //! Lock order: `moving` (one open or move of the view at a time) before `readers`; `facts` is a leaf. Step holds are taken
-//! inside `moving`, never the other way round.
+//! inside `moving`, never the other way round; under a hold the optimizer's state may be locked, and `facts`. Steps of our
+//! own tell what they did ([`training`]) while everybody else is shut out: what they tell takes no hold.
 
 mod commands;
 mod commits;
 mod facts;
 mod reading;
+mod training;
 
 use super::FsError;
 use super::status::CommandFacts;
@@ -21,9 +23,10 @@ use rustix::io::Errno;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{OnceLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
+use training::Training;
 
 /// How weights are to be shown (`--view`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +75,9 @@ pub struct Mounted {
     /// Whoever opens or moves the view takes turns; in it, when the last move that failed did so, and why.
     moving: Mutex<Option<(Instant, FsError)>>,
     readers: Mutex<Readers>,
+    training: Training,
+    /// For threads that outlive a call.
+    me: Weak<Mounted>,
     snapshots: Mutex<HashMap<u64, (Arc<Snapshot>, usize)>>,
     frozen: Mutex<Option<HoldGuard>>,
     commanding: Mutex<()>,
@@ -100,7 +106,7 @@ impl Mounted {
         committer: Option<Arc<Committer>>,
         mount_point: PathBuf,
         options: &ViewOptions,
-    ) -> Result<Mounted, FsError> {
+    ) -> Result<Arc<Mounted>, FsError> {
         let directory = image.directory().clone();
         let (view, why_direct) = view_for(&image, options)?;
         let mtime = directory.shards.iter().map(|s| std::fs::metadata(&s.path)?.modified());
@@ -113,8 +119,9 @@ impl Mounted {
             mtime: mtime.collect::<Result<_, std::io::Error>>()?,
             changed_at: SystemTime::now(),
         };
+        let training = Training::new(&directory, committer.as_ref(), &image)?;
         let step = committer.as_ref().map_or(0, |c| c.step());
-        Ok(Mounted {
+        Ok(Arc::new_cyclic(|me| Mounted {
             directory,
             image,
             mount_point,
@@ -126,6 +133,8 @@ impl Mounted {
             passthrough: OnceLock::new(),
             moving: Mutex::default(),
             readers: Mutex::new(Readers::new(options.hold)),
+            training,
+            me: me.clone(),
             snapshots: Mutex::default(),
             frozen: Mutex::default(),
             commanding: Mutex::default(),
@@ -135,7 +144,7 @@ impl Mounted {
             version: AtomicU64::new(1),
             facts: Mutex::new(facts),
             events: OnceLock::new(),
-        })
+        }))
     }
 
     // -- what the adapter sets and asks --

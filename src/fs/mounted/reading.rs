@@ -6,7 +6,7 @@ use crate::image::ShardBytes;
 use crate::view::{CopiedShards, Opened, Reader};
 use rustix::io::Errno;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Instant;
 
 impl Mounted {
     /// Fills the view for the first time and finds out what differs from disk; runs beside the mount.
@@ -100,6 +100,7 @@ impl Mounted {
 
     fn read_live(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), FsError> {
         let _hold = self.image.hold()?;
+        self.whole()?;
         self.image.read(shard, offset, dst)?;
         Ok(self.image.check()?)
     }
@@ -119,15 +120,17 @@ impl Mounted {
         if self.is_current() {
             return Ok(());
         }
-        let step = self.step.load(Ordering::Acquire);
+        self.whole()?;
         let began = Instant::now();
-        let refreshed = view.refresh(&*self.image)?;
+        let (refreshed, step) = view.refresh_at(&*self.image, &|| self.step.load(Ordering::Acquire))?;
         log::debug!("view: {} blocks in {:?}", refreshed.blocks, began.elapsed());
         self.view_ready.store(true, Ordering::Release);
         if refreshed.filled {
             self.view_step.store(step, Ordering::Release);
         } else if refreshed.blocks > 0 {
             self.weights_moved(step);
+        } else {
+            self.view_step.store(step, Ordering::Release);
         }
         self.changed();
         Ok(())
@@ -143,11 +146,7 @@ impl Mounted {
         self.view_step.store(step, Ordering::Release);
         let mut facts = self.facts.lock();
         facts.dirty = "yes";
-        let now = SystemTime::now();
-        for mtime in &mut facts.mtime {
-            // Forward always, even when the clock went back: that is how rsync and make notice.
-            *mtime = now.max(*mtime + Duration::from_nanos(1));
-        }
+        facts.weights_changed();
         drop(facts);
         self.tell(Event::ViewMoved);
     }

@@ -217,6 +217,10 @@ impl Gpu {
 }
 
 impl Accelerator for Gpu {
+    fn name(&self) -> String {
+        format!("{} {}", self.device.id.name, self.device.id.uuid)
+    }
+
     fn hash_runs(&self, runs: &[DeviceRange], each: &mut dyn FnMut(u64, &[Hash])) -> Result<(), MemoryError> {
         self.with_hasher(|hasher| hasher.runs(&self.device, runs, each)).map_err(|e| e.about(&self.what()))
     }
@@ -436,7 +440,13 @@ impl Lane {
                 }
             } else {
                 let count = (bytes / piece.element) as u32;
-                strided.push(RawStrided { from: address, to, stride: piece.stride, element: piece.element as u32, count });
+                strided.push(RawStrided {
+                    from: address,
+                    to,
+                    stride: piece.stride,
+                    element: piece.element as u32,
+                    count,
+                });
             }
             next += 1;
         }

@@ -1,9 +1,7 @@
 //! Weights on a GPU: an engine's, mapped here, or our own.
 
 use super::{CudaError, Device, DeviceBuffer, Gpu, IpcHandle, IpcMemory};
-use crate::memory::{
-    Accelerator, BLOCK, DeviceMemory, DeviceRange, Hash, Memory, MemoryError, Strided,
-};
+use crate::memory::{Accelerator, BLOCK, DeviceMemory, DeviceRange, Hash, Memory, MemoryError, Strided};
 use parking_lot::{Mutex, RwLock};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,16 +36,28 @@ impl Held {
     }
 }
 
+/// Why another process's memory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("{0}")]
+    Refused(#[from] CudaError),
+    #[error("it has {has} bytes where {promised} were promised")]
+    Short { has: u64, promised: u64 },
+}
+
 impl CudaMemory {
-    /// Maps another process's allocation. Its size is asked of the driver and may be larger than what is needed of it.
+    /// Maps another process's allocation, of which the first `bytes` are used.
     pub fn open(
         device: &Arc<Device>,
         handle: &IpcHandle,
+        bytes: u64,
         what: String,
         writable: bool,
-    ) -> Result<CudaMemory, CudaError> {
+    ) -> Result<CudaMemory, OpenError> {
         let memory = IpcMemory::open(device, handle)?;
-        let bytes = memory.bytes();
+        if memory.bytes() < bytes {
+            return Err(OpenError::Short { has: memory.bytes(), promised: bytes });
+        }
         Ok(CudaMemory::new(device, Held::Ipc(memory), bytes, what, writable))
     }
 

@@ -19,12 +19,12 @@ mod modules;
 mod pinned;
 
 pub use buffer::{DeviceBuffer, RawDev};
-pub use device::{Device, DeviceId, Priority, devices};
+pub use device::{Device, DeviceId, DeviceName, Priority, devices};
 pub use error::CudaError;
 pub use gpu::Gpu;
 pub use ipc::{IpcHandle, IpcMemory};
 pub use libraries::{Found, Library, add_search_process, load};
-pub use memory::CudaMemory;
+pub use memory::{CudaMemory, OpenError};
 pub use modules::Ptx;
 pub use pinned::{PinnedBuffer, PinnedMapping};
 

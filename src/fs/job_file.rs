@@ -1,0 +1,68 @@
+//! A job's file, as the process means it that wrote its path to `ctl`: relative to its directory, in its root.
+
+use super::FsError;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// Above this a file is no job somebody wrote: reading it would fill the memory.
+const LARGEST: u64 = 1 << 30;
+
+/// Reads the file that `writer` (a process or thread) calls `path`. Returns its text and what to call it.
+pub fn read(path: &str, writer: u32) -> Result<(String, String), FsError> {
+    let given = Path::new(path);
+    let fail = |errno: Errno, why: &str| Err(FsError::new(errno, format!("the job {path}: {why}")));
+    // The writer may live in a container: its root is not ours. Where its root cannot be looked at, ours has to do.
+    let root = PathBuf::from(format!("/proc/{writer}/root"));
+    let named = match given.strip_prefix("/") {
+        Ok(below) if writer != 0 && !is_ours(&root) => root.join(below),
+        Ok(_) => given.to_owned(),
+        Err(_) => {
+            let directory = PathBuf::from(format!("/proc/{writer}/cwd"));
+            match std::fs::read_link(&directory) {
+                Ok(_) => directory.join(given),
+                Err(_) => return fail(Errno::INVAL, "the directory of its writer is not known: give an absolute path"),
+            }
+        }
+    };
+    // Never waits for the other end of a pipe.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let mut file = match rustix::fs::open(&named, flags, Mode::empty()) {
+        Ok(file) => File::from(file),
+        Err(Errno::NOENT) => return fail(Errno::NOENT, "there is no such file"),
+        Err(e @ (Errno::ACCESS | Errno::PERM)) => {
+            return fail(e, "the daemon may not read it: its owner is the user who mounted");
+        }
+        Err(e) => return fail(e, &std::io::Error::from(e).to_string()),
+    };
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return fail(Errno::INVAL, "it is no regular file");
+    }
+    if metadata.len() > LARGEST {
+        return fail(Errno::FBIG, "it is larger than 1 GiB: cut it into several jobs");
+    }
+    let mut bytes = Vec::new();
+    file.by_ref().take(LARGEST + 1).read_to_end(&mut bytes)?;
+    match String::from_utf8(bytes) {
+        Ok(text) => {
+            let name = std::fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file)));
+            Ok((text, name.map_or(path.to_string(), |n| n.display().to_string())))
+        }
+        Err(e) => {
+            let line = 1 + e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|&&b| b == b'\n').count();
+            fail(Errno::INVAL, &format!("line {line} is not UTF-8 text"))
+        }
+    }
+}
+
+/// Whether that root is our own, or cannot be looked at.
+fn is_ours(root: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (std::fs::metadata(root), std::fs::metadata("/")) {
+        (Ok(its), Ok(ours)) => (its.dev(), its.ino()) == (ours.dev(), ours.ino()),
+        _ => true,
+    }
+}

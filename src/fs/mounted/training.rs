@@ -1,0 +1,339 @@
+//! Jobs through `ctl`: the queue, which starts with the first of them, and what of it outlives the daemon.
+
+use super::{Event, Mounted};
+use crate::commit::{self, CommitError, Committer};
+use crate::fs::{FsError, job_file};
+use crate::image::Image;
+use crate::model::ModelDirectory;
+use crate::source::Place;
+use crate::train::queue::{self, QueueError};
+use crate::train::{
+    Architecture, Config, JobRecord, JobRecords, JobState, LiveWeights, Model, OptimizerState, Queue, Refusal, StepEnd,
+    TextModel,
+};
+use parking_lot::Mutex;
+use rustix::io::Errno;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
+
+/// The trainer of one mount.
+pub(super) struct Training {
+    /// `None` on a read-only mount.
+    records: Option<JobRecords>,
+    /// Of former lives: what the queue starts with.
+    history: Vec<JobRecord>,
+    /// Jobs that the last daemon left behind, a sentence each.
+    cut: Vec<String>,
+    queue: OnceLock<Queue>,
+    /// Asked for before there was a queue.
+    paused: AtomicBool,
+    /// Threads that train; 0 for all cores.
+    threads: AtomicUsize,
+    /// The optimizer's step as of the newest commit, once a queue has taken its state from there.
+    committed: Mutex<u64>,
+    /// A step was cut while it was written: the weights are of no step.
+    torn: AtomicBool,
+}
+
+impl Training {
+    /// Reads the records of former lives. A job that ran or waited when the daemon ended is cut, and said so.
+    pub(super) fn new(
+        directory: &ModelDirectory,
+        committer: Option<&Arc<Committer>>,
+        image: &Image,
+    ) -> Result<Training, FsError> {
+        let (mut records, mut history, mut cut) = (None, Vec::new(), Vec::new());
+        if let Some(committer) = committer {
+            let path = directory.state_dir().join("jobs");
+            let opened = JobRecords::open(&path);
+            let (opened, mut known) =
+                opened.map_err(|e| FsError::new(crate::fs::error::errno_of(&e), format!("{}: {e}", path.display())))?;
+            for job in known.iter_mut().filter(|job| !job.has_ended()) {
+                let commit = committer.newest().map_or("the files".into(), |c| format!("commit {}", c.id));
+                job.error = Some(match (job.state, image.source().is_own()) {
+                    (JobState::Queued, _) => "the daemon ended before it began".into(),
+                    (_, true) => format!(
+                        "the daemon ended after step {} of {}: the weights are those of {commit} again",
+                        job.steps_done, job.steps
+                    ),
+                    (_, false) => format!(
+                        "the daemon ended after step {} of {}: the engine's weights are as it left them, the optimizer's state is that of {commit}",
+                        job.steps_done, job.steps
+                    ),
+                });
+                job.state = JobState::Cut;
+                job.ended_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+                cut.push(format!("job {} was cut: {}", job.id, job.error.as_deref().unwrap_or_default()));
+                opened.keep(job)?;
+            }
+            (records, history) = (Some(opened), known);
+        }
+        Ok(Training {
+            records,
+            history,
+            cut,
+            queue: OnceLock::new(),
+            paused: AtomicBool::new(false),
+            threads: AtomicUsize::new(0),
+            committed: Mutex::new(0),
+            torn: AtomicBool::new(false),
+        })
+    }
+
+    /// How the jobs stand: paused, the one that runs, how many wait, and all that are known, oldest first.
+    pub(super) fn jobs(&self) -> (bool, Option<JobRecord>, u64, Vec<JobRecord>) {
+        match self.queue.get() {
+            Some(queue) => {
+                let status = queue.status();
+                let waiting = status.queued.len() as u64;
+                let mut all = status.history;
+                all.extend(status.running.clone());
+                all.extend(status.queued);
+                all.sort_by_key(|job| job.id);
+                (status.paused, status.running, waiting, all)
+            }
+            None => (self.paused.load(Ordering::Acquire), None, 0, self.history.clone()),
+        }
+    }
+}
+
+impl Mounted {
+    /// How many threads train; 0 for all cores. Set before the first job.
+    pub fn set_train_threads(&self, threads: usize) {
+        self.training.threads.store(threads, Ordering::Release);
+    }
+
+    /// Jobs that the last daemon left behind, a sentence each.
+    pub fn cut_jobs(&self) -> &[String] {
+        &self.training.cut
+    }
+
+    /// From here to the end of the process no step begins to write: the one that writes now has ended.
+    pub fn finish_steps(&self) {
+        // A freeze is over with the mount; a step that waits for its end would keep us.
+        drop(self.frozen.lock().take());
+        std::mem::forget(self.image.source().boundary.step());
+    }
+
+    /// Whether a step was cut while it was written, as an error.
+    pub(super) fn whole(&self) -> Result<(), FsError> {
+        match self.training.torn.load(Ordering::Acquire) {
+            false => Ok(()),
+            true => Err(FsError::new(
+                Errno::IO,
+                "a step was cut while it was written, so the weights are of no step: `rollback ID` mends them (`weightfs log` lists ids)",
+            )),
+        }
+    }
+
+    /// Queues a job: a path as the writer of `ctl` means it, or JSON.
+    pub(super) fn train(&self, job: &str, writer: u32) -> Result<String, FsError> {
+        self.alive()?;
+        self.whole()?;
+        if self.committer.is_none() {
+            return Err(FsError::new(Errno::ROFS, "the mount is read-only"));
+        }
+        let inline = job.starts_with('{');
+        let (text, source) = match inline {
+            true => (job.to_string(), "ctl".to_string()),
+            false => job_file::read(job, writer)?,
+        };
+        let queue = self.queue()?;
+        let refused = |e: QueueError| {
+            let message = if inline { e.to_string() } else { format!("{source}: {e}") };
+            match e {
+                QueueError::BadJob(_) => FsError::new(Errno::INVAL, message),
+                QueueError::NoMemory { .. } => FsError::new(Errno::NOMEM, message),
+                QueueError::NoSuchJob(_) => FsError::new(Errno::INVAL, message),
+            }
+        };
+        let id = queue.submit(&text, &source).map_err(refused)?;
+        let known = queue.job(id);
+        let notes = known.as_ref().map_or(String::new(), |j| j.notes.iter().map(|n| format!("; {n}")).collect());
+        let steps = known.map_or(0, |j| j.steps);
+        Ok(format!("job {id} is queued: {steps} steps{notes}"))
+    }
+
+    pub(super) fn cancel(&self, id: u64) -> Result<String, FsError> {
+        let none = QueueError::NoSuchJob(id);
+        let cancelled = self.training.queue.get().map_or(Err(none), |queue| queue.cancel(id));
+        cancelled.map_err(|e| FsError::new(Errno::INVAL, e.to_string()))?;
+        Ok(format!("job {id} ends here; the steps it took stay"))
+    }
+
+    pub(super) fn pause(&self, paused: bool) -> Result<String, FsError> {
+        if self.committer.is_none() {
+            return Err(FsError::new(Errno::ROFS, "the mount is read-only"));
+        }
+        self.training.paused.store(paused, Ordering::Release);
+        match (self.training.queue.get(), paused) {
+            (Some(queue), true) => queue.pause(),
+            (Some(queue), false) => queue.resume(),
+            (None, _) => {}
+        }
+        Ok(if paused { "jobs stand still after the running step until `resume`" } else { "jobs go on" }.into())
+    }
+
+    /// Refuses what must not happen beside a job.
+    pub(super) fn no_jobs(&self, what: &str) -> Result<(), FsError> {
+        match self.training.queue.get().and_then(Queue::busy_with) {
+            None => Ok(()),
+            Some(id) => {
+                let why = format!("job {id} runs or waits: {what} when it has ended, or `cancel {id}` first");
+                Err(FsError::new(Errno::BUSY, why))
+            }
+        }
+    }
+
+    /// The optimizer's state, for a commit that holds the weights of this moment; `None` when it stands as committed.
+    pub(super) fn optimizer_to_commit(&self) -> Option<commit::OptimizerState> {
+        let state = self.training.queue.get()?.state();
+        let state = state.lock();
+        (state.step != *self.training.committed.lock()).then(|| committed_form(&state))
+    }
+
+    /// A commit has made the optimizer's state of `step` durable.
+    pub(super) fn optimizer_committed(&self, step: u64) {
+        *self.training.committed.lock() = step;
+    }
+
+    /// The optimizer's steps so far, if there is one. The weights are held.
+    pub(super) fn optimizer_step(&self) -> Option<u64> {
+        Some(self.training.queue.get()?.state().lock().step)
+    }
+
+    /// After a rollback: the state of the newest commit, which is now that of the one gone back to.
+    pub(super) fn optimizer_rolled_back(&self) -> Result<(), FsError> {
+        self.training.torn.store(false, Ordering::Release);
+        let Some(queue) = self.training.queue.get() else { return Ok(()) };
+        let state = self.newest_optimizer()?;
+        *self.training.committed.lock() = state.step;
+        *queue.state().lock() = state;
+        Ok(())
+    }
+
+    fn newest_optimizer(&self) -> Result<OptimizerState, FsError> {
+        let Some(committer) = &self.committer else { return Ok(OptimizerState::default()) };
+        let Some(newest) = committer.newest() else { return Ok(OptimizerState::default()) };
+        let unusable = |e: &dyn std::fmt::Display| {
+            let why = format!(
+                "the optimizer's state of commit {} cannot be used ({e}): `rollback ID` to one that can",
+                newest.id
+            );
+            FsError::new(Errno::IO, why)
+        };
+        let committed = committer.optimizer_state(newest.id).map_err(|e: CommitError| unusable(&e))?;
+        committed.map_or(Ok(OptimizerState::default()), |state| trained_form(&state).map_err(|e| unusable(&e)))
+    }
+
+    /// The queue, which the first job starts. Commands come one at a time.
+    fn queue(&self) -> Result<&Queue, FsError> {
+        if let Some(queue) = self.training.queue.get() {
+            return Ok(queue);
+        }
+        let refused = |e: Refusal| {
+            let opaque = match &e {
+                Refusal::Tensor { name, .. } => match self.image.source().places.get(name) {
+                    Some(Place::Opaque(why)) => format!(" (the engine has it in a form of its own: {why})"),
+                    Some(Place::OnlyOnDisk) => " (no engine holds it)".into(),
+                    _ => String::new(),
+                },
+                _ => String::new(),
+            };
+            FsError::new(Errno::OPNOTSUPP, format!("this model cannot be trained: {e}{opaque}"))
+        };
+        let directory = &self.directory.path;
+        let config = Config::read(directory).map_err(refused)?;
+        let architecture = Architecture::from_config(&config).map_err(refused)?;
+        let mounted = self.me.clone();
+        let ended = move |end| {
+            if let Some(mounted) = mounted.upgrade() {
+                mounted.step_ended(end);
+            }
+        };
+        let weights = LiveWeights::new(self.image.clone(), ended);
+        let model = Model::new(architecture, Arc::new(weights)).map_err(refused)?;
+        let state = self.newest_optimizer()?;
+        *self.training.committed.lock() = state.step;
+        let mounted = self.me.clone();
+        let options = queue::Options {
+            threads: self.training.threads.load(Ordering::Acquire),
+            history: self.training.history.clone(),
+            listener: Some(Box::new(move |job| {
+                if let Some(mounted) = mounted.upgrade() {
+                    mounted.job_moved(job);
+                }
+            })),
+            paused: self.training.paused.load(Ordering::Acquire),
+            ..queue::Options::default()
+        };
+        let queue = Queue::start(model, TextModel::read(directory), Arc::new(Mutex::new(state)), options)?;
+        Ok(self.training.queue.get_or_init(|| queue))
+    }
+
+    /// A step has written; readers are still shut out.
+    fn step_ended(&self, end: StepEnd) {
+        match end {
+            StepEnd::Taken => {
+                self.step.fetch_add(1, Ordering::AcqRel);
+                let mut facts = self.facts.lock();
+                facts.dirty = "yes";
+                if self.view.is_none() {
+                    facts.weights_changed();
+                    drop(facts);
+                    self.tell(Event::ViewMoved);
+                }
+            }
+            StepEnd::Torn => self.training.torn.store(true, Ordering::Release),
+        }
+    }
+
+    /// Something about a job is new: kept on disk, and told to pollers.
+    fn job_moved(&self, job: &JobRecord) {
+        if let Some(records) = &self.training.records
+            && let Err(e) = records.keep(job)
+        {
+            log::warn!("the record of job {} could not be kept: {e}", job.id);
+        }
+        match (&job.state, &job.error) {
+            (JobState::Failed, error) => {
+                let why = format!("job {}: {}", job.id, error.as_deref().unwrap_or("failed"));
+                log::error!("{why}");
+                self.facts.lock().last_error = Some(why);
+            }
+            (JobState::Running, _) if job.steps_done > 0 => {}
+            (state, _) => log::info!("job {} is {state:?}", job.id),
+        }
+        self.changed();
+    }
+}
+
+impl super::Facts {
+    /// What readers see is new. Time goes forward always, even when the clock went back: that is how rsync and make
+    /// notice.
+    pub(super) fn weights_changed(&mut self) {
+        let now = SystemTime::now();
+        for mtime in &mut self.mtime {
+            *mtime = now.max(*mtime + Duration::from_nanos(1));
+        }
+    }
+}
+
+/// The state as a commit keeps it.
+fn committed_form(state: &OptimizerState) -> commit::OptimizerState {
+    let (header, moments) = state.to_parts();
+    let tensor = |(name, bytes): (String, Vec<u8>)| {
+        let shape = vec![bytes.len() as u64 / 4];
+        commit::OptimizerTensor { name, dtype: "F32".into(), shape, bytes }
+    };
+    commit::OptimizerState { header, tensors: moments.into_iter().map(tensor).collect() }
+}
+
+fn trained_form(state: &commit::OptimizerState) -> Result<OptimizerState, crate::train::state::BadState> {
+    let moment = |name: &str| {
+        let found = state.tensors.binary_search_by(|t| t.name.as_str().cmp(name)).ok()?;
+        Some(&state.tensors[found]).filter(|t| t.dtype == "F32").map(|t| &t.bytes[..])
+    };
+    OptimizerState::from_parts(&state.header, moment)
+}

@@ -1,0 +1,94 @@
+//! The weights of a mounted model, as training sees them: through the image, in the dtype that the engine keeps them in,
+//! with steps that readers and commits see whole or not at all.
+
+use super::weights::{Step, TensorSpec, Weights};
+use crate::image::{Image, ImageError, ShardBytes, StepHold};
+use crate::model::element_bytes;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// What became of a step, told while readers are still shut out: whoever holds the next step boundary knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StepEnd {
+    /// The weights are those of the next step.
+    Taken,
+    /// Cut between its first write and its last: the weights are of no step until a rollback.
+    Torn,
+}
+
+/// Live weights of a model directory.
+pub struct LiveWeights {
+    image: Arc<Image>,
+    ended: Box<dyn Fn(StepEnd) + Send + Sync>,
+}
+
+impl LiveWeights {
+    /// `ended` must not ask for a hold of the weights.
+    pub fn new(image: Arc<Image>, ended: impl Fn(StepEnd) + Send + Sync + 'static) -> LiveWeights {
+        LiveWeights { image, ended: Box::new(ended) }
+    }
+
+    /// The tensor, and how many elements a row of it has. Whoever asks has been given its [`TensorSpec`].
+    fn rows(&self, name: &str) -> (crate::image::TensorRef<'_>, u64) {
+        let tensor = self.image.tensor(name).expect("only tensors with a spec are read and written");
+        let row = tensor.shape().get(1..).unwrap_or_default().iter().product();
+        (tensor, row)
+    }
+}
+
+impl Weights for LiveWeights {
+    fn tensor(&self, name: &str) -> Option<TensorSpec> {
+        let tensor = self.image.tensor(name)?;
+        // A type smaller than a byte has no elements to read one by one.
+        element_bytes(tensor.dtype())?;
+        Some(TensorSpec { dtype: tensor.dtype(), shape: tensor.shape().to_vec() })
+    }
+
+    fn read_rows(&self, name: &str, rows: Range<u64>, dst: &mut [u8]) -> Result<(), ImageError> {
+        let (tensor, row) = self.rows(name);
+        tensor.read(rows.start * row, dst)
+    }
+
+    fn write_rows(&self, name: &str, rows: Range<u64>, src: &[u8]) -> Result<(), ImageError> {
+        let (tensor, row) = self.rows(name);
+        tensor.write(rows.start * row, src)
+    }
+
+    fn begin_step(&self) -> Result<Box<dyn Step + '_>, ImageError> {
+        // The queue takes one step at a time, and nothing else writes while it has jobs.
+        self.image.check()?;
+        Ok(Box::new(LiveStep { weights: self, alone: None }))
+    }
+}
+
+struct LiveStep<'a> {
+    weights: &'a LiveWeights,
+    /// Everybody is shut out, from `begin_update` on.
+    alone: Option<StepHold>,
+}
+
+impl Step for LiveStep<'_> {
+    fn begin_update(&mut self) -> Result<(), ImageError> {
+        self.alone = Some(self.weights.image.exclude()?);
+        Ok(())
+    }
+
+    fn finish(mut self: Box<Self>, _step: u64) -> Result<(), ImageError> {
+        // An engine that died half way took the weights with it: nobody has the rest of this step.
+        self.weights.image.check()?;
+        if let Some(alone) = self.alone.take() {
+            (self.weights.ended)(StepEnd::Taken);
+            drop(alone);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for LiveStep<'_> {
+    fn drop(&mut self) {
+        if let Some(alone) = self.alone.take() {
+            (self.weights.ended)(StepEnd::Torn);
+            drop(alone);
+        }
+    }
+}
