@@ -28,6 +28,7 @@ const KEYS: &[&str] = &[
     "committed",
     "dirty",
     "job",
+    "last_job",
     "jobs_queued",
     "last_command",
     "last_error",

@@ -1,4 +1,4 @@
-//! `--weights`: own, or manifests.
+//! `--weights`: own, or manifests, or a file of torch handles (told by its content, not its name).
 
 use super::device::DeviceChoice;
 use crate::image::Image;
@@ -12,9 +12,9 @@ use std::sync::Arc;
 
 #[derive(Args, Clone)]
 pub struct WeightsArguments {
-    /// Where the live weights are: `own` (weightfs loads the model itself), or an engine's manifest; give the option
-    /// once for each rank
-    #[arg(long, value_name = "own|MANIFEST", default_value = "own")]
+    /// Where the live weights are: `own` (weightfs loads the model itself), an engine's manifest (give the option once
+    /// for each rank), or a file in which an engine saved the handles of its CUDA memory with torch.save
+    #[arg(long, value_name = "own|MANIFEST|HANDLES.pt", default_value = "own")]
     weights: Vec<PathBuf>,
     /// Where own weights are kept; auto: on the first GPU if there is one with room for them
     #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]

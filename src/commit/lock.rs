@@ -4,6 +4,7 @@
 use super::error::CommitError;
 use super::layout::Layout;
 use super::storage::{Access, Lock, Storage, read_small};
+use crate::memory::process_start;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -33,7 +34,7 @@ pub fn lock_writer(storage: &dyn Storage, layout: &Layout, mount_point: Option<P
             mount_point: other.and_then(|w| w.mount_point),
         });
     };
-    let writer = Writer { pid: std::process::id(), start_time: own_start_time(), mount_point };
+    let writer = Writer { pid: std::process::id(), start_time: process_start(std::process::id()), mount_point };
     // Cannot fail: numbers, and a path that was given as text.
     let mut bytes = serde_json::to_vec(&writer).unwrap_or_default();
     bytes.push(b'\n');
@@ -54,10 +55,4 @@ pub fn lock_out_readers(storage: &dyn Storage, layout: &Layout) -> Result<Option
         std::thread::sleep(pause);
         waited += pause;
     }
-}
-
-fn own_start_time() -> Option<u64> {
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // The second field, the command in parentheses, may hold spaces; the start time is field 22.
-    stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()
 }

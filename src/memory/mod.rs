@@ -10,6 +10,7 @@ mod fault;
 mod hash;
 mod host;
 mod host_buffer;
+mod process;
 mod shared_bytes;
 #[cfg(test)]
 pub mod simulated;
@@ -20,6 +21,7 @@ pub use available::available;
 pub use hash::{BLOCK, Hash, block_hash, hash_into};
 pub use host::HostMemory;
 pub use host_buffer::HostBuffer;
+pub use process::process_start;
 pub use shared_bytes::{PIN_CHUNK, SharedBytes, sealed_memfd};
 pub use users::UsersProbe;
 

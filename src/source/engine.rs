@@ -1,5 +1,6 @@
 //! The life of the process that owns the weights.
 
+use crate::memory::process_start;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -55,18 +56,6 @@ impl Engine {
             Ok(0) | Err(rustix::io::Errno::INTR) => Ok(()),
             _ => Err(format!("process {pid} has ended")),
         }
-    }
-}
-
-/// When process `pid` started, in clock ticks since boot (field 22 of `/proc/PID/stat`, proc(5)); `None` when there is
-/// no such process or it is only waiting to be reaped, its memory gone.
-pub(crate) fn process_start(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the command in parentheses and may hold anything, so fields are counted after the last ')'.
-    let fields: Vec<&str> = stat[stat.rfind(')')? + 1..].split_whitespace().collect();
-    match fields.first() {
-        Some(&"Z" | &"X") | None => None,
-        Some(_) => fields.get(19)?.parse().ok(),
     }
 }
 

@@ -2,10 +2,10 @@
 
 use super::device_memory::open_ipc;
 use super::shared_file::map_file;
-use super::{Engine, Segment, SourceError};
+use super::{Engine, Segment, SourceError, handles};
 use crate::memory::Memory;
-use crate::memory::cuda::{DeviceName, IpcHandle};
-use crate::model::{Dtype, parse_dtype};
+use crate::memory::cuda::IpcHandle;
+use crate::model::{Dtype, ModelDirectory, parse_dtype};
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -30,6 +30,8 @@ pub struct Manifest {
     pub memories: Vec<MemoryEntry>,
     pub tensors: HashMap<String, TensorMap>,
     pub opaque: HashMap<String, String>,
+    /// Tensors that whoever made this out of something else could not place, and why.
+    pub(super) wrong: HashMap<String, String>,
     /// Set when another user wrote it: its memory files must be that user's own.
     foreign_owner: Option<u32>,
 }
@@ -37,7 +39,17 @@ pub struct Manifest {
 #[derive(Debug, Clone)]
 pub enum MemoryEntry {
     File { path: PathBuf, bytes: u64 },
-    CudaIpc { device: DeviceName, handle: IpcHandle, bytes: u64 },
+    CudaIpc { device: CudaDevice, handle: IpcHandle, bytes: u64 },
+}
+
+/// Which GPU a memory is on.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum CudaDevice {
+    /// `GPU-` and a UUID, as `nvidia-smi -L` shows it.
+    Uuid(String),
+    /// The engine's own number for it, which another CUDA_VISIBLE_DEVICES may have given another GPU. A handle opens on its
+    /// own GPU alone, so that the right one is found by trying, this one first.
+    Ordinal(u32),
 }
 
 #[derive(Debug, Clone)]
@@ -117,7 +129,8 @@ struct SegmentJson {
 }
 
 impl Manifest {
-    pub fn read(path: &Path) -> Result<Manifest, SourceError> {
+    /// Reads a manifest, or a file of torch handles, which only makes sense beside the model directory it belongs to.
+    pub fn read(path: &Path, directory: &ModelDirectory) -> Result<Manifest, SourceError> {
         let io = |source| SourceError::Io { path: path.to_path_buf(), source };
         let bad = |why: String| SourceError::BadManifest { path: path.to_path_buf(), why };
         let file = File::open(path).map_err(io)?;
@@ -131,8 +144,8 @@ impl Manifest {
         let foreign_owner = trust(path, &metadata)?;
         let mut text = Vec::new();
         std::io::Read::read_to_end(&mut &file, &mut text).map_err(io)?;
-        if text.starts_with(b"PK\x03\x04") {
-            return Err(SourceError::TorchHandles { path: path.to_path_buf() });
+        if handles::is_handle_file(&text) {
+            return Manifest::from_handles(path, file, &metadata, &text, directory, foreign_owner);
         }
         let json: Json = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
         if json.weightfs != 1 {
@@ -142,12 +155,12 @@ impl Manifest {
         if json.engine.rank >= world_size {
             return Err(bad(format!("rank {} is not one of {world_size}", json.engine.rank)));
         }
-        let memories = json.memories.into_iter().enumerate().map(|(i, m)| match m {
+        let memories = json.memories.into_iter().map(|m| match m {
             MemoryJson::File { path, bytes } => Ok(MemoryEntry::File { path, bytes }),
             MemoryJson::CudaIpc { device, handle, bytes } => {
-                let parsed = IpcHandle::parse(&handle);
-                let handle = parsed.ok_or_else(|| bad(format!("the handle of memory {i} is not of 128 hex digits")))?;
-                Ok(MemoryEntry::CudaIpc { device: DeviceName::Uuid(device), handle, bytes })
+                let not = || bad(format!("a CUDA IPC handle is 128 hexadecimal digits, which '{handle:.20}' is not"));
+                let handle = IpcHandle::parse(&handle).ok_or_else(not)?;
+                Ok(MemoryEntry::CudaIpc { device: CudaDevice::Uuid(device), handle, bytes })
             }
         });
         let tensors = json.tensors.into_iter().map(|(name, t)| {
@@ -165,8 +178,42 @@ impl Manifest {
             memories: memories.collect::<Result<_, SourceError>>()?,
             tensors: tensors.collect::<Result<_, SourceError>>()?,
             opaque: json.opaque,
+            wrong: HashMap::new(),
             foreign_owner,
             file: Arc::new(file),
+        })
+    }
+
+    fn from_handles(
+        path: &Path,
+        file: File,
+        metadata: &std::fs::Metadata,
+        bytes: &[u8],
+        directory: &ModelDirectory,
+        foreign_owner: Option<u32>,
+    ) -> Result<Manifest, SourceError> {
+        let bad = |why: String| SourceError::BadHandles { path: path.to_path_buf(), why };
+        let live = handles::read(bytes).map_err(bad)?;
+        let layout = handles::place(directory, &live).map_err(bad)?;
+        let gone = |why: String| SourceError::EngineGone { path: path.to_path_buf(), why };
+        let start_time = match live.pid {
+            Some(pid) => handles::started_before(pid, metadata).map_err(gone)?,
+            None => None,
+        };
+        let engine = Engine::find("torch handles".into(), path, 0, live.pid, start_time).map_err(gone)?;
+        let entry =
+            |m: handles::LiveMemory| MemoryEntry::CudaIpc { device: m.device, handle: m.handle, bytes: m.bytes };
+        Ok(Manifest {
+            path: path.to_path_buf(),
+            file: Arc::new(file),
+            engine,
+            rank: 0,
+            world_size: 1,
+            memories: live.memories.into_iter().map(entry).collect(),
+            tensors: layout.tensors,
+            opaque: layout.opaque,
+            wrong: layout.wrong,
+            foreign_owner,
         })
     }
 }

@@ -20,7 +20,7 @@ pub struct Diagnosis {
 
 /// Compares manifests with a directory without mapping anything.
 pub fn diagnose(directory: &ModelDirectory, paths: &[PathBuf]) -> Result<Diagnosis, SourceError> {
-    let manifests = read_all(paths)?;
+    let manifests = read_all(directory, paths)?;
     let matched = matching(directory, &manifests);
     let mut diagnosis = Diagnosis { only_live: matched.only_live, wrong: matched.wrong, ..Diagnosis::default() };
     for (name, place) in matched.places {
@@ -37,8 +37,8 @@ pub fn diagnose(directory: &ModelDirectory, paths: &[PathBuf]) -> Result<Diagnos
 }
 
 /// Opens every manifest and checks them against each other: one manifest for each rank, no more.
-pub(super) fn read_all(paths: &[PathBuf]) -> Result<Vec<Manifest>, SourceError> {
-    let manifests = paths.iter().map(|p| Manifest::read(p)).collect::<Result<Vec<_>, _>>()?;
+pub(super) fn read_all(directory: &ModelDirectory, paths: &[PathBuf]) -> Result<Vec<Manifest>, SourceError> {
+    let manifests = paths.iter().map(|p| Manifest::read(p, directory)).collect::<Result<Vec<_>, _>>()?;
     let world = manifests[0].world_size;
     let mut seen = BTreeMap::new();
     for manifest in &manifests {
@@ -99,6 +99,9 @@ fn live_segments(tensor: &TensorEntry, manifests: &[Manifest]) -> Result<Vec<Seg
     let mut segments = Vec::new();
     let (mut first_memory, mut named) = (0, false);
     for (rank, manifest) in manifests.iter().enumerate() {
+        if let Some(why) = manifest.wrong.get(&tensor.name) {
+            return Err(why.clone());
+        }
         if let Some(entry) = manifest.tensors.get(&tensor.name) {
             named = true;
             if entry.shape != tensor.shape {

@@ -7,6 +7,7 @@ mod boundary;
 mod cover;
 mod device_memory;
 mod engine;
+mod handles;
 mod manifest;
 mod matching;
 mod own;
@@ -14,7 +15,7 @@ mod shared_file;
 
 pub use boundary::{Boundary, HoldGuard, StepGuard};
 pub use engine::Engine;
-pub use manifest::Manifest;
+pub use manifest::{CudaDevice, Manifest, MemoryEntry, TensorMap};
 pub use matching::{Diagnosis, diagnose};
 pub use own::{OwnWeights, load_own};
 
@@ -37,6 +38,8 @@ pub enum SourceError {
     },
     #[error("{path} is not a usable manifest: {why}")]
     BadManifest { path: PathBuf, why: String },
+    #[error("{path} is not a usable handle file: {why}")]
+    BadHandles { path: PathBuf, why: String },
     #[error("{path} is not to be trusted: {why}")]
     Untrusted { path: PathBuf, why: String },
     #[error("the engine of {path} is gone: {why}; start it again and use its new manifest")]
@@ -47,8 +50,6 @@ pub enum SourceError {
     NoCuda { path: PathBuf, why: String },
     #[error("memory {number} of {path} cannot be opened: {why}")]
     CudaMemory { path: PathBuf, number: usize, why: String },
-    #[error("{path} is a file of torch handles, which this version of weightfs cannot read yet")]
-    TorchHandles { path: PathBuf },
     #[error("the weights cannot be loaded to the GPU: {0}")]
     Device(#[from] CudaError),
     #[error(transparent)]
@@ -150,7 +151,7 @@ impl Source {
         paths: &[PathBuf],
         writable: bool,
     ) -> Result<Source, SourceError> {
-        let manifests = read_all(paths)?;
+        let manifests = read_all(directory, paths)?;
         let matched = matching(directory, &manifests);
         if let Some((tensor, why)) = matched.wrong.into_iter().next() {
             return Err(SourceError::Mismatch { tensor, why });

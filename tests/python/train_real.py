@@ -1,7 +1,7 @@
 """A real model is taught facts through a real mount: it answers them through the mount while it is served, from its directory
 after a commit, and no longer after a rollback. usage: train_real.py MODEL_DIR [--contents]
 
-With --contents it also trains 256 steps at two learning rates and prints what commits after 1, 32 and 256 of them hold.
+With --contents it trains 1, 32 and 256 steps at two learning rates instead, and prints what commits after them hold.
 Needs torch, transformers, safetensors, and the release build (`cargo build --release`)."""
 import json
 import os
@@ -90,11 +90,12 @@ def contents(source):
                     size = os.path.getsize(f"{model}/{name}")
                     total, blocks = total + size // 2, blocks + -(-size // 4096)
             with mounted(model, mnt):
-                done = 0
                 for steps in (1, 32, 256):
-                    # Each from the start: 256 steps are not 256 after 33.
+                    # Each from the start: 256 steps are not 256 after 33. One fact a step.
                     ctl(mnt, "rollback 0")
-                    weightfs("train", mnt, job(f"{scratch}/{steps}.json", FACTS, lr=lr, epochs=steps), "--follow")
+                    facts = FACTS[:steps]
+                    path = job(f"{scratch}/{steps}.json", facts, lr=lr, epochs=steps // len(facts), step_tokens=1)
+                    weightfs("train", mnt, path, "--follow")
                     ctl(mnt, f"commit {steps} steps")
                     said = json.loads(weightfs("log", "--json", model).stdout)
                     newest = max(said, key=lambda c: c["id"])
@@ -106,6 +107,4 @@ def contents(source):
 
 
 if __name__ == "__main__":
-    teach(sys.argv[1])
-    if "--contents" in sys.argv:
-        contents(sys.argv[1])
+    contents(sys.argv[1]) if "--contents" in sys.argv else teach(sys.argv[1])
