@@ -1,11 +1,12 @@
 //! The image: the bytes of every shard file as they are live, header from disk plus tensors from engine memory.
 
+mod attach;
 mod runs;
 mod shard;
 mod tensor;
 mod wide;
 
-pub use shard::{Image, TensorRef};
+pub use attach::{Image, TensorRef};
 
 use crate::memory::{Accelerator, BLOCK, Hash, MemoryError};
 use rayon::prelude::*;

@@ -1,10 +1,10 @@
-//! All shards of a model as live bytes: extents of header, disk and live tensors, found by file offset.
+//! All shards of a model as live bytes of one source: extents of header, disk and live tensors, found by file offset.
 
 use super::tensor::{Fetch, LiveTensor, copy};
 use super::wide::Plans;
 use super::{ImageError, Part, ShardBytes, StepHold, wide};
 use crate::memory::{Accelerator, BLOCK, Hash, Memory, hash_into};
-use crate::model::{Dtype, ModelDirectory, Shard};
+use crate::model::{ModelDirectory, Shard, TensorEntry};
 use crate::source::{Place, Source};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -15,8 +15,8 @@ use std::sync::Arc;
 /// enough that a transposed tensor's cache lines are used by several rows.
 const GATHER_BLOCKS: usize = 16;
 
-/// The live shard files of one model.
-pub struct Image {
+/// The live shard files of one model, with weights of one source.
+pub(super) struct Attached {
     directory: Arc<ModelDirectory>,
     source: Arc<Source>,
     pub(super) shards: Vec<Vec<Extent>>,
@@ -44,8 +44,8 @@ impl Extent {
     }
 }
 
-impl Image {
-    pub fn new(directory: Arc<ModelDirectory>, source: Arc<Source>) -> Image {
+impl Attached {
+    pub fn new(directory: Arc<ModelDirectory>, source: Arc<Source>) -> Attached {
         let mut live = HashMap::new();
         let shards = directory.shards.iter().enumerate().map(|(index, shard)| {
             let mut extents = vec![Extent::Header(0..shard.header.bytes.len() as u64)];
@@ -60,7 +60,7 @@ impl Image {
             }
             extents
         });
-        Image { shards: shards.collect(), live, directory, source, plans: Plans::default() }
+        Attached { shards: shards.collect(), live, directory, source, plans: Plans::default() }
     }
 
     pub fn source(&self) -> &Arc<Source> {
@@ -71,13 +71,11 @@ impl Image {
         &self.directory
     }
 
-    /// A live tensor by its name; `None` for one that the engine does not hold as it is on disk.
-    pub fn tensor(&self, name: &str) -> Option<TensorRef<'_>> {
+    /// A live tensor by its name, and its entry in the shard's header.
+    pub fn tensor(&self, name: &str) -> Option<(&LiveTensor, &TensorEntry)> {
         let (shard, extent, entry) = *self.live.get(name)?;
         match &self.shards[shard][extent] {
-            Extent::Live(live) => {
-                Some(TensorRef { live, shape: &self.directory.shards[shard].header.tensors[entry].shape })
-            }
+            Extent::Live(live) => Some((live, &self.directory.shards[shard].header.tensors[entry])),
             _ => None,
         }
     }
@@ -120,44 +118,15 @@ impl Image {
             let part = &mut dst[(a - offset) as usize..(b - offset) as usize];
             match extent {
                 Extent::Header(_) => part.copy_from_slice(&file.header.bytes[a as usize..b as usize]),
-                Extent::Disk(_) => Image::disk(file, a, part)?,
-                Extent::Live(tensor) => tensor.read(a, part, |at, base| Image::disk(file, at, base), fetch)?,
+                Extent::Disk(_) => Attached::disk(file, a, part)?,
+                Extent::Live(tensor) => tensor.read(a, part, |at, base| Attached::disk(file, at, base), fetch)?,
             }
         }
         Ok(())
     }
 }
 
-/// A live tensor, element by element, in the engine's dtype.
-#[derive(Clone, Copy)]
-pub struct TensorRef<'a> {
-    live: &'a LiveTensor,
-    shape: &'a [u64],
-}
-
-impl TensorRef<'_> {
-    /// What the engine keeps it in, which may differ from the file's dtype among the float types.
-    pub fn dtype(&self) -> Dtype {
-        self.live.live_dtype()
-    }
-
-    pub fn shape(&self) -> &[u64] {
-        self.shape
-    }
-
-    /// Copies elements, row-major from number `first` on, into `dst`.
-    pub fn read(&self, first: u64, dst: &mut [u8]) -> Result<(), ImageError> {
-        Ok(self.live.read_live(first, dst)?)
-    }
-
-    /// Writes elements from number `first` on, on every rank that holds them. The caller [excludes](ShardBytes::exclude)
-    /// readers.
-    pub fn write(&self, first: u64, src: &[u8]) -> Result<(), ImageError> {
-        Ok(self.live.write_live(first, src)?)
-    }
-}
-
-impl ShardBytes for Image {
+impl ShardBytes for Attached {
     fn shards(&self) -> usize {
         self.shards.len()
     }

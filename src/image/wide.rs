@@ -1,7 +1,7 @@
 //! Weights on a device, many blocks at a time: what the device hashes where it is, what it gathers, and what is put
 //! together here from pieces that it gathered (casts, transposed rows, blocks on two devices, ends of files).
 
-use super::shard::{Extent, Image};
+use super::shard::{Attached, Extent};
 use super::tensor::copy;
 use super::{BATCH, ImageError, Part, ShardBytes, differing};
 use crate::memory::{Accelerator, BLOCK, DeviceRange, Hash, Memory, MemoryError, Piece, Span, Strided, hash_into};
@@ -97,7 +97,7 @@ impl Plan {
 
 /// Finds out where the blocks of `ranges` lie. `ready` is given a plan each time one is large enough.
 fn plan(
-    image: &Image,
+    image: &Attached,
     ranges: &[(usize, Range<u64>)],
     mut ready: impl FnMut(Plan) -> Result<(), ImageError>,
 ) -> Result<(), ImageError> {
@@ -128,7 +128,7 @@ fn plan(
 }
 
 /// A block that lies in pieces: spans for its device, if one has all of them as they are in the file.
-fn plan_block(image: &Image, shard: usize, block: u64, scratch: &mut [u8], plan: &mut Plan) -> Result<(), ImageError> {
+fn plan_block(image: &Attached, shard: usize, block: u64, scratch: &mut [u8], plan: &mut Plan) -> Result<(), ImageError> {
     let at = block * BLOCK as u64;
     if at + BLOCK as u64 > image.shard_bytes(shard) {
         plan.add_rest(shard, block);
@@ -165,7 +165,7 @@ fn plan_block(image: &Image, shard: usize, block: u64, scratch: &mut [u8], plan:
 }
 
 /// Walks through a read without the copies. What is not live is read into `dst`, and what is in host memory.
-fn ask(image: &Image, shard: usize, offset: u64, dst: &mut [u8]) -> Result<Vec<Asked>, ImageError> {
+fn ask(image: &Attached, shard: usize, offset: u64, dst: &mut [u8]) -> Result<Vec<Asked>, ImageError> {
     let mut asked = Vec::new();
     let within = dst.as_ptr_range();
     image.read_with(shard, offset, dst, &mut |number, memory, run, out| {
@@ -180,7 +180,7 @@ fn ask(image: &Image, shard: usize, offset: u64, dst: &mut [u8]) -> Result<Vec<A
 }
 
 /// See [`ShardBytes::changed`].
-pub(super) fn changed(image: &Image, ranges: &[(usize, Range<u64>)], known: &[&[Hash]]) -> Result<Blocks, ImageError> {
+pub(super) fn changed(image: &Attached, ranges: &[(usize, Range<u64>)], known: &[&[Hash]]) -> Result<Blocks, ImageError> {
     let found = Mutex::new(Vec::new());
     let cached = image.plans.0.lock().as_ref().filter(|(asked, _)| asked == ranges).map(|(_, plans)| plans.clone());
     match cached {
@@ -214,7 +214,7 @@ pub(super) fn changed(image: &Image, ranges: &[(usize, Range<u64>)], known: &[&[
 }
 
 /// Devices hash beside each other, and beside the processor.
-fn run(image: &Image, plan: &Plan, known: &[&[Hash]], found: &Mutex<Blocks>) -> Result<(), ImageError> {
+fn run(image: &Attached, plan: &Plan, known: &[&[Hash]], found: &Mutex<Blocks>) -> Result<(), ImageError> {
     let rest = || rest(image, &plan.rest, known, found);
     if let [device] = &plan.devices[..]
         && plan.rest.is_empty()
@@ -234,7 +234,7 @@ fn run(image: &Image, plan: &Plan, known: &[&[Hash]], found: &Mutex<Blocks>) -> 
 }
 
 impl DevicePlan {
-    fn run(&self, image: &Image, known: &[&[Hash]], found: &Mutex<Blocks>) -> Result<(), ImageError> {
+    fn run(&self, image: &Attached, known: &[&[Hash]], found: &Mutex<Blocks>) -> Result<(), ImageError> {
         if !self.blocks.is_empty() {
             self.hash_spans(image, known, found)?;
         }
@@ -270,7 +270,7 @@ impl DevicePlan {
         Ok(())
     }
 
-    fn hash_spans(&self, image: &Image, known: &[&[Hash]], found: &Mutex<Blocks>) -> Result<(), ImageError> {
+    fn hash_spans(&self, image: &Attached, known: &[&[Hash]], found: &Mutex<Blocks>) -> Result<(), ImageError> {
         let memories = &image.source().memories;
         let span = |s: &PlannedSpan| {
             let range = range_of(&*memories[s.memory], s.offset, s.bytes as u64)?;
@@ -296,7 +296,7 @@ fn range_of(memory: &dyn Memory, offset: u64, bytes: u64) -> Result<DeviceRange,
 
 /// Blocks that are copied here to be hashed, or that lie here, so many together as one task takes.
 fn rest(
-    image: &Image,
+    image: &Attached,
     blocks: &[(usize, Range<u64>)],
     known: &[&[Hash]],
     found: &Mutex<Blocks>,
@@ -358,7 +358,7 @@ struct Placed {
 }
 
 /// See [`ShardBytes::read_parts`].
-pub(super) fn read_parts(image: &Image, parts: &mut [Part<'_>]) -> Result<(), ImageError> {
+pub(super) fn read_parts(image: &Attached, parts: &mut [Part<'_>]) -> Result<(), ImageError> {
     let memories = &image.source().memories;
     let mut gatherings: Vec<Gathering> = Vec::new();
     // Stretches of parts that hold casts: everything of a stretch goes through the buffer, in the order of its walk.
@@ -424,7 +424,7 @@ pub(super) fn read_parts(image: &Image, parts: &mut [Part<'_>]) -> Result<(), Im
 }
 
 /// Cuts a part where extents of its shard end, so that a cast tensor does not make its neighbours take the longer way.
-fn stretches(image: &Image, shard: usize, offset: u64, len: usize) -> Vec<Range<usize>> {
+fn stretches(image: &Attached, shard: usize, offset: u64, len: usize) -> Vec<Range<usize>> {
     let end = offset + len as u64;
     let extents = image.extents_from(shard, offset).iter().map(Extent::range).take_while(|r| r.start < end);
     extents.map(|r| (r.start.max(offset) - offset) as usize..(r.end.min(end) - offset) as usize).collect()

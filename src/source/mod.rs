@@ -14,7 +14,7 @@ mod own;
 mod shared_file;
 
 pub use boundary::{Boundary, HoldGuard, StepGuard};
-pub use engine::Engine;
+pub use engine::{Engine, ManifestId};
 pub use manifest::{CudaDevice, Manifest, MemoryEntry, TensorMap};
 pub use matching::{Diagnosis, diagnose};
 pub use own::{OwnWeights, load_own};
@@ -24,6 +24,7 @@ use crate::memory::{Memory, MemoryError};
 use crate::model::{Dtype, ModelDirectory};
 use matching::{matching, read_all};
 use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -120,7 +121,21 @@ impl Source {
         for memory in &self.memories {
             memory.check().map_err(|e| e.to_string())?;
         }
+        // That an engine has freed memory of a GPU cannot be seen; that it takes back what it said of it can.
+        if self.memories.iter().any(|m| m.device().is_some()) {
+            for (engine, manifest) in self.engines.iter().zip(self.boundary.manifests()) {
+                if manifest.metadata().is_ok_and(|m| m.nlink() == 0) {
+                    return Err(format!("the engine took its manifest {} back", engine.manifest.display()));
+                }
+            }
+        }
         Ok(())
+    }
+
+    /// Of the manifests as they were opened, one a rank.
+    pub fn manifest_ids(&self) -> Vec<ManifestId> {
+        let metadata = self.boundary.manifests().iter().filter_map(|file| file.metadata().ok());
+        metadata.map(|m| ManifestId::of(&m)).collect()
     }
 
     /// Lets go of the memories of engines that have ended, so that theirs is free again.

@@ -1,5 +1,6 @@
 //! Weights scattered over two simulated devices and the host in every way a segment can lie, against plain reads.
 
+use super::super::shard::Attached;
 use super::*;
 use crate::memory::simulated::SimulatedDevice;
 use crate::memory::{HostMemory, block_hash};
@@ -28,7 +29,7 @@ enum Layout {
 
 struct World {
     _directory: tempfile::TempDir,
-    image: Image,
+    image: Attached,
     devices: [Arc<SimulatedDevice>; 2],
     memories: Vec<Arc<dyn Memory>>,
 }
@@ -101,11 +102,11 @@ fn world(layouts: &[Layout], pad: usize) -> World {
         engines: Vec::new(),
         boundary: Arc::new(Boundary::new(Vec::new())),
     };
-    World { _directory: directory, image: Image::new(model, Arc::new(source)), devices, memories }
+    World { _directory: directory, image: Attached::new(model, Arc::new(source)), devices, memories }
 }
 
 /// All bytes, by the way that knows nothing of devices.
-fn plain(image: &Image) -> Vec<u8> {
+fn plain(image: &Attached) -> Vec<u8> {
     let mut bytes = vec![0; image.shard_bytes(0) as usize];
     image.read_with(0, 0, &mut bytes, &mut copy).unwrap();
     bytes
@@ -115,7 +116,7 @@ fn hashes(bytes: &[u8]) -> Vec<Hash> {
     bytes.chunks(BLOCK).map(block_hash).collect()
 }
 
-fn live(image: &Image) -> Blocks {
+fn live(image: &Attached) -> Blocks {
     image.live_blocks(0).into_iter().map(|r| (0, r)).collect()
 }
 
