@@ -67,10 +67,6 @@ impl Attached {
         &self.source
     }
 
-    pub fn directory(&self) -> &Arc<ModelDirectory> {
-        &self.directory
-    }
-
     /// A live tensor by its name, and its entry in the shard's header.
     pub fn tensor(&self, name: &str) -> Option<(&LiveTensor, &TensorEntry)> {
         let (shard, extent, entry) = *self.live.get(name)?;

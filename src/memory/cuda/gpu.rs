@@ -3,10 +3,11 @@
 use super::error::Doing;
 use super::hasher::Hasher;
 use super::pinned::is_pinned;
+use super::pool::Pool;
 use super::{CudaError, Device, DeviceBuffer, PinnedBuffer, PinnedMapping, Priority, Ptx};
 use crate::memory::{Accelerator, DeviceRange, Hash, HostBuffer, MemoryError, Piece, Span, Strided};
 use cudarc::driver::{CudaEvent, CudaStream, LaunchConfig, PushKernelArg, sys};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use std::any::Any;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Weak};
@@ -32,17 +33,11 @@ const SPINS: usize = 2000;
 #[derive(Debug)]
 pub struct Gpu {
     device: Arc<Device>,
-    lanes: Mutex<Lanes>,
-    lane_free: Condvar,
-    hashers: Mutex<Vec<Hasher>>,
+    lanes: Pool<Lane>,
+    /// Without a limit: who hashes may run other tasks of the thread pool meanwhile, and those hash as well.
+    hashers: Pool<Hasher>,
     /// Pinned memory that was given back.
     staging: Arc<Mutex<Vec<PinnedBuffer>>>,
-}
-
-#[derive(Debug, Default)]
-struct Lanes {
-    free: Vec<Lane>,
-    made: usize,
 }
 
 /// A stream with a pinned buffer and room for the descriptions of pieces.
@@ -86,9 +81,8 @@ impl Gpu {
         }
         let gpu = Arc::new(Gpu {
             device: device.clone(),
-            lanes: Mutex::default(),
-            lane_free: Condvar::new(),
-            hashers: Mutex::default(),
+            lanes: Pool::new(MAX_LANES),
+            hashers: Pool::new(usize::MAX),
             staging: Arc::default(),
         });
         open.push(Arc::downgrade(&gpu));
@@ -102,28 +96,13 @@ impl Gpu {
     /// Runs `work` with a lane of its own, and notes a fatal error.
     fn with_lane<T>(&self, work: impl FnOnce(&mut Lane) -> Result<T, CudaError>) -> Result<T, CudaError> {
         self.device.bind()?;
-        let mut lanes = self.lanes.lock();
-        let mut lane = loop {
-            if let Some(lane) = lanes.free.pop() {
-                break lane;
-            }
-            if lanes.made < MAX_LANES {
-                lanes.made += 1;
-                drop(lanes);
-                break Lane::new(&self.device).inspect_err(|_| {
-                    self.lanes.lock().made -= 1;
-                    self.lane_free.notify_one();
-                })?;
-            }
-            self.lane_free.wait(&mut lanes);
-        };
+        let mut lane = self.device.noted(self.lanes.take(|| Lane::new(&self.device)))?;
         let result = self.device.noted(work(&mut lane));
         if result.is_err() {
             // Whatever is still on its way to the lane's buffer, or from it, must end before the next user.
             let _ = lane.stream.synchronize();
         }
-        self.lanes.lock().free.push(lane);
-        self.lane_free.notify_one();
+        self.lanes.give_back(lane);
         result
     }
 
@@ -198,16 +177,12 @@ impl Gpu {
 
     fn with_hasher<T>(&self, work: impl FnOnce(&mut Hasher) -> Result<T, CudaError>) -> Result<T, CudaError> {
         self.device.bind()?;
-        let idle = self.hashers.lock().pop();
-        let mut hasher = match idle {
-            Some(hasher) => hasher,
-            None => Hasher::new(&self.device)?,
-        };
+        let mut hasher = self.device.noted(self.hashers.take(|| Hasher::new(&self.device)))?;
         let result = self.device.noted(work(&mut hasher));
         if result.is_err() {
             let _ = hasher.drain();
         }
-        self.hashers.lock().push(hasher);
+        self.hashers.give_back(hasher);
         result
     }
 

@@ -17,6 +17,7 @@ mod libraries;
 mod memory;
 mod modules;
 mod pinned;
+mod pool;
 
 pub use buffer::{DeviceBuffer, RawDev};
 pub use device::{Device, DeviceId, DeviceName, Priority, devices};
