@@ -76,7 +76,9 @@ fn check(name: &str) {
             let want = golden.get(&format!("{run}.logits"));
             assert_eq!(logits.len(), want.len(), "{name} {run}");
             let worst = logits.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(worst < 1e-5, "{name} {run}: logits differ by {worst}");
+            // A state carried over 190 tokens gathers rounding: transformers' own two ways differ by 1e-5 there (make.py says so).
+            let limit = if name == "qwen3_5" { 4e-5 } else { 1e-5 };
+            assert!(worst < limit, "{name} {run}: logits differ by {worst}");
             let (loss, gradients) = gradients(&model, &batch);
             let want = golden.get(&format!("{run}.loss"))[0] as f64;
             assert!((loss - want).abs() < 1e-6, "{name} {run}: loss {loss}, transformers {want}");
@@ -122,6 +124,16 @@ fn qwen2_with_a_window_in_upper_layers_matches_transformers() {
 #[test]
 fn qwen3_with_a_tied_head_matches_transformers() {
     check("qwen3_tied");
+}
+
+#[test]
+fn qwen3_5_over_several_chunks_matches_transformers() {
+    check("qwen3_5");
+}
+
+#[test]
+fn the_text_model_of_qwen3_5_with_vision_and_a_tied_head_matches_transformers() {
+    check("qwen3_5_vision_tied");
 }
 
 #[test]

@@ -48,7 +48,7 @@ fn model(path: &Path) -> Model {
     let tensors: Vec<_> = specs()
         .into_iter()
         .map(|(name, shape)| {
-            let bytes = to_bytes(Dtype::BF16, &golden_weights(&name, shape.iter().product::<u64>() as usize));
+            let bytes = to_bytes(Dtype::BF16, &golden_weights(&name, shape.iter().product::<u64>() as usize, 0.0));
             (name, shape, bytes)
         })
         .collect();
@@ -83,7 +83,7 @@ struct Trail {
 impl Trail {
     fn of(jobs: &[String]) -> Trail {
         let tensors = specs().into_iter().map(|(name, shape)| {
-            let values = golden_weights(&name, shape.iter().product::<u64>() as usize);
+            let values = golden_weights(&name, shape.iter().product::<u64>() as usize, 0.0);
             (name, TensorSpec { dtype: Dtype::BF16, shape }, to_bytes(Dtype::BF16, &values))
         });
         let weights = Arc::new(InMemory::new(tensors));

@@ -12,6 +12,8 @@ pub enum Refusal {
     Config(String),
     #[error("training does not know the family '{family}' (config.json, model_type): it knows {supported}")]
     Family { family: String, supported: String },
+    #[error("family {0} does not train yet, since it has experts; it is mounted, read and committed like any other")]
+    Experts(String),
     #[error("family {family} with {what} does not train yet: {supported}")]
     Option { family: &'static str, what: String, supported: &'static str },
     #[error("tensor '{name}': {why}")]

@@ -1,7 +1,8 @@
 //! Gradients of one step, a tensor at a time and parts of a tensor at a time, from what the backward pass left. All of
 //! them are known to be finite before the first is asked for.
 
-use super::families::{Architecture, Layer};
+use super::delta_net::DeltaNetGradients;
+use super::families::{Architecture, Layer, Linear, Mixer};
 use super::pack::Batch;
 use super::step::product_is_finite;
 use crate::compute::cpu::buffers::Buffer;
@@ -16,10 +17,7 @@ pub(super) struct LayerGradients {
     pub x_in: Buffer,
     pub rstd_in: Buffer,
     pub input_norm: Vec<f32>,
-    pub dq: Buffer,
-    pub dk: Buffer,
-    pub dv: Buffer,
-    pub attended: Buffer,
+    pub mixer: MixerGradients,
     pub d_mid: Buffer,
     pub x_mid: Buffer,
     pub rstd_mid: Buffer,
@@ -30,37 +28,106 @@ pub(super) struct LayerGradients {
     pub d_out: Buffer,
     pub d_input_norm: Vec<f32>,
     pub d_post_norm: Vec<f32>,
+}
+
+pub(super) enum MixerGradients {
+    Attention(AttentionGradients),
+    DeltaNet(DeltaNetGradients),
+}
+
+pub(super) struct AttentionGradients {
+    pub dq: Buffer,
+    pub dk: Buffer,
+    pub dv: Buffer,
+    /// Input of o.
+    pub attended: Buffer,
     pub d_qk_norm: Option<(Vec<f32>, Vec<f32>)>,
 }
 
+/// What a linear was given.
+#[derive(Clone, Copy)]
+enum Input<'a> {
+    /// The layer's input after its norm.
+    Normed,
+    /// The stream after the mixer and the norm that follows.
+    NormedMid,
+    Rows(&'a [f32]),
+}
+
+/// A small tensor's gradient: name, rows, columns, values.
+type Small<'a> = (&'a str, usize, usize, &'a [f32]);
+
 impl LayerGradients {
+    /// Every linear of the layer, with its output's gradient.
+    fn linears<'a>(&'a self, layer: &'a Layer) -> Vec<(&'a Linear, &'a [f32], Input<'a>)> {
+        let mut all: Vec<(&Linear, &[f32], Input)> = match (&layer.mixer, &self.mixer) {
+            (Mixer::Attention(l), MixerGradients::Attention(g)) => vec![
+                (&l.q, &g.dq, Input::Normed),
+                (&l.k, &g.dk, Input::Normed),
+                (&l.v, &g.dv, Input::Normed),
+                (&l.o, &self.d_mid, Input::Rows(&g.attended)),
+            ],
+            (Mixer::DeltaNet(l), MixerGradients::DeltaNet(g)) => vec![
+                (&l.qkv, &g.d_qkv, Input::Normed),
+                (&l.z, &g.d_z, Input::Normed),
+                (&l.b, &g.d_b, Input::Normed),
+                (&l.a, &g.d_a, Input::Normed),
+                (&l.out, &self.d_mid, Input::Rows(&g.mixed)),
+            ],
+            _ => unreachable!("a layer's gradients are its own mixer's"),
+        };
+        all.push((&layer.down, &self.d_out, Input::Rows(&self.act)));
+        all.extend([(&layer.gate, &*self.d_gate, Input::NormedMid), (&layer.up, &self.d_up, Input::NormedMid)]);
+        all
+    }
+
+    /// Every other tensor of the layer, biases aside.
+    fn small<'a>(&'a self, layer: &'a Layer) -> Vec<Small<'a>> {
+        let vector = |name: &'a str, dw: &'a [f32]| (name, 1, dw.len(), dw);
+        let mut all = vec![vector(&layer.input_norm, &self.d_input_norm), vector(&layer.post_norm, &self.d_post_norm)];
+        match (&layer.mixer, &self.mixer) {
+            (Mixer::Attention(l), MixerGradients::Attention(g)) => {
+                if let (Some((q, k)), Some((dq, dk))) = (&l.qk_norm, &g.d_qk_norm) {
+                    all.extend([vector(q, dq), vector(k, dk)]);
+                }
+            }
+            (Mixer::DeltaNet(l), MixerGradients::DeltaNet(g)) => {
+                all.push((&l.convolution, l.shape.channels(), l.kernel, &g.d_convolution));
+                all.extend([
+                    vector(&l.a_log, &g.d_a_log),
+                    vector(&l.dt_bias, &g.d_dt_bias),
+                    vector(&l.norm, &g.d_norm),
+                ]);
+            }
+            _ => unreachable!("a layer's gradients are its own mixer's"),
+        }
+        all
+    }
+
     /// Says which gradient may overflow, if one may.
-    pub(super) fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self, layer: &Layer) -> Result<(), String> {
         let rows = self.rstd_in.len();
         // A normed row is at most sqrt(H) times its weight.
         let bound = |w: &[f32]| w.iter().fold(0.0f32, |m, w| m.max(w.abs())) * (w.len() as f32).sqrt();
         let (n_in, n_mid) = ([bound(&self.input_norm)], [bound(&self.post_norm)]);
-        let products: [(&[f32], &[f32], &str); 7] = [
-            (&self.dq, &n_in, "q_proj"),
-            (&self.dk, &n_in, "k_proj"),
-            (&self.dv, &n_in, "v_proj"),
-            (&self.d_mid, &self.attended, "o_proj"),
-            (&self.d_gate, &n_mid, "gate_proj"),
-            (&self.d_up, &n_mid, "up_proj"),
-            (&self.d_out, &self.act, "down_proj"),
-        ];
-        for (dy, x, name) in products {
+        // The module's own name, without where it is.
+        let short = |name: &str| {
+            let name = name.strip_suffix(".weight").unwrap_or(name);
+            format!("gradient of {}", name.rsplit('.').next().unwrap_or(name))
+        };
+        for (l, dy, x) in self.linears(layer) {
+            let x = match x {
+                Input::Normed => &n_in,
+                Input::NormedMid => &n_mid,
+                Input::Rows(x) => x,
+            };
             if !product_is_finite(dy, x, rows) {
-                return Err(format!("gradient of {name}"));
+                return Err(short(&l.weight));
             }
         }
-        let mut norms = vec![(&self.d_input_norm, "input_layernorm"), (&self.d_post_norm, "post_attention_layernorm")];
-        if let Some((q, k)) = &self.d_qk_norm {
-            norms.extend([(q, "q_norm"), (k, "k_norm")]);
-        }
-        for (dw, name) in norms {
+        for (name, _, _, dw) in self.small(layer) {
             if !product_is_finite(dw, &[1.0], 1) {
-                return Err(format!("gradient of {name}"));
+                return Err(short(name));
             }
         }
         Ok(())
@@ -170,13 +237,14 @@ impl Gradients {
             let layer: &Layer = &a.layers[i];
             let mut normed = g.x_in.like();
             rms_norm::apply(&g.x_in, &g.input_norm, &g.rstd_in, &mut normed);
-            let mut linears = vec![(&layer.q, &g.dq, &normed), (&layer.k, &g.dk, &normed), (&layer.v, &g.dv, &normed)];
-            linears.push((&layer.o, &g.d_mid, &g.attended));
-            linears.push((&layer.down, &g.d_out, &g.act));
             let mut normed_mid = g.x_mid.like();
             rms_norm::apply(&g.x_mid, &g.post_norm, &g.rstd_mid, &mut normed_mid);
-            linears.extend([(&layer.gate, &g.d_gate, &normed_mid), (&layer.up, &g.d_up, &normed_mid)]);
-            for (l, dy, x) in linears {
+            for (l, dy, x) in g.linears(layer) {
+                let x = match x {
+                    Input::Normed => &normed,
+                    Input::NormedMid => &normed_mid,
+                    Input::Rows(x) => x,
+                };
                 give(&l.weight, l.outputs, l.inputs, Source::Product { dy, x })?;
                 if let Some(bias) = &l.bias {
                     let mut db = vec![0.0; l.outputs];
@@ -184,11 +252,8 @@ impl Gradients {
                     give(bias, 1, l.outputs, Source::Dense(&db))?;
                 }
             }
-            give(&layer.input_norm, 1, columns, Source::Dense(&g.d_input_norm))?;
-            give(&layer.post_norm, 1, columns, Source::Dense(&g.d_post_norm))?;
-            if let (Some((q, k)), Some((dq, dk))) = (&layer.qk_norm, &g.d_qk_norm) {
-                give(q, 1, a.head_dim, Source::Dense(dq))?;
-                give(k, 1, a.head_dim, Source::Dense(dk))?;
+            for (name, rows, columns, dw) in g.small(layer) {
+                give(name, rows, columns, Source::Dense(dw))?;
             }
         }
         // Last, when the layers have left room for it: its parts, their bytes, and what the updater projects them to.

@@ -28,7 +28,7 @@ impl Model {
         let h = a.hidden;
         let rows: Vec<f32> = batch.targets.iter().flat_map(|(row, _)| &x[row * h..(row + 1) * h]).copied().collect();
         let (mut normed, mut rstd) = (vec![0.0; rows.len()], vec![0.0; batch.targets.len()]);
-        rms_norm::forward(&rows, self.load(&a.norm, &mut Loader::default())?, a.eps, &mut normed, &mut rstd);
+        rms_norm::forward(&rows, self.load_norm(&a.norm, &mut Loader::default())?, a.eps, &mut normed, &mut rstd);
         Ok(Normed { normed, rstd })
     }
 

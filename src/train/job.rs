@@ -127,7 +127,8 @@ impl Job {
         let steps = pack(&samples, settings.step_tokens);
 
         // What the optimizer will remember, and what of it must be given up.
-        let (mut notes, mut growth, mut reset) = (Vec::new(), 0u64, 0u64);
+        let mut notes: Vec<String> = model.left_alone.iter().map(|what| format!("{what} stay as they are")).collect();
+        let (mut growth, mut reset) = (0u64, 0u64);
         // Locked no longer than this: a running step needs it while readers wait.
         let state = state.lock();
         for (name, shape) in &trained {

@@ -8,6 +8,7 @@
 pub mod apollo;
 pub mod chat;
 pub mod config;
+mod delta_net;
 pub mod families;
 pub mod gradients;
 mod head;

@@ -1,7 +1,7 @@
 //! Samples as rows of one pass: contexts first, whose rows give keys and values and no gradient, then the rows that
 //! train. Several samples lie side by side and attend only to themselves; equal contexts are run once.
 
-use super::families::Architecture;
+use super::families::{Architecture, Layer, Mixer};
 use crate::compute::cpu::attention::Span;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -119,17 +119,45 @@ impl Batch {
         let (h, i, v) = (model.hidden as u64, model.intermediate as u64, model.vocabulary as u64);
         let q = (model.heads * model.head_dim) as u64;
         let kv = (model.kv_heads * model.head_dim) as u64;
-        // Of every layer: two inputs and two gradients of the stream; attention's output and q's gradient; the
-        // feed-forward's gate, up and act; k's and v's gradients, in the buffers of k and v of all rows.
-        let layers = model.layers.len() as u64 * (t * (4 * h + 2 * q + 3 * i) + 2 * all * kv);
+        let sequences = self.spans.len() as u64;
+        let contexts = self.spans.iter().filter(|s| s.rows.end <= self.frozen).count() as u64;
+        // Of every layer: two inputs and two gradients of the stream, and the feed-forward's gate, up and act. `widest` and
+        // `at_once` are the largest mixer's: its widest matrix, and values that only pass through, a row.
+        let (mut layers, mut widest, mut at_once) = (model.layers.len() as u64 * t * (4 * h + 3 * i), h * i, 0);
+        for layer in &model.layers {
+            match &layer.mixer {
+                // Attention's output and q's gradient, and the gate; k's and v's gradients, in the buffers of k and v of all
+                // rows.
+                Mixer::Attention(attention) => {
+                    let gate = attention.output_gate as u64;
+                    layers += t * (2 + gate) * q + 2 * all * kv;
+                    (widest, at_once) = (widest.max(h * (1 + gate) * q), at_once.max((3 + 2 * gate) * q + 4 * kv));
+                }
+                // What enters the convolution (with what stands before each sequence), the two gates, what enters and
+                // leaves the norm, and states.
+                Mixer::DeltaNet(net) => {
+                    let (width, values) = (net.shape.channels() as u64, net.out.inputs as u64);
+                    let (heads, state) = (net.shape.v_heads as u64, net.shape.state() as u64);
+                    layers += t * (width + 2 * values + 3 * heads);
+                    layers += sequences * (net.kernel as u64 - 1) * width + contexts * state;
+                    (widest, at_once) = (widest.max(h * width), at_once.max(3 * width + 4 * values));
+                }
+            }
+        }
+        // The states before each chunk, of the heads that are worked on.
+        let chunks = |layer: &Layer| match &layer.mixer {
+            Mixer::Attention(_) => 0,
+            Mixer::DeltaNet(net) => (t / 64 + 2) * (net.shape.k_dim * net.shape.v_dim) as u64,
+        };
+        let states = model.layers.iter().map(chunks).max().unwrap_or(0) * rayon::current_num_threads() as u64;
         // The gradient of the logits, or of the head where that is smaller, made from a block of logits at a time; the
         // head's input and its gradient.
         let block = if l > h { (super::head::LOGITS as u64).min(l * v) } else { 0 };
         let head = l.min(h) * v + block + 3 * l * h;
         // One layer's passing values in the forward pass; in the backward pass fewer rows of about as many.
-        let passing = all * (3 * h + 3 * q + 4 * kv + 3 * i);
+        let passing = all * (3 * h + 3 * i + at_once) + states;
         // A matrix as bytes, widened, and its gradient; what it is projected to.
-        let matrix = (h * i).max(h * q).max(1 << 20);
+        let matrix = widest.max(1 << 20);
         let update = 3 * matrix + rank as u64 * v.max(i);
         // Threads' stacks and the packing buffers of matrix products.
         const FIXED: u64 = 12 << 20;

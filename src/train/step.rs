@@ -6,12 +6,13 @@
 //! Activations are f32 whatever the weights are. Only rows that train are kept; those of contexts pass through.
 
 use super::config::Refusal;
-use super::families::{Architecture, Layer, Linear};
-use super::gradients::{Gradients, LayerGradients};
+use super::delta_net;
+use super::families::{Architecture, Attention, Layer, Linear, Mixer};
+use super::gradients::{AttentionGradients, Gradients, LayerGradients, MixerGradients};
 use super::pack::Batch;
 use super::weights::Weights;
 use crate::compute::cpu::buffers::{Buffer, Pool};
-use crate::compute::cpu::{self, attention, linear, rms_norm, rope, swiglu, weight};
+use crate::compute::cpu::{self, attention, linear, output_gate, rms_norm, rope, swiglu, weight};
 use crate::image::ImageError;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -51,10 +52,24 @@ pub(super) struct Loader {
     values: Vec<f32>,
 }
 
-/// What the backward pass needs of one layer. Rows that train, unless said otherwise; heads apart where it says heads.
+/// What the backward pass needs of one layer, in rows that train.
 struct Saved {
     x_in: Buffer,
     rstd_in: Buffer,
+    mixer: SavedMixer,
+    x_mid: Buffer,
+    rstd_mid: Buffer,
+    gate: Buffer,
+    up: Buffer,
+}
+
+enum SavedMixer {
+    Attention(SavedAttention),
+    DeltaNet(delta_net::Saved),
+}
+
+/// Rows that train, unless said otherwise; heads apart where it says heads.
+struct SavedAttention {
     /// Before their norms: q, its rstd, k, its rstd.
     before_norm: Option<[Buffer; 4]>,
     /// Heads.
@@ -64,10 +79,7 @@ struct Saved {
     v: Buffer,
     log_sums: Buffer,
     attended: Buffer,
-    x_mid: Buffer,
-    rstd_mid: Buffer,
-    gate: Buffer,
-    up: Buffer,
+    output_gate: Option<Buffer>,
 }
 
 /// What [`Model::forward`] ends with.
@@ -111,7 +123,22 @@ impl Model {
         Ok(&loader.values)
     }
 
-    fn linear(&self, l: &Linear, x: &[f32], y: &mut [f32], loader: &mut Loader) -> Result<(), ImageError> {
+    /// The weight of a norm of the stream or of heads, as it multiplies.
+    pub(super) fn load_norm<'l>(&self, name: &str, loader: &'l mut Loader) -> Result<&'l [f32], ImageError> {
+        self.load(name, loader)?;
+        let offset = self.architecture.norm_offset;
+        if offset != 0.0 {
+            loader.values.iter_mut().for_each(|w| *w += offset);
+        }
+        Ok(&loader.values)
+    }
+
+    /// Rows that train, of all rows of `x`.
+    pub(super) fn trained(&self, batch: &Batch, x: &[f32]) -> Buffer {
+        self.pool.copy(&x[batch.frozen * (x.len() / batch.rows())..])
+    }
+
+    pub(super) fn linear(&self, l: &Linear, x: &[f32], y: &mut [f32], loader: &mut Loader) -> Result<(), ImageError> {
         let bias = match &l.bias {
             Some(bias) => Some(self.load(bias, loader)?.to_vec()),
             None => None,
@@ -121,7 +148,7 @@ impl Model {
         Ok(())
     }
 
-    fn shape(&self, batch: &Batch, layer: &Layer) -> attention::Shape {
+    fn shape(&self, batch: &Batch, layer: &Attention) -> attention::Shape {
         let a = &self.architecture;
         attention::Shape {
             rows: batch.rows(),
@@ -146,7 +173,7 @@ impl Model {
         for (id, x) in batch.ids.iter().zip(x.chunks_exact_mut(h)) {
             x.copy_from_slice(self.load_rows(&a.embedding, *id as u64..*id as u64 + 1, loader)?);
         }
-        let angles = rope::Angles::new(&batch.positions, &a.rope.inverse_frequencies, a.rope.factor);
+        let angles = rope::Angles::new(&batch.positions, &a.rope.inverse_frequencies, a.rope.factor, a.head_dim);
         let mut saved = Vec::new();
         for layer in &a.layers {
             let state = self.layer_forward(batch, layer, &mut x, &angles, loader)?;
@@ -167,26 +194,67 @@ impl Model {
         loader: &mut Loader,
     ) -> Result<Saved, StepError> {
         let a = &*self.architecture;
-        let (rows, h, d) = (batch.rows(), a.hidden, a.head_dim);
+        let (rows, h) = (batch.rows(), a.hidden);
         let pool = &self.pool;
-        let trained = |x: &[f32]| pool.copy(&x[batch.frozen * (x.len() / rows)..]);
+        let trained = |x: &[f32]| self.trained(batch, x);
         let x_in = trained(x);
         let (mut normed, mut rstd) = (pool.take(rows * h), pool.take(rows));
-        rms_norm::forward(x, self.load(&layer.input_norm, loader)?, a.eps, &mut normed, &mut rstd);
+        rms_norm::forward(x, self.load_norm(&layer.input_norm, loader)?, a.eps, &mut normed, &mut rstd);
         let rstd_in = trained(&rstd);
 
+        // `normed` is free after it was read: it takes what each half adds to the stream.
+        let mixer = match &layer.mixer {
+            Mixer::Attention(l) => {
+                SavedMixer::Attention(self.attention_forward(batch, l, &mut normed, angles, loader)?)
+            }
+            Mixer::DeltaNet(net) => SavedMixer::DeltaNet(self.delta_net_forward(batch, net, &mut normed, loader)?),
+        };
+        cpu::add(x, &normed);
+        let x_mid = trained(x);
+        rms_norm::forward(x, self.load_norm(&layer.post_norm, loader)?, a.eps, &mut normed, &mut rstd);
+        let rstd_mid = trained(&rstd);
+        let mut gate = pool.take(rows * layer.gate.outputs);
+        let mut up = pool.take(rows * layer.up.outputs);
+        self.linear(&layer.gate, &normed, &mut gate, loader)?;
+        self.linear(&layer.up, &normed, &mut up, loader)?;
+        let mut act = pool.take(gate.len());
+        swiglu::forward(&gate, &up, &mut act);
+        self.linear(&layer.down, &act, &mut normed, loader)?;
+        cpu::add(x, &normed);
+        Ok(Saved { x_in, rstd_in, mixer, x_mid, rstd_mid, gate: trained(&gate), up: trained(&up) })
+    }
+
+    /// `normed` becomes what attention adds to the stream.
+    fn attention_forward(
+        &self,
+        batch: &Batch,
+        layer: &Attention,
+        normed: &mut Buffer,
+        angles: &rope::Angles,
+        loader: &mut Loader,
+    ) -> Result<SavedAttention, StepError> {
+        let a = &*self.architecture;
+        let (rows, d, pool) = (batch.rows(), a.head_dim, &self.pool);
+        let trained = |x: &[f32]| self.trained(batch, x);
         let mut q = pool.take(rows * layer.q.outputs);
         let mut k = pool.take(rows * layer.k.outputs);
         let mut v = pool.take(rows * layer.v.outputs);
-        self.linear(&layer.q, &normed, &mut q, loader)?;
-        self.linear(&layer.k, &normed, &mut k, loader)?;
-        self.linear(&layer.v, &normed, &mut v, loader)?;
+        self.linear(&layer.q, normed, &mut q, loader)?;
+        self.linear(&layer.k, normed, &mut k, loader)?;
+        self.linear(&layer.v, normed, &mut v, loader)?;
+        let mut gate_of_output = None;
+        if layer.output_gate {
+            let both = std::mem::replace(&mut q, pool.take(rows * layer.o.inputs));
+            let mut gate = q.like();
+            output_gate::split(&both, d, &mut q, &mut gate);
+            gate_of_output = Some(gate);
+        }
         let before_norm = match &layer.qk_norm {
             Some((q_norm, k_norm)) => {
                 let mut norm = |x: &mut Buffer, name: &str| -> Result<[Buffer; 2], ImageError> {
                     let before = std::mem::replace(x, pool.take(x.len()));
                     let mut rstd = pool.take(x.len() / d);
-                    rms_norm::forward(&before, self.load(name, loader)?, a.eps, x, &mut rstd);
+                    rms_norm::forward(&before, self.load_norm(name, loader)?, a.eps, x, &mut rstd);
                     Ok([trained(&before), trained(&rstd)])
                 };
                 let [q, q_rstd] = norm(&mut q, q_norm)?;
@@ -207,10 +275,11 @@ impl Model {
         rope::join_heads(&attended_heads, &mut attended, rows, d);
         drop((k, v, attended_heads));
 
-        // `normed` is free again: it takes what each half adds to the stream.
-        self.linear(&layer.o, &attended, &mut normed, loader)?;
-        cpu::add(x, &normed);
-        let (attended, x_mid) = (trained(&attended), trained(x));
+        let attended_alone = trained(&attended);
+        if let Some(gate) = &gate_of_output {
+            output_gate::forward(&mut attended, gate);
+        }
+        self.linear(&layer.o, &attended, normed, loader)?;
         // Heads apart, the rows that train are the end of each.
         let ends = |x: &[f32], width: usize| {
             let mut out = pool.take(x.len() / rows * batch.trained());
@@ -219,29 +288,14 @@ impl Model {
             out
         };
         let (query, log_sums) = (ends(&query, d), ends(&log_sums, 1));
-        rms_norm::forward(x, self.load(&layer.post_norm, loader)?, a.eps, &mut normed, &mut rstd);
-        let rstd_mid = trained(&rstd);
-        let mut gate = pool.take(rows * layer.gate.outputs);
-        let mut up = pool.take(rows * layer.up.outputs);
-        self.linear(&layer.gate, &normed, &mut gate, loader)?;
-        self.linear(&layer.up, &normed, &mut up, loader)?;
-        let mut act = pool.take(gate.len());
-        swiglu::forward(&gate, &up, &mut act);
-        self.linear(&layer.down, &act, &mut normed, loader)?;
-        cpu::add(x, &normed);
-        Ok(Saved {
-            x_in,
-            rstd_in,
+        Ok(SavedAttention {
             before_norm,
             q: query,
             k: key,
             v: value,
             log_sums,
-            attended,
-            x_mid,
-            rstd_mid,
-            gate: trained(&gate),
-            up: trained(&up),
+            attended: attended_alone,
+            output_gate: gate_of_output.map(|gate| trained(&gate)),
         })
     }
 
@@ -279,7 +333,7 @@ impl Model {
         let rows: Vec<f32> = targets.iter().flat_map(|(row, _)| &x[row * h..(row + 1) * h]).copied().collect();
         let (mut d_rows, mut d_norm) = (vec![0.0; rows.len()], vec![0.0; h]);
         let loader = &mut Loader::default();
-        let norm = self.load(&a.norm, loader)?;
+        let norm = self.load_norm(&a.norm, loader)?;
         rms_norm::backward(&head.d_normed, &rows, norm, &head.rstd, &mut d_rows, &mut d_norm);
         for ((row, _), d) in targets.iter().zip(d_rows.chunks_exact(h)) {
             dx[row * h..(row + 1) * h].copy_from_slice(d);
@@ -291,7 +345,7 @@ impl Model {
         }
 
         // Below the lowest layer with something to train, and above an embedding that is not, nobody asks.
-        let trains = |layer: &Layer| layer_tensors(layer).iter().any(|name| trainable(name));
+        let trains = |layer: &Layer| layer.tensors().into_iter().any(trainable);
         let lowest = match trainable(&a.embedding) {
             true => 0,
             false => a.layers.iter().position(trains).unwrap_or(a.layers.len()),
@@ -302,7 +356,7 @@ impl Model {
             let gradients = self.layer_backward(batch, layer, state, &mut dx, &angles, loader)?;
             finite(&dx, h, batch, || format!("gradient of layer {i}'s input"))?;
             gradients
-                .check()
+                .check(layer)
                 .map_err(|what| StepError::NotFinite { what: format!("{what} of layer {i}"), sample: None })?;
             layers.push((i, gradients));
         }
@@ -322,14 +376,12 @@ impl Model {
         loader: &mut Loader,
     ) -> Result<LayerGradients, StepError> {
         let a = &*self.architecture;
-        let (trained, h, d, pool) = (batch.trained(), a.hidden, a.head_dim, &self.pool);
+        let (trained, h, pool) = (batch.trained(), a.hidden, &self.pool);
         let Saved { mut gate, mut up, .. } = saved;
         // Feed-forward. `act` starts as its own gradient.
         let mut act = pool.take(gate.len());
         let back = |l: &Linear, dy: &[f32], dx: &mut [f32], add: bool, loader: &mut Loader| {
-            let w = self.load(&l.weight, loader)?;
-            linear::backward_input(dy, w, dx, l.inputs, l.outputs, add);
-            Ok::<_, ImageError>(())
+            self.linear_backward(l, dy, dx, add, loader)
         };
         back(&layer.down, dx, &mut act, false, loader)?;
         swiglu::backward(&mut act, &mut gate, &mut up);
@@ -338,15 +390,86 @@ impl Model {
         back(&layer.up, &up, &mut d_normed, true, loader)?;
         let d_out = pool.copy(dx);
         let mut d_post_norm = vec![0.0; h];
-        let norm = self.load(&layer.post_norm, loader)?;
+        let norm = self.load_norm(&layer.post_norm, loader)?;
+        let post_norm = norm.to_vec();
         rms_norm::backward(&d_normed, &saved.x_mid, norm, &saved.rstd_mid, dx, &mut d_post_norm);
         let d_mid = pool.copy(dx);
 
-        // Attention.
+        let mixer =
+            match (&layer.mixer, saved.mixer) {
+                (Mixer::Attention(l), SavedMixer::Attention(saved)) => MixerGradients::Attention(
+                    self.attention_backward(batch, l, saved, dx, &mut d_normed, angles, loader)?,
+                ),
+                (Mixer::DeltaNet(net), SavedMixer::DeltaNet(saved)) => {
+                    MixerGradients::DeltaNet(self.delta_net_backward(batch, net, saved, dx, &mut d_normed, loader)?)
+                }
+                _ => unreachable!("a layer saves what its own mixer needs"),
+            };
+        let mut d_input_norm = vec![0.0; h];
+        let norm = self.load_norm(&layer.input_norm, loader)?;
+        let input_norm = norm.to_vec();
+        rms_norm::backward(&d_normed, &saved.x_in, norm, &saved.rstd_in, dx, &mut d_input_norm);
+        Ok(LayerGradients {
+            x_in: saved.x_in,
+            rstd_in: saved.rstd_in,
+            input_norm,
+            mixer,
+            d_mid,
+            x_mid: saved.x_mid,
+            rstd_mid: saved.rstd_mid,
+            post_norm,
+            d_gate: gate,
+            d_up: up,
+            act,
+            d_out,
+            d_input_norm,
+            d_post_norm,
+        })
+    }
+
+    pub(super) fn linear_backward(
+        &self,
+        l: &Linear,
+        dy: &[f32],
+        dx: &mut [f32],
+        add: bool,
+        loader: &mut Loader,
+    ) -> Result<(), ImageError> {
+        let w = self.load(&l.weight, loader)?;
+        linear::backward_input(dy, w, dx, l.inputs, l.outputs, add);
+        Ok(())
+    }
+
+    /// `dx` is the gradient of what attention added to the stream; `d_normed` becomes that of its input.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_backward(
+        &self,
+        batch: &Batch,
+        layer: &Attention,
+        mut saved: SavedAttention,
+        dx: &[f32],
+        d_normed: &mut [f32],
+        angles: &rope::Angles,
+        loader: &mut Loader,
+    ) -> Result<AttentionGradients, StepError> {
+        let a = &*self.architecture;
+        let (trained, d, pool) = (batch.trained(), a.head_dim, &self.pool);
+        let back = |l: &Linear, dy: &[f32], dx: &mut [f32], add: bool, loader: &mut Loader| {
+            self.linear_backward(l, dy, dx, add, loader)
+        };
         let mut d_attended = pool.take(trained * layer.o.inputs);
         back(&layer.o, dx, &mut d_attended, false, loader)?;
         let mut delta = pool.take(a.heads * trained);
-        attention::delta(&d_attended, &saved.attended, a.heads, d, &mut delta);
+        let mut attended = saved.attended;
+        if let Some(gate) = &mut saved.output_gate {
+            // The input of o is wanted for its gradient, and what was gated here. `gate` becomes its own gradient.
+            let mut gated = pool.copy(&attended);
+            output_gate::backward(&mut d_attended, &mut gated, gate);
+            attention::delta(&d_attended, &attended, a.heads, d, &mut delta);
+            attended = gated;
+        } else {
+            attention::delta(&d_attended, &attended, a.heads, d, &mut delta);
+        }
         let mut d_heads = pool.take(d_attended.len());
         rope::split_heads(&d_attended, &mut d_heads, trained, d);
         let mut dq_heads = d_attended;
@@ -371,48 +494,21 @@ impl Model {
         if let (Some((q_norm, k_norm)), Some([q, q_rstd, k, k_rstd])) = (&layer.qk_norm, &saved.before_norm) {
             let mut norm = |dy: &mut Buffer, x: &[f32], rstd: &[f32], name: &str| {
                 let (mut dx, mut dw) = (pool.zeros(dy.len()), vec![0.0; d]);
-                rms_norm::backward(dy, x, self.load(name, loader)?, rstd, &mut dx, &mut dw);
+                rms_norm::backward(dy, x, self.load_norm(name, loader)?, rstd, &mut dx, &mut dw);
                 *dy = dx;
                 Ok::<_, ImageError>(dw)
             };
             d_qk_norm = Some((norm(&mut dq, q, q_rstd, q_norm)?, norm(&mut dk, k, k_rstd, k_norm)?));
         }
-        back(&layer.q, &dq, &mut d_normed, false, loader)?;
-        back(&layer.k, &dk, &mut d_normed, true, loader)?;
-        back(&layer.v, &dv, &mut d_normed, true, loader)?;
-        let mut d_input_norm = vec![0.0; h];
-        let norm = self.load(&layer.input_norm, loader)?;
-        let input_norm = norm.to_vec();
-        rms_norm::backward(&d_normed, &saved.x_in, norm, &saved.rstd_in, dx, &mut d_input_norm);
-        let post_norm = self.load(&layer.post_norm, loader)?.to_vec();
-        Ok(LayerGradients {
-            x_in: saved.x_in,
-            rstd_in: saved.rstd_in,
-            input_norm,
-            dq,
-            dk,
-            dv,
-            attended: saved.attended,
-            d_mid,
-            x_mid: saved.x_mid,
-            rstd_mid: saved.rstd_mid,
-            post_norm,
-            d_gate: gate,
-            d_up: up,
-            act,
-            d_out,
-            d_input_norm,
-            d_post_norm,
-            d_qk_norm,
-        })
+        if let Some(d_gate) = &saved.output_gate {
+            let d_query = std::mem::replace(&mut dq, pool.take(trained * layer.q.outputs));
+            output_gate::join(&d_query, d_gate, d, &mut dq);
+        }
+        back(&layer.q, &dq, d_normed, false, loader)?;
+        back(&layer.k, &dk, d_normed, true, loader)?;
+        back(&layer.v, &dv, d_normed, true, loader)?;
+        Ok(AttentionGradients { dq, dk, dv, attended, d_qk_norm })
     }
-}
-
-fn layer_tensors(layer: &Layer) -> Vec<&str> {
-    let mut names: Vec<&str> = vec![&layer.input_norm, &layer.post_norm];
-    names.extend(layer.linears().iter().flat_map(|l| [Some(l.weight.as_str()), l.bias.as_deref()]).flatten());
-    names.extend(layer.qk_norm.iter().flat_map(|(q, k)| [q.as_str(), k]));
-    names
 }
 
 /// Are rows of `x` (width `h`) finite and of a size that can be squared? If not, names the sample of the first that is not.

@@ -84,42 +84,52 @@ def gradient(step, shape):
     return hashed(1_000_000 * (step + 1), shape, 0.0 if step == 7 else 2.0 ** (-12 + step * step % 7))
 
 
-def run(name, shape, lr, rank, scale=None, tensor_wise=False, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, limit=1.01):
-    w = hashed(0, shape, 2.0**-9)
-    small, (b1, b2) = min(shape), betas
-    projected = small >= rank
-    scale = (small / rank) ** 0.5 if scale is None else scale
-    m = v = last = None
-    t = 0
-    for step in range(STEPS):
-        g = gradient(step, shape)
+class Apollo:
+    """The optimizer of one tensor."""
+
+    def __init__(self, name, shape, lr, rank, scale=None, tensor_wise=False, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                 limit=1.01, refresh=REFRESH):
+        self.name, self.lr, self.rank, self.tensor_wise, self.betas = name, lr, rank, tensor_wise, betas
+        self.eps, self.weight_decay, self.limit, self.refresh = eps, weight_decay, limit, refresh
+        self.projected = len(shape) == 2 and min(shape) >= rank
+        self.tall = shape[0] >= shape[-1]
+        self.scale = (min(shape) / rank) ** 0.5 if scale is None else scale
+        self.m = self.v = self.last = None
+        self.t = 0
+
+    def step(self, w, g):
         if not g.any():
-            continue
-        tall = shape[0] >= shape[1]
-        if projected:
-            p = projection(name, t // REFRESH, rank * small, rank).astype(np.float64)
-            r = g @ p.reshape(rank, small).T if tall else p.reshape(small, rank).T @ g
-        else:
-            r = g
-        if m is None:
-            m, v = np.zeros_like(r), np.zeros_like(r)
-        t += 1
-        m = b1 * m + (1 - b1) * r
-        v = b2 * v + (1 - b2) * r * r
-        n = m / (np.sqrt(v) + eps)
-        rate = lr * np.sqrt(1 - b2**t) / (1 - b1**t)
-        if projected:
-            axis = None if tensor_wise else 1 if tall else 0
+            return w
+        (b1, b2), small = self.betas, min(g.shape)
+        r = g
+        if self.projected:
+            p = projection(self.name, self.t // self.refresh, self.rank * small, self.rank).astype(np.float64)
+            r = g @ p.reshape(self.rank, small).T if self.tall else p.reshape(small, self.rank).T @ g
+        if self.m is None:
+            self.m, self.v = np.zeros_like(r), np.zeros_like(r)
+        self.t += 1
+        self.m = b1 * self.m + (1 - b1) * r
+        self.v = b2 * self.v + (1 - b2) * r * r
+        n = self.m / (np.sqrt(self.v) + self.eps)
+        rate = self.lr * np.sqrt(1 - b2**self.t) / (1 - b1**self.t)
+        if self.projected:
+            axis = None if self.tensor_wise else 1 if self.tall else 0
             norm = lambda x: np.sqrt((x * x).sum(axis=axis, keepdims=True))
             update = g * (norm(n) / (norm(r) + 1e-8))
             length = np.linalg.norm(update)
-            if limit:
-                k = 1.0 if last is None else max(length / (last + 1e-8), limit) / limit
-                update, last = update / k, length / k
-            w = w - rate * scale * update
+            if self.limit:
+                k = 1.0 if self.last is None else max(length / (self.last + 1e-8), self.limit) / self.limit
+                update, self.last = update / k, length / k
+            w = w - rate * self.scale * update
         else:
             w = w - rate * n
-        w = w - lr * weight_decay * w
+        return w - self.lr * self.weight_decay * w
+
+
+def run(name, shape, **options):
+    w, apollo = hashed(0, shape, 2.0**-9), Apollo(name, shape, **options)
+    for step in range(STEPS):
+        w = apollo.step(w, gradient(step, shape))
     return w
 
 

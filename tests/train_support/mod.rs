@@ -24,13 +24,15 @@ pub fn splitmix64(x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// The weights of a golden, as `weights` in tests/goldens/make.py.
-pub fn golden_weights(name: &str, count: usize) -> Vec<f32> {
+/// The weights of a golden, as `weights` in tests/goldens/make.py; `offset` is what the family's norms add.
+pub fn golden_weights(name: &str, count: usize, offset: f32) -> Vec<f32> {
     let hash = name.bytes().fold(0xCBF2_9CE4_8422_2325, |h: u64, b| (h ^ b as u64).wrapping_mul(0x100_0000_01B3));
     let value = |i: usize| {
         let bits = splitmix64(hash.wrapping_add(i as u64)) >> 56;
         if name.contains("norm") {
-            0.75 + (bits >> 3) as f32 / 64.0
+            0.75 + (bits >> 3) as f32 / 64.0 - if name.contains("linear_attn") { 0.0 } else { offset }
+        } else if name.ends_with("A_log") {
+            -(bits as f32) / 64.0
         } else {
             let scale = if name.ends_with(".weight") { -9 } else { -11 };
             (2.0 * bits as f32 - 255.0) * 2f32.powi(scale)
@@ -51,7 +53,7 @@ pub fn to_bytes(dtype: Dtype, values: &[f32]) -> Vec<u8> {
 pub fn golden_memory(config: &str, dtype: Dtype) -> (Architecture, Arc<InMemory>) {
     let architecture = Architecture::from_config(&Config::parse(config).unwrap()).unwrap();
     let tensors = architecture.tensors().into_iter().map(|(name, shape)| {
-        let values = golden_weights(name, shape.iter().product::<u64>() as usize);
+        let values = golden_weights(name, shape.iter().product::<u64>() as usize, architecture.norm_offset);
         (name.to_string(), TensorSpec { dtype, shape }, to_bytes(dtype, &values))
     });
     let weights = Arc::new(InMemory::new(tensors));

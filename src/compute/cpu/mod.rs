@@ -4,11 +4,16 @@
 pub mod apollo;
 pub mod attention;
 pub mod buffers;
+pub mod causal_conv;
 pub mod cross_entropy;
+pub mod delta_gates;
+pub mod delta_rule;
 pub mod embedding;
+pub mod gated_norm;
 pub mod linear;
 mod math;
 mod matmul;
+pub mod output_gate;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;

@@ -1,9 +1,10 @@
 //! Llama 2 and 3, SmolLM2, and the many models that call themselves `llama`.
 
-use super::{Family, Options, head_dim_or_split, no_windows};
+use super::{Family, Options, head_dim_or_split};
 
 pub const FAMILY: Family = Family {
     model_type: "llama",
+    text: None,
     options: |config| {
         let bias = config.flag("attention_bias", false)?;
         Ok(Options {
@@ -12,8 +13,7 @@ pub const FAMILY: Family = Family {
             qkv_bias: bias,
             o_bias: bias,
             mlp_bias: config.flag("mlp_bias", false)?,
-            qk_norm: false,
-            windows: no_windows(config)?,
+            ..Options::default()
         })
     },
 };

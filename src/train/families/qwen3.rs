@@ -4,6 +4,7 @@ use super::{Family, Options, qwen_windows};
 
 pub const FAMILY: Family = Family {
     model_type: "qwen3",
+    text: None,
     options: |config| {
         let bias = config.flag("attention_bias", false)?;
         Ok(Options {
@@ -11,9 +12,9 @@ pub const FAMILY: Family = Family {
             head_dim: config.count("head_dim")?.unwrap_or(128),
             qkv_bias: bias,
             o_bias: bias,
-            mlp_bias: false,
             qk_norm: true,
             windows: qwen_windows(config, "qwen3")?,
+            ..Options::default()
         })
     },
 };

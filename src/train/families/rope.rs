@@ -6,28 +6,38 @@ use std::f64::consts::PI;
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
-    /// D/2 values; the angle of feature i at position p is p times value i.
+    /// D/2 values, fewer where a part of the head turns; the angle of feature i at position p is p times value i.
     pub inverse_frequencies: Vec<f32>,
     /// What cosines and sines are multiplied with (yarn's attention factor).
     pub factor: f32,
 }
 
 impl Rope {
+    /// `partial`: which part of a head the family turns where its config does not say; `None` where it turns whole heads alone.
     pub fn from_config(
         config: &Config,
         family: &'static str,
         head_dim: usize,
         max_positions: usize,
+        partial: Option<f64>,
     ) -> Result<Rope, Refusal> {
         let refuse = |what: String, supported| Refusal::Option { family, what, supported };
         let empty = || Config::parse("{}").expect("an empty object is JSON");
         let options = config.object("rope_parameters").or(config.object("rope_scaling")).unwrap_or_else(empty);
         let theta = options.number("rope_theta")?.or(config.number("rope_theta")?).unwrap_or(10_000.0);
-        if let Some(part) = options.number("partial_rotary_factor")?.or(config.number("partial_rotary_factor")?)
-            && part != 1.0
-        {
-            return Err(refuse(format!("partial_rotary_factor {part}"), "whole heads that turn do"));
+        let part = options.number("partial_rotary_factor")?.or(config.number("partial_rotary_factor")?);
+        let part = match (part, partial) {
+            (Some(part), None) if part != 1.0 => {
+                return Err(refuse(format!("partial_rotary_factor {part}"), "whole heads that turn do"));
+            }
+            (given, default) => given.or(default).unwrap_or(1.0),
+        };
+        let turning = (head_dim as f64 * part) as usize;
+        if turning == 0 || turning > head_dim || !turning.is_multiple_of(2) {
+            let why = format!("partial_rotary_factor {part} turns {turning} features of {head_dim}, not an even part");
+            return Err(Refusal::Config(why));
         }
+        let head_dim = turning;
         let plain: Vec<f64> = (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64)).collect();
         let needed = |key: &str| {
             let missing = || Refusal::Config(format!("rope_parameters has no {key}"));
