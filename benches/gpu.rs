@@ -41,12 +41,19 @@ fn timed(n: usize, mut work: impl FnMut()) -> f64 {
 
 fn check(name: &str, ok: bool) {
     println!("{} {name}", if ok { "ok  " } else { "FAIL" });
+    if !ok {
+        // Figures of what is wrong are none.
+        std::process::exit(1);
+    }
 }
 
 fn main() {
     let id = match DeviceName::Ordinal(0).find() {
         Ok(id) => id,
-        Err(e) => return println!("{e}"),
+        Err(e) => {
+            println!("{e}");
+            std::process::exit(1);
+        }
     };
     let start = Instant::now();
     let device = Device::open(&id).expect("the device opens");

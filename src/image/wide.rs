@@ -128,7 +128,13 @@ fn plan(
 }
 
 /// A block that lies in pieces: spans for its device, if one has all of them as they are in the file.
-fn plan_block(image: &Attached, shard: usize, block: u64, scratch: &mut [u8], plan: &mut Plan) -> Result<(), ImageError> {
+fn plan_block(
+    image: &Attached,
+    shard: usize,
+    block: u64,
+    scratch: &mut [u8],
+    plan: &mut Plan,
+) -> Result<(), ImageError> {
     let at = block * BLOCK as u64;
     if at + BLOCK as u64 > image.shard_bytes(shard) {
         plan.add_rest(shard, block);
@@ -180,7 +186,11 @@ fn ask(image: &Attached, shard: usize, offset: u64, dst: &mut [u8]) -> Result<Ve
 }
 
 /// See [`ShardBytes::changed`].
-pub(super) fn changed(image: &Attached, ranges: &[(usize, Range<u64>)], known: &[&[Hash]]) -> Result<Blocks, ImageError> {
+pub(super) fn changed(
+    image: &Attached,
+    ranges: &[(usize, Range<u64>)],
+    known: &[&[Hash]],
+) -> Result<Blocks, ImageError> {
     let found = Mutex::new(Vec::new());
     let cached = image.plans.0.lock().as_ref().filter(|(asked, _)| asked == ranges).map(|(_, plans)| plans.clone());
     match cached {

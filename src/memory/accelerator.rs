@@ -41,6 +41,13 @@ impl Debug for DeviceRange {
     }
 }
 
+/// Bytes that an accelerator takes for buffers and tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WorkingMemory {
+    pub host: u64,
+    pub device: u64,
+}
+
 /// A piece of one block: its bytes from `at` on.
 #[derive(Debug, Clone)]
 pub struct Span {
@@ -73,6 +80,9 @@ impl<'a> Piece<'a> {
 pub trait Accelerator: Send + Sync + Debug {
     /// For people: what it is called and which one it is.
     fn name(&self) -> String;
+
+    /// What it takes for its own work, at most or by now, whichever is more.
+    fn working_memory(&self) -> WorkingMemory;
 
     /// Hashes the blocks of `runs` (each a multiple of [`BLOCK`](super::BLOCK) long) in order, and gives `each` the hashes
     /// as they come, with the number of the first one's block counted over all runs.

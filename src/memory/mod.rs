@@ -16,7 +16,7 @@ mod shared_bytes;
 pub mod simulated;
 mod users;
 
-pub use accelerator::{Accelerator, DeviceMemory, DeviceRange, Piece, Span};
+pub use accelerator::{Accelerator, DeviceMemory, DeviceRange, Piece, Span, WorkingMemory};
 pub use available::available;
 pub use hash::{BLOCK, Hash, block_hash, hash_into};
 pub use host::HostMemory;

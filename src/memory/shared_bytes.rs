@@ -37,7 +37,7 @@ impl SharedBytes {
     /// lets it.
     pub fn populated(file: &File, accelerator: &dyn Accelerator) -> io::Result<SharedBytes> {
         let bytes = file.metadata()?.len() as usize;
-        let map = MmapRaw::from(memmap2::MmapOptions::new().len(bytes.max(1)).map_raw(file)?);
+        let map = memmap2::MmapOptions::new().len(bytes.max(1)).map_raw(file)?;
         let start = map.as_mut_ptr() as usize;
         let chunks: Vec<(usize, usize)> =
             (0..bytes).step_by(PIN_CHUNK).map(|at| (at, PIN_CHUNK.min(bytes - at))).collect();

@@ -2,7 +2,7 @@
 
 use super::{
     Accelerator, BLOCK, DeviceMemory, DeviceRange, Hash, HostBuffer, HostMemory, Memory, MemoryError, Piece, Span,
-    Strided, block_hash,
+    Strided, WorkingMemory, block_hash,
 };
 use parking_lot::Mutex;
 use std::any::Any;
@@ -42,6 +42,10 @@ impl SimulatedDevice {
 impl Accelerator for SimulatedDevice {
     fn name(&self) -> String {
         "simulated".into()
+    }
+
+    fn working_memory(&self) -> WorkingMemory {
+        WorkingMemory { host: 0, device: 0 }
     }
 
     fn hash_runs(&self, runs: &[DeviceRange], each: &mut dyn FnMut(u64, &[Hash])) -> Result<(), MemoryError> {

@@ -20,7 +20,7 @@ pub use matching::{Diagnosis, diagnose};
 pub use own::{OwnWeights, load_own};
 
 use crate::memory::cuda::CudaError;
-use crate::memory::{Memory, MemoryError};
+use crate::memory::{Accelerator, Memory, MemoryError};
 use crate::model::{Dtype, ModelDirectory};
 use matching::{matching, read_all};
 use std::collections::HashMap;
@@ -157,6 +157,17 @@ impl Source {
 
     pub fn live_bytes(&self) -> u64 {
         self.memories.iter().map(|m| m.bytes()).sum()
+    }
+
+    /// Every device that holds live weights, once.
+    pub fn accelerators(&self) -> Vec<Arc<dyn Accelerator>> {
+        let mut found: Vec<Arc<dyn Accelerator>> = Vec::new();
+        for accelerator in self.memories.iter().filter_map(|m| m.device()).map(|d| d.accelerator()) {
+            if !found.iter().any(|f| Arc::ptr_eq(f, &accelerator)) {
+                found.push(accelerator);
+            }
+        }
+        found
     }
 
     /// Reads the manifests of all ranks, maps their memories and matches their tensors to `directory`.

@@ -5,7 +5,7 @@ use super::hasher::Hasher;
 use super::pinned::is_pinned;
 use super::pool::Pool;
 use super::{CudaError, Device, DeviceBuffer, PinnedBuffer, PinnedMapping, Priority, Ptx};
-use crate::memory::{Accelerator, DeviceRange, Hash, HostBuffer, MemoryError, Piece, Span, Strided};
+use crate::memory::{Accelerator, DeviceRange, Hash, HostBuffer, MemoryError, Piece, Span, Strided, WorkingMemory};
 use cudarc::driver::{CudaEvent, CudaStream, LaunchConfig, PushKernelArg, sys};
 use parking_lot::Mutex;
 use std::any::Any;
@@ -28,6 +28,11 @@ const WARP_BYTES: u64 = 8 << 10;
 const LAUNCH_PIECES: usize = 8192;
 /// Polled that often before the thread goes to sleep: small copies are through by then.
 const SPINS: usize = 2000;
+
+/// Of a lane's table on the host, and of its copy on the device.
+const TABLE_BYTES: usize = LAUNCH_PIECES * size_of::<RawStrided>();
+/// A search for changed blocks is one; a commit and a move of the view may search at once.
+const USUAL_HASHERS: usize = 2;
 
 /// One device, shared by all memories on it.
 #[derive(Debug)]
@@ -196,6 +201,14 @@ impl Accelerator for Gpu {
         format!("{} {}", self.device.id.name, self.device.id.uuid)
     }
 
+    fn working_memory(&self) -> WorkingMemory {
+        let (lanes, hashers) = (MAX_LANES as u64, self.hashers.made().max(USUAL_HASHERS) as u64);
+        WorkingMemory {
+            host: lanes * (LANE_BYTES + TABLE_BYTES) as u64 + hashers * Hasher::BYTES,
+            device: lanes * TABLE_BYTES as u64 + hashers * Hasher::BYTES,
+        }
+    }
+
     fn hash_runs(&self, runs: &[DeviceRange], each: &mut dyn FnMut(u64, &[Hash])) -> Result<(), MemoryError> {
         self.with_hasher(|hasher| hasher.runs(&self.device, runs, each)).map_err(|e| e.about(&self.what()))
     }
@@ -274,13 +287,12 @@ pub(super) fn wait(event: &CudaEvent) -> Result<(), CudaError> {
 
 impl Lane {
     fn new(device: &Arc<Device>) -> Result<Lane, CudaError> {
-        let table = LAUNCH_PIECES * size_of::<RawStrided>();
         Ok(Lane {
             stream: device.stream(Priority::High)?,
             done: [device.event()?, device.event()?],
             pinned: PinnedBuffer::new(device, LANE_BYTES)?,
-            table: PinnedBuffer::new(device, table)?,
-            device_table: device.alloc(table as u64)?,
+            table: PinnedBuffer::new(device, TABLE_BYTES)?,
+            device_table: device.alloc(TABLE_BYTES as u64)?,
         })
     }
 

@@ -58,6 +58,9 @@ struct RawSpan {
 }
 
 impl Hasher {
+    /// What one takes on the host, and as much on the device.
+    pub const BYTES: u64 = SLOTS as u64 * LAUNCH_BLOCKS * HASH_BYTES as u64 + TABLE_BYTES;
+
     pub fn new(device: &Arc<Device>) -> Result<Hasher, CudaError> {
         let bytes = LAUNCH_BLOCKS as usize * HASH_BYTES;
         let slot = || -> Result<Slot, CudaError> {

@@ -3,8 +3,8 @@
 //! 2.15).
 
 use super::super::manifest::CudaDevice;
-use crate::memory::cuda::IpcHandle;
 use super::pickle::{Global, Object, Pickle};
+use crate::memory::cuda::IpcHandle;
 use crate::model::{Dtype, element_bytes, parse_dtype};
 use std::collections::HashMap;
 
