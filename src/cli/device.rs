@@ -1,7 +1,8 @@
 //! `--device`: where weights of our own are kept.
 
 use crate::memory::cuda::{Device, DeviceName};
-use anyhow::{Context, bail};
+use anyhow::{anyhow, bail};
+use std::fmt::Display;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -37,11 +38,16 @@ impl DeviceChoice {
         match self {
             DeviceChoice::Cpu => Ok(None),
             DeviceChoice::Cuda(n) => {
-                let id = DeviceName::Ordinal(n).find().with_context(|| format!("--device cuda:{n}"))?;
-                let device = Device::open(&id)?;
+                let refused =
+                    |e: &dyn Display| anyhow!("--device cuda:{n}: {e}; without that GPU, use --device cpu or auto");
+                let id = DeviceName::Ordinal(n).find().map_err(|e| refused(&e))?;
+                let device = Device::open(&id).map_err(|e| refused(&e))?;
                 let (free, _) = device.memory()?;
                 if free < bytes {
-                    bail!("--device cuda:{n}: the weights take {bytes} bytes and {free} are free on {}", id.name);
+                    bail!(
+                        "--device cuda:{n}: the weights take {bytes} bytes and {free} are free on {}; use --device cpu",
+                        id.name
+                    );
                 }
                 Ok(Some(device))
             }
