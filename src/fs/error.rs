@@ -50,7 +50,7 @@ impl From<ImageError> for FsError {
             ImageError::EngineGone(_) | ImageError::Memory(MemoryError::Gone { .. }) => Errno::STALE,
             ImageError::Memory(MemoryError::ReadOnly { .. }) => Errno::ROFS,
             // Layouts were checked when they were mapped: this would be our mistake.
-            ImageError::Memory(MemoryError::OutOfBounds { .. }) => Errno::IO,
+            ImageError::Memory(MemoryError::OutOfBounds { .. } | MemoryError::Device { .. }) => Errno::IO,
             ImageError::Disk { source, .. } => errno_of(source),
             ImageError::NoBoundary(_) => Errno::BUSY,
         };
