@@ -27,8 +27,8 @@ pub struct CommitArguments {
 
 pub fn run(a: CommitArguments) -> anyhow::Result<ExitCode> {
     super::log_to(log::LevelFilter::Warn, env_logger::Target::Stderr);
-    a.weights.need_manifests()?;
     let directory = Arc::new(ModelDirectory::open(&a.model_dir)?);
+    a.weights.need_manifests(&directory)?;
     let (committer, recovery) = Committer::open(directory.clone(), a.policy.options())?;
     say(&recovery);
     committer.bring_up_to_date()?;

@@ -20,7 +20,7 @@ pub struct DiagnoseArguments {
 /// Success only if nothing is wrong.
 pub fn run(a: DiagnoseArguments) -> anyhow::Result<ExitCode> {
     let directory = ModelDirectory::open(&a.model_dir)?;
-    let found = diagnose(&directory, a.weights.need_manifests()?)?;
+    let found = diagnose(&directory, &a.weights.need_manifests(&directory)?)?;
     if a.json {
         println!("{}", serde_json::to_string_pretty(&found)?);
     } else {

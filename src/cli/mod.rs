@@ -4,6 +4,7 @@ mod background;
 mod commit;
 mod device;
 mod diagnose;
+mod engine;
 mod history;
 mod mount;
 mod policy;

@@ -1,6 +1,7 @@
 //! `weightfs mount`: from arguments to a served tree, and its end.
 
 use super::background;
+use super::engine::EngineArguments;
 use super::policy::PolicyArguments;
 use super::weights::WeightsArguments;
 use crate::commit::{CommitError, Committer, Options as CommitOptions};
@@ -39,6 +40,8 @@ pub struct MountArguments {
     foreground: bool,
     #[command(flatten)]
     weights: WeightsArguments,
+    #[command(flatten)]
+    engine: EngineArguments,
     #[command(flatten)]
     policy: PolicyArguments,
     /// Let other users read what file modes allow
@@ -137,6 +140,9 @@ fn serve(
     let options = ViewOptions { mode, hold: Duration::from_secs(a.view_hold) };
     let mounted = Mounted::new(opened.image, committer, point.clone(), &options)?;
     mounted.set_train_threads(a.train_threads);
+    if let Some(options) = a.engine.options() {
+        mounted.tell_engine(options)?;
+    }
     for cut in mounted.cut_jobs() {
         log::warn!("{cut}");
         // The log says it to who looks there; the user who mounts sees it here.

@@ -1,6 +1,7 @@
 //! `status` and `status.json`: the same facts, as `key value` lines and as JSON with numbers. Keys are stable: they are
 //! listed in `docs/semantics.md`, new ones are added, none changes its meaning.
 
+use crate::source::Synced;
 use crate::train::JobRecord;
 use serde::Serialize;
 use std::fmt::Write;
@@ -22,6 +23,8 @@ pub struct Status {
     pub committed: Option<CommitFacts>,
     /// Whether live weights differ from the newest commit, as far as was looked: yes, no or unknown.
     pub dirty: &'static str,
+    /// With `--engine-url`.
+    pub engine: Option<EngineFacts>,
     pub job: Option<JobFacts>,
     pub jobs_queued: u64,
     /// The newest, oldest first: ended ones of former lives too.
@@ -116,6 +119,32 @@ pub struct CommitFacts {
     pub step: u64,
     /// RFC 3339, UTC.
     pub time: String,
+}
+
+/// What the engine was told over HTTP.
+#[derive(Debug, Clone, Serialize)]
+pub struct EngineFacts {
+    pub url: String,
+    /// The newest step it was told of, after which it computed everything anew.
+    pub step: Option<u64>,
+    /// Whether nothing is under way.
+    pub settled: bool,
+    pub error: Option<String>,
+}
+
+impl EngineFacts {
+    fn line(&self) -> String {
+        let step = self.step.map_or("nothing yet".into(), |step| format!("step {step}"));
+        let more = if self.settled { "" } else { ", more under way" };
+        let error = self.error.as_ref().map_or(String::new(), |e| format!(": {e}"));
+        format!("{step}{more} at {}{error}", self.url)
+    }
+}
+
+impl From<Synced> for EngineFacts {
+    fn from(s: Synced) -> EngineFacts {
+        EngineFacts { url: s.url, step: s.step, settled: s.settled, error: s.error }
+    }
 }
 
 /// Losses that `status.json` has of a job, the newest; its record in `.weightfs/jobs/` has all.
@@ -249,6 +278,9 @@ impl Status {
             },
         );
         line("dirty", self.dirty.into());
+        if let Some(engine) = &self.engine {
+            line("engine_told", engine.line());
+        }
         line("job", self.job.as_ref().map_or("none".into(), JobFacts::line));
         let ended = self.jobs.iter().rev().find(|j| j.record.has_ended());
         line("last_job", ended.map_or("none".into(), JobFacts::line));

@@ -86,6 +86,8 @@ struct Json {
     tensors: BTreeMap<String, TensorJson>,
     #[serde(default)]
     opaque: HashMap<String, String>,
+    /// Why the engine shares nothing, and what to do.
+    refused: Option<String>,
 }
 
 #[derive(Deserialize, Default)]
@@ -150,6 +152,9 @@ impl Manifest {
         let json: Json = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
         if json.weightfs != 1 {
             return Err(bad(format!("it is of version {}, this weightfs reads version 1", json.weightfs)));
+        }
+        if let Some(why) = json.refused {
+            return Err(SourceError::Refused { path: path.to_path_buf(), why });
         }
         let world_size = json.engine.world_size.unwrap_or(1);
         if json.engine.rank >= world_size {
@@ -240,7 +245,7 @@ fn tensor_map(json: TensorJson) -> Result<TensorMap, String> {
 
 /// A manifest tells us which files to write: it must come from us, from root, or (when we are root) from a user who
 /// then may only name files of their own, and nobody else may have been able to edit it.
-fn trust(path: &Path, metadata: &std::fs::Metadata) -> Result<Option<u32>, SourceError> {
+pub(super) fn trust(path: &Path, metadata: &std::fs::Metadata) -> Result<Option<u32>, SourceError> {
     let untrusted = |why: String| SourceError::Untrusted { path: path.to_path_buf(), why };
     if metadata.mode() & 0o022 != 0 {
         return Err(untrusted(format!("others may write it (mode {:o}): chmod 600 it", metadata.mode() & 0o777)));

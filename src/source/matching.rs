@@ -71,12 +71,13 @@ pub(super) struct Matched {
 pub(super) fn matching(directory: &ModelDirectory, manifests: &[Manifest]) -> Matched {
     let mut matched = Matched { places: HashMap::new(), only_live: Vec::new(), wrong: Vec::new() };
     for (_, tensor) in directory.tensors() {
+        // Opaque on one rank is opaque: written on the others only, the ranks would compute with different weights.
+        if let Some(reason) = manifests.iter().find_map(|m| m.opaque.get(&tensor.name)) {
+            matched.places.insert(tensor.name.clone(), Place::Opaque(reason.clone()));
+            continue;
+        }
         let place = match live_segments(tensor, manifests) {
-            Ok(segments) if segments.is_empty() && tensor.elements() == 0 => Place::OnlyOnDisk,
-            Ok(segments) if segments.is_empty() => match manifests.iter().find_map(|m| m.opaque.get(&tensor.name)) {
-                Some(reason) => Place::Opaque(reason.clone()),
-                None => Place::OnlyOnDisk,
-            },
+            Ok(segments) if segments.is_empty() => Place::OnlyOnDisk,
             Ok(segments) => Place::Live(segments),
             Err(why) => {
                 matched.wrong.push((tensor.name.clone(), why));

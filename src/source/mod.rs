@@ -6,7 +6,9 @@
 mod boundary;
 mod cover;
 mod device_memory;
+mod discover;
 mod engine;
+mod engine_http;
 mod handles;
 mod manifest;
 mod matching;
@@ -14,7 +16,9 @@ mod own;
 mod shared_file;
 
 pub use boundary::{Boundary, HoldGuard, StepGuard};
+pub use discover::{ENGINES, directories as manifest_directories, discover};
 pub use engine::{Engine, ManifestId};
+pub use engine_http::{EngineHttpError, EngineSync, Options as EngineHttpOptions, Pause, Synced, When};
 pub use manifest::{CudaDevice, Manifest, MemoryEntry, TensorMap};
 pub use matching::{Diagnosis, diagnose};
 pub use own::{OwnWeights, load_own};
@@ -45,6 +49,15 @@ pub enum SourceError {
     Untrusted { path: PathBuf, why: String },
     #[error("the engine of {path} is gone: {why}; start it again and use its new manifest")]
     EngineGone { path: PathBuf, why: String },
+    #[error("the engine of {path} does not share its weights: {why}")]
+    Refused { path: PathBuf, why: String },
+    #[error(
+        "no {engine} that serves {model} has left a manifest in {looked}{serving}: start it with its plugin (docs/vllm.md), \
+         or name the manifest"
+    )]
+    NoEngine { engine: String, model: PathBuf, looked: String, serving: String },
+    #[error("several {engine} serve {model}, {list}: name the manifest of one with --weights MANIFEST")]
+    SeveralEngines { engine: String, model: PathBuf, list: String },
     #[error("tensor '{tensor}' does not fit the model directory: {why} (`weightfs diagnose` lists every tensor)")]
     Mismatch { tensor: String, why: String },
     #[error("{path} names memory of a GPU: {why}")]

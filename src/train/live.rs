@@ -4,6 +4,7 @@
 use super::weights::{Step, TensorSpec, Weights};
 use crate::image::{Image, ImageError, ShardBytes, StepHold};
 use crate::model::element_bytes;
+use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -19,13 +20,23 @@ pub enum StepEnd {
 /// Live weights of a model directory.
 pub struct LiveWeights {
     image: Arc<Image>,
+    begins: Option<Box<Begins>>,
     ended: Box<dyn Fn(StepEnd) + Send + Sync>,
 }
+
+/// What it returns is dropped when the step's writing is over, readers let in again.
+type Begins = dyn Fn() -> Box<dyn Any> + Send + Sync;
 
 impl LiveWeights {
     /// `ended` must not ask for a hold of the weights.
     pub fn new(image: Arc<Image>, ended: impl Fn(StepEnd) + Send + Sync + 'static) -> LiveWeights {
-        LiveWeights { image, ended: Box::new(ended) }
+        LiveWeights { image, begins: None, ended: Box::new(ended) }
+    }
+
+    /// `begins` runs before a step's first write: here the engine is made to stand still. Not earlier, since a freeze may keep
+    /// the step waiting; like `ended`, it must not ask for a hold.
+    pub fn around_steps(self, begins: impl Fn() -> Box<dyn Any> + Send + Sync + 'static) -> LiveWeights {
+        LiveWeights { begins: Some(Box::new(begins)), ..self }
     }
 
     /// The tensor, and how many elements a row of it has. Whoever asks has been given its [`TensorSpec`].
@@ -57,7 +68,7 @@ impl Weights for LiveWeights {
     fn begin_step(&self) -> Result<Box<dyn Step + '_>, ImageError> {
         // The queue takes one step at a time, and nothing else writes while it has jobs.
         self.image.check()?;
-        Ok(Box::new(LiveStep { weights: self, alone: None }))
+        Ok(Box::new(LiveStep { weights: self, alone: None, around: None }))
     }
 }
 
@@ -65,11 +76,14 @@ struct LiveStep<'a> {
     weights: &'a LiveWeights,
     /// Everybody is shut out, from `begin_update` on.
     alone: Option<StepHold>,
+    /// Dropped after `alone`.
+    around: Option<Box<dyn Any>>,
 }
 
 impl Step for LiveStep<'_> {
     fn begin_update(&mut self) -> Result<(), ImageError> {
         self.alone = Some(self.weights.image.exclude()?);
+        self.around = self.weights.begins.as_ref().map(|begins| begins());
         Ok(())
     }
 

@@ -123,8 +123,8 @@ impl Mounted {
         if report.live_bytes > 0 {
             // Readers see it as they see a step: with the next open.
             self.step.fetch_add(1, Ordering::AcqRel);
-            let mut facts = self.facts.lock();
-            facts.dirty = "no";
+            self.facts.lock().dirty = "no";
+            self.weights_differ();
         }
         Ok(format!("back at commit {id}: {}, {} bytes of live weights written", report.commit, report.live_bytes))
     }

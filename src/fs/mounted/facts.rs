@@ -76,6 +76,7 @@ impl Mounted {
             readers: ReaderFacts { open, pids, hold_seconds_left: held.map(|d| d.as_secs()) },
             committed: newest.as_ref().map(commit_facts),
             dirty: facts.dirty,
+            engine: self.engine.get().map(|engine| engine.synced().into()),
             job: running.map(JobFacts::of),
             jobs_queued,
             jobs: jobs.into_iter().skip(older).map(JobFacts::of).collect(),

@@ -17,7 +17,7 @@ use crate::commit::{Committer, Snapshot};
 use crate::image::{Image, ShardBytes};
 use crate::memory;
 use crate::model::ModelDirectory;
-use crate::source::{HoldGuard, ManifestId};
+use crate::source::{EngineHttpError, EngineHttpOptions, EngineSync, HoldGuard, ManifestId};
 use crate::view::{CopiedShards, Readers};
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -77,6 +77,8 @@ pub struct Mounted {
     moving: Mutex<Option<(Instant, FsError)>>,
     readers: Mutex<Readers>,
     training: Training,
+    /// The engine that is told of new weights over HTTP.
+    engine: OnceLock<EngineSync>,
     /// For threads that outlive a call.
     me: Weak<Mounted>,
     snapshots: Mutex<HashMap<u64, (Arc<Snapshot>, usize)>>,
@@ -138,6 +140,7 @@ impl Mounted {
             moving: Mutex::default(),
             readers: Mutex::new(Readers::new(options.hold)),
             training,
+            engine: OnceLock::new(),
             me: me.clone(),
             snapshots: Mutex::default(),
             frozen: Mutex::default(),
@@ -169,6 +172,25 @@ impl Mounted {
 
     pub fn on_event(&self, tell: Box<dyn Fn(Event) + Send + Sync>) {
         let _ = self.events.set(tell);
+    }
+
+    /// From now on the engine at a URL is told of new weights. Before the first job.
+    pub fn tell_engine(&self, options: EngineHttpOptions) -> Result<(), EngineHttpError> {
+        let me = self.me.clone();
+        let moved = move || {
+            if let Some(mounted) = me.upgrade() {
+                mounted.changed();
+            }
+        };
+        let _ = self.engine.set(EngineSync::start(options, moved)?);
+        Ok(())
+    }
+
+    /// The weights have changed, and will not for a while: a job has ended, a rollback.
+    fn weights_differ(&self) {
+        if let Some(engine) = self.engine.get() {
+            engine.changed(self.step.load(Ordering::Acquire));
+        }
     }
 
     fn tell(&self, event: Event) {

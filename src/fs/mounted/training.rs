@@ -252,7 +252,10 @@ impl Mounted {
                 mounted.step_ended(end);
             }
         };
-        let weights = LiveWeights::new(self.image.clone(), ended);
+        let mut weights = LiveWeights::new(self.image.clone(), ended);
+        if let Some(engine) = self.engine.get().cloned() {
+            weights = weights.around_steps(move || Box::new(engine.step_begins()));
+        }
         let model = Model::new(architecture, Arc::new(weights)).map_err(refused)?;
         let state = self.newest_optimizer()?;
         *self.training.committed.lock() = state.step;
@@ -276,7 +279,10 @@ impl Mounted {
     fn step_ended(&self, end: StepEnd) {
         match end {
             StepEnd::Taken => {
-                self.step.fetch_add(1, Ordering::AcqRel);
+                let step = self.step.fetch_add(1, Ordering::AcqRel) + 1;
+                if let Some(engine) = self.engine.get() {
+                    engine.step_taken(step);
+                }
                 let mut facts = self.facts.lock();
                 facts.dirty = "yes";
                 if self.view.is_none() {
@@ -304,6 +310,9 @@ impl Mounted {
             }
             (JobState::Running, _) if job.steps_done > 0 => {}
             (state, _) => log::info!("job {} is {state:?}", job.id),
+        }
+        if job.has_ended() && job.steps_done > 0 {
+            self.weights_differ();
         }
         self.changed();
     }
