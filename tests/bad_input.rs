@@ -264,7 +264,7 @@ fn options_that_make_no_sense_are_refused() {
     let cases: &[(&[&str], &[&str])] = &[
         (&["--weights", "own", "--weights", "own"], &["own", "twice"]),
         (&["--weights", "own", "--weights", "x.json"], &["own", "mixed"]),
-        (&["--device", "cuda:0"], &["cuda:0", "--device cpu"]),
+        (&["--device", "cuda:999"], &["cuda:999", "--device cpu"]),
         (&["--device", "abacus"], &["abacus"]),
     ];
     for (options, words) in cases {

@@ -24,6 +24,8 @@ const KEYS: &[&str] = &[
     "view",
     "view_bytes",
     "view_ready",
+    "host_memory",
+    "gpu_memory",
     "readers",
     "committed",
     "dirty",
@@ -65,6 +67,12 @@ fn status_has_every_key_on_a_line_of_its_own_and_json_the_same_facts() {
     let bytes: usize = model.disk().iter().map(Vec::len).sum();
     assert_eq!(json["source"]["bytes"], bytes);
     assert_eq!(json["view"]["bytes"], bytes);
+    // What is announced: the copies, a commit of everything, 16 bytes a block for each of them; weights are the engine's.
+    let hashes = 2 * 16 * model.disk().iter().map(|shard| shard.len().div_ceil(4096)).sum::<usize>();
+    let host = serde_json::json!({"weights": 0, "view": bytes, "staging": bytes, "hashes": hashes, "buffers": 0});
+    assert_eq!(json["memory"]["host"], host);
+    assert_eq!(mount.fact("host_memory").unwrap().split(' ').next(), Some(&*(2 * bytes + hashes).to_string()));
+    assert_eq!(mount.fact("gpu_memory").unwrap(), "0 at most (weights 0, buffers 0)");
     assert_eq!(json["committed"], serde_json::Value::Null);
     assert_eq!(json["readers"]["open"], 0);
     assert_eq!(mount.fact("mount").unwrap(), mount.point.to_str().unwrap());

@@ -2,6 +2,7 @@
 
 mod background;
 mod commit;
+mod device;
 mod diagnose;
 mod engine;
 mod history;

@@ -1,6 +1,7 @@
 //! `--weights`: own, manifests, the engine that serves the model, or a file of torch handles (told by its content, not
 //! its name).
 
+use super::device::DeviceChoice;
 use crate::image::Image;
 use crate::memory::Hash;
 use crate::model::ModelDirectory;
@@ -17,9 +18,9 @@ pub struct WeightsArguments {
     /// engine saved the handles of its CUDA memory with torch.save
     #[arg(long, value_name = "own|vllm|MANIFEST|HANDLES.pt", default_value = "own")]
     weights: Vec<PathBuf>,
-    /// Where own weights are kept
+    /// Where own weights are kept; auto: on the first GPU if there is one with room for them
     #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
-    device: String,
+    device: DeviceChoice,
 }
 
 /// An opened source, and the hashes of the files if they were read for it.
@@ -50,17 +51,11 @@ impl WeightsArguments {
 
     /// Finds and maps the weights. `writable`: training or rollback may change them.
     pub fn open(&self, directory: &Arc<ModelDirectory>, writable: bool) -> anyhow::Result<Opened> {
-        match self.device.as_str() {
-            "auto" | "cpu" => {}
-            device if device == "cuda" || device.starts_with("cuda:") => {
-                bail!("--device {device}: this version of weightfs has no CUDA: use --device cpu")
-            }
-            device => bail!("--device {device} is unknown: use auto or cpu"),
-        }
         let (source, hashes) = match self.manifests(directory)? {
             Some(manifests) => (Source::from_manifests(directory, &manifests, writable)?, None),
             None => {
-                let own = load_own(directory)?;
+                let device = self.device.open(directory.bytes())?;
+                let own = load_own(directory, device.as_ref())?;
                 (own.source, Some(own.hashes))
             }
         };

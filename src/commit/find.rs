@@ -4,11 +4,10 @@ use super::blocks::Table;
 use super::error::CommitError;
 use super::layout::Layout;
 use crate::image::ShardBytes;
-use crate::memory::BLOCK;
-use rayon::prelude::*;
+use crate::memory::{BLOCK, Hash};
 use std::ops::Range;
 
-/// Blocks that one task hashes: 4 MB, large against the cost of a task and small against a core's share of a model.
+/// Blocks that one task copies: 4 MB, large against the cost of a task and small against a core's share of a model.
 const BATCH: u64 = 1024;
 
 /// A run of consecutive changed blocks, at most [`BATCH`] long.
@@ -43,38 +42,25 @@ pub fn find(
             &whole
         }
     };
-    let mut tasks: Vec<(usize, u64, u64)> = Vec::new();
+    let mut blocks: Vec<(usize, Range<u64>)> = Vec::new();
     for (shard, range) in ranges {
-        let mut first = range.start / BLOCK as u64;
+        let (mut first, end) = (range.start / BLOCK as u64, range.end.div_ceil(BLOCK as u64));
         // Neighbouring ranges may share a block: it is hashed once.
-        if let Some(&(s, f, n)) = tasks.last()
-            && s == *shard
+        if let Some((s, before)) = blocks.last()
+            && s == shard
         {
-            first = first.max(f + n);
+            first = first.max(before.end);
         }
-        let end = range.end.div_ceil(BLOCK as u64);
-        while first < end {
-            let blocks = BATCH.min(end - first);
-            tasks.push((*shard, first, blocks));
-            first += blocks;
+        if first < end {
+            blocks.push((*shard, first..end));
         }
     }
-    let found: Vec<Vec<Run>> = tasks
-        .into_par_iter()
-        .map(|(shard, first, blocks)| {
-            let mut hashes = vec![0; blocks as usize];
-            live.hash(shard, first, &mut hashes)?;
-            let known = &table.0[shard][first as usize..(first + blocks) as usize];
-            let mut runs: Vec<Run> = Vec::new();
-            for (i, _) in hashes.iter().zip(known).enumerate().filter(|(_, (a, b))| a != b) {
-                let block = first + i as u64;
-                match runs.last_mut() {
-                    Some(run) if run.first + run.blocks == block => run.blocks += 1,
-                    _ => runs.push(Run { shard, first: block, blocks: 1 }),
-                }
-            }
-            Ok(runs)
-        })
-        .collect::<Result<_, CommitError>>()?;
-    Ok(found.into_iter().flatten().collect())
+    let known: Vec<&[Hash]> = table.0.iter().map(Vec::as_slice).collect();
+    let mut runs: Vec<Run> = Vec::new();
+    for (shard, changed) in live.changed(&blocks, &known)? {
+        for first in changed.clone().step_by(BATCH as usize) {
+            runs.push(Run { shard, first, blocks: BATCH.min(changed.end - first) });
+        }
+    }
+    Ok(runs)
 }

@@ -145,6 +145,12 @@ impl Committer {
         published.records.last().map(|r| CommitInfo::of(r, published.state.folded))
     }
 
+    /// Bytes of memory that a commit stages changed blocks in, at most.
+    pub fn staging_bytes(&self) -> u64 {
+        let all: u64 = self.shared.layout.shards.iter().map(|s| s.bytes).sum();
+        self.options.staging_memory.min(all)
+    }
+
     /// Oldest first.
     pub fn history(&self) -> Vec<CommitInfo> {
         let published = self.shared.published.read();

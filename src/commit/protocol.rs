@@ -9,7 +9,7 @@ use super::journal::{Journal, NewBytes, Streamed, touched_tensors};
 use super::record::{self, Facts, Head, LOG, Record, ShardFacts, UNFINISHED, VALUES, XOR};
 use super::replay::{Layer, layers};
 use super::report::{CommitInfo, CommitReport, FoldOutcome, Phase, PhaseTimes, Progress};
-use super::stage::Staged;
+use super::stage::{self, Staged};
 use super::state::hex;
 use super::{Baseline, CommitRequest, Committer, FoldPolicy, fold, lock, optimizer};
 use crate::image::ShardBytes;
@@ -48,6 +48,7 @@ impl Committer {
             }
         };
 
+        stage::prepare(live, layout, self.options.staging_memory)?;
         let start = Instant::now();
         tell(Phase::Finding, 0, layout.shards.iter().map(|s| s.bytes).sum());
         let mut hold = Some(live.hold()?);

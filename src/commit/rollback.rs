@@ -8,6 +8,7 @@ use super::snapshot::Snapshot;
 use super::{CommitRequest, Committer};
 use crate::image::{ImageError, ShardBytes, StepHold};
 use crate::memory::{Hash, hash_into};
+use std::ops::Range;
 
 /// Bytes of a tensor compared and written back at a time, and the grain of what is written: both hold whole elements.
 const WINDOW: u64 = 1 << 20;
@@ -52,11 +53,9 @@ impl Committer {
                     now.resize((stop - at) as usize, 0);
                     snapshot.read(s, at, &mut then)?;
                     live.read(s, at, &mut now)?;
-                    for (i, (then, now)) in then.chunks(GRAIN).zip(now.chunks(GRAIN)).enumerate() {
-                        if then != now {
-                            live.write(s, at + (i * GRAIN) as u64, then)?;
-                            written += then.len() as u64;
-                        }
+                    for range in differing(&then, &now) {
+                        live.write(s, at + range.start as u64, &then[range.clone()])?;
+                        written += range.len() as u64;
                     }
                     at = stop;
                 }
@@ -64,6 +63,20 @@ impl Committer {
         }
         Ok(written)
     }
+}
+
+/// Where `a` and `b` differ, in grains; neighbours are one range, so that a GPU is written in few large copies.
+fn differing(a: &[u8], b: &[u8]) -> Vec<Range<usize>> {
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    let grains = a.chunks(GRAIN).zip(b.chunks(GRAIN)).enumerate();
+    for (i, (a, _)) in grains.filter(|(_, (a, b))| a != b) {
+        let (start, end) = (i * GRAIN, i * GRAIN + a.len());
+        match ranges.last_mut() {
+            Some(last) if last.end == start => last.end = end,
+            _ => ranges.push(start..end),
+        }
+    }
+    ranges
 }
 
 /// An earlier commit as if it were live.
@@ -101,5 +114,21 @@ impl ShardBytes for Past<'_> {
 
     fn write(&self, _: usize, _: u64, _: &[u8]) -> Result<(), ImageError> {
         Ok(()) // nothing commits into the past
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_written_together() {
+        let a = vec![0; 5 * GRAIN + 7];
+        let mut b = a.clone();
+        assert!(differing(&a, &b).is_empty());
+        for at in [GRAIN, 3 * GRAIN - 1, 5 * GRAIN + 6] {
+            b[at] = 1;
+        }
+        assert_eq!(differing(&a, &b), [GRAIN..3 * GRAIN, 5 * GRAIN..5 * GRAIN + 7]);
     }
 }

@@ -7,12 +7,14 @@ use super::blocks::{Change, Table};
 use super::error::CommitError;
 use super::find::Run;
 use super::layout::Layout;
-use crate::image::ShardBytes;
-use crate::memory::{BLOCK, Hash, hash_into};
-use memmap2::{Advice, MmapMut};
+use crate::image::{Part, ShardBytes};
+use crate::memory::{BLOCK, Hash, HostBuffer, hash_into};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
+
+/// Blocks that one task copies and hashes.
+const TASK_BLOCKS: u64 = 1024;
 
 /// Consecutive blocks as they were copied.
 #[derive(Debug)]
@@ -27,7 +29,7 @@ pub struct StagedRun {
 /// A part of the one piece of memory that a commit stages in.
 #[derive(Debug, Clone)]
 struct Bytes {
-    arena: Arc<MmapMut>,
+    arena: Arc<HostBuffer>,
     range: Range<usize>,
 }
 
@@ -54,10 +56,7 @@ impl Staged {
     pub fn copy(live: &dyn ShardBytes, layout: &Layout, table: &Table, runs: &[Run]) -> Result<Staged, CommitError> {
         let lengths = runs.iter().map(|run| run.bytes(layout)).map(|r| (r.end - r.start) as usize);
         let total: usize = lengths.clone().sum();
-        let no_memory = |e: std::io::Error| CommitError::io("stage changed blocks of", &layout.root, e);
-        // One mapping in large pages where the system has them: the pages of many small ones cost more than the copies.
-        let mut arena = MmapMut::map_anon(total.max(1)).map_err(no_memory)?;
-        let _ = arena.advise(Advice::HugePage);
+        let mut arena = arena(live, layout, total)?;
         let mut parts: Vec<&mut [u8]> = Vec::with_capacity(runs.len());
         let mut rest = &mut arena[..total];
         for length in lengths.clone() {
@@ -65,16 +64,16 @@ impl Staged {
             parts.push(part);
             rest = after;
         }
-        let hashes: Vec<Vec<Hash>> = runs
-            .par_iter()
-            .zip(parts)
-            .map(|(run, bytes)| {
-                live.read(run.shard, run.bytes(layout).start, bytes)?;
-                let mut hashes = vec![0; run.blocks as usize];
-                hash_into(bytes, &mut hashes);
-                Ok(hashes)
-            })
-            .collect::<Result<_, CommitError>>()?;
+        let mut hashes: Vec<Vec<Hash>> = runs.iter().map(|run| vec![0; run.blocks as usize]).collect();
+        tasks(runs, parts, &mut hashes).into_par_iter().try_for_each(|(runs, parts, hashes)| {
+            let mut wanted: Vec<Part<'_>> = Vec::with_capacity(runs.len());
+            for (run, dst) in runs.iter().zip(parts) {
+                wanted.push(Part { shard: run.shard, offset: run.bytes(layout).start, dst });
+            }
+            live.read_parts(&mut wanted)?;
+            wanted.iter().zip(hashes).for_each(|(part, hashes)| hash_into(part.dst, hashes));
+            Ok::<(), CommitError>(())
+        })?;
         let arena = Arc::new(arena);
         let mut at = 0;
         let mut staged = Vec::with_capacity(runs.len());
@@ -121,6 +120,49 @@ impl Staged {
         }
         !runs.is_empty()
     }
+}
+
+/// Memory to stage in: where the weights' device copies to at full speed, if they are on one.
+fn arena(live: &dyn ShardBytes, layout: &Layout, bytes: usize) -> Result<HostBuffer, CommitError> {
+    if let Some(device) = live.accelerator().filter(|_| bytes > 0) {
+        match device.host_memory(bytes) {
+            Ok(memory) => return Ok(memory),
+            Err(e) => log::warn!("changed blocks are staged in memory that is slow to copy to: {e}"),
+        }
+    }
+    HostBuffer::anonymous(bytes).map_err(|e| CommitError::io("stage changed blocks of", &layout.root, e))
+}
+
+/// Takes the memory that staging up to `bytes` needs of a device, which may take a second, so that it is there when
+/// weights are held still.
+pub fn prepare(live: &dyn ShardBytes, layout: &Layout, bytes: u64) -> Result<(), CommitError> {
+    if live.accelerator().is_some() {
+        let all: u64 = layout.shards.iter().map(|s| s.bytes).sum();
+        drop(arena(live, layout, bytes.min(all) as usize)?);
+    }
+    Ok(())
+}
+
+/// Runs, their places and their hashes, so many together as one task copies.
+type Task<'a> = (&'a [Run], Vec<&'a mut [u8]>, &'a mut [Vec<Hash>]);
+
+fn tasks<'a>(mut runs: &'a [Run], parts: Vec<&'a mut [u8]>, mut hashes: &'a mut [Vec<Hash>]) -> Vec<Task<'a>> {
+    let mut tasks = Vec::new();
+    let mut parts = parts.into_iter();
+    while !runs.is_empty() {
+        let mut blocks = 0;
+        let n = runs.iter().take_while(|run| {
+            let fits = blocks == 0 || blocks + run.blocks <= TASK_BLOCKS;
+            blocks += run.blocks;
+            fits
+        });
+        let n = n.count();
+        let (first, rest) = runs.split_at(n);
+        let (its, others) = hashes.split_at_mut(n);
+        tasks.push((first, parts.by_ref().take(n).collect(), its));
+        (runs, hashes) = (rest, others);
+    }
+    tasks
 }
 
 /// Usually the run as it is: blocks equal to `known` appear only when somebody wrote during the search.

@@ -16,6 +16,10 @@ pub enum Command {
         message: Option<String>,
     },
     Refresh,
+    /// The weights of an engine's new manifest; without a path, of those it was mounted with.
+    Attach {
+        path: Option<String>,
+    },
     Freeze,
     Thaw,
     /// A path, or a job as JSON.
@@ -38,6 +42,7 @@ impl Command {
         match self {
             Command::Commit { .. } => "commit",
             Command::Refresh => "refresh",
+            Command::Attach { .. } => "attach",
             Command::Freeze => "freeze",
             Command::Thaw => "thaw",
             Command::Train { .. } => "train",
@@ -80,6 +85,7 @@ pub fn parse(bytes: &[u8]) -> Result<Command, FsError> {
         "commit" if rest.len() > MAX_MESSAGE => Err(bad(format!("a message has at most {MAX_MESSAGE} bytes"))),
         "commit" => Ok(Command::Commit { message: (!rest.is_empty()).then(|| rest.to_string()) }),
         "refresh" => alone(Command::Refresh),
+        "attach" => Ok(Command::Attach { path: (!rest.is_empty()).then(|| rest.to_string()) }),
         "freeze" => alone(Command::Freeze),
         "thaw" => alone(Command::Thaw),
         "pause" => alone(Command::Pause),
@@ -93,7 +99,7 @@ pub fn parse(bytes: &[u8]) -> Result<Command, FsError> {
     }
 }
 
-const WORDS: &str = "known are commit, refresh, freeze, thaw, train, cancel, pause, resume, rollback";
+const WORDS: &str = "known are commit, refresh, attach, freeze, thaw, train, cancel, pause, resume, rollback";
 
 /// Enough of what somebody wrote to recognise it in a message.
 fn short(text: &str) -> String {
@@ -119,6 +125,8 @@ mod tests {
             Ok(Command::Train { job: "{\n \"samples\": []\n}".into() })
         );
         assert_eq!(parse(b"thaw\r\n"), Ok(Command::Thaw));
+        assert_eq!(parse(b"attach\n"), Ok(Command::Attach { path: None }));
+        assert_eq!(parse(b"attach run/a b.json\n"), Ok(Command::Attach { path: Some("run/a b.json".into()) }));
     }
 
     #[test]

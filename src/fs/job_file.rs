@@ -10,23 +10,29 @@ use std::path::{Path, PathBuf};
 /// Above this a file is no job somebody wrote: reading it would fill the memory.
 const LARGEST: u64 = 1 << 30;
 
-/// Reads the file that `writer` (a process or thread) calls `path`. Returns its text and what to call it.
-pub fn read(path: &str, writer: u32) -> Result<(String, String), FsError> {
+/// What `writer` (a process or thread) calls `path`.
+pub fn path_of(path: &str, writer: u32) -> Result<PathBuf, FsError> {
     let given = Path::new(path);
-    let fail = |errno: Errno, why: &str| Err(FsError::new(errno, format!("the job {path}: {why}")));
     // The writer may live in a container: its root is not ours. Where its root cannot be looked at, ours has to do.
     let root = PathBuf::from(format!("/proc/{writer}/root"));
-    let named = match given.strip_prefix("/") {
-        Ok(below) if writer != 0 && !is_ours(&root) => root.join(below),
-        Ok(_) => given.to_owned(),
+    match given.strip_prefix("/") {
+        Ok(below) if writer != 0 && !is_ours(&root) => Ok(root.join(below)),
+        Ok(_) => Ok(given.to_owned()),
         Err(_) => {
             let directory = PathBuf::from(format!("/proc/{writer}/cwd"));
-            match std::fs::read_link(&directory) {
-                Ok(_) => directory.join(given),
-                Err(_) => return fail(Errno::INVAL, "the directory of its writer is not known: give an absolute path"),
-            }
+            // Where that leads: the link goes when its process does.
+            std::fs::read_link(&directory).map(|directory| directory.join(given)).map_err(|_| {
+                let why = "the directory of its writer is not known: give an absolute path";
+                FsError::new(Errno::INVAL, format!("{path}: {why}"))
+            })
         }
-    };
+    }
+}
+
+/// Reads the file that `writer` (a process or thread) calls `path`. Returns its text and what to call it.
+pub fn read(path: &str, writer: u32) -> Result<(String, String), FsError> {
+    let fail = |errno: Errno, why: &str| Err(FsError::new(errno, format!("the job {path}: {why}")));
+    let named = path_of(path, writer)?;
     // Never waits for the other end of a pipe.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let mut file = match rustix::fs::open(&named, flags, Mode::empty()) {

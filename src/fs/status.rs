@@ -18,6 +18,7 @@ pub struct Status {
     pub source: SourceFacts,
     pub step: u64,
     pub view: ViewFacts,
+    pub memory: MemoryFacts,
     pub readers: ReaderFacts,
     pub committed: Option<CommitFacts>,
     /// Whether live weights differ from the newest commit, as far as was looked: yes, no or unknown.
@@ -59,6 +60,49 @@ pub struct ViewFacts {
     /// Host memory the copies take.
     pub bytes: u64,
     pub ready: bool,
+}
+
+/// Bytes that the mount takes at most, training aside (each job says what it needs).
+#[derive(Debug, Clone, Serialize)]
+pub struct MemoryFacts {
+    pub host: HostMemoryFacts,
+    pub gpu: GpuMemoryFacts,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct HostMemoryFacts {
+    /// Of our own; an engine's are its own.
+    pub weights: u64,
+    pub view: u64,
+    /// Changed blocks on their way to the log.
+    pub staging: u64,
+    /// Hashes of blocks: as the view has them, and as the newest commit has.
+    pub hashes: u64,
+    /// Buffers of copies from a GPU.
+    pub buffers: u64,
+}
+
+/// Over all GPUs; the driver's own share of a process comes on top.
+#[derive(Debug, Clone, Serialize)]
+pub struct GpuMemoryFacts {
+    pub weights: u64,
+    pub buffers: u64,
+}
+
+impl MemoryFacts {
+    fn host_line(&self) -> String {
+        let h = &self.host;
+        let total = h.weights + h.view + h.staging + h.hashes + h.buffers;
+        format!(
+            "{total} at most (weights {}, view {}, staging {}, hashes {}, buffers {})",
+            h.weights, h.view, h.staging, h.hashes, h.buffers
+        )
+    }
+
+    fn gpu_line(&self) -> String {
+        let g = &self.gpu;
+        format!("{} at most (weights {}, buffers {})", g.weights + g.buffers, g.weights, g.buffers)
+    }
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -214,6 +258,8 @@ impl Status {
         );
         line("view_bytes", self.view.bytes.to_string());
         line("view_ready", yes(self.view.ready).into());
+        line("host_memory", self.memory.host_line());
+        line("gpu_memory", self.memory.gpu_line());
         line(
             "readers",
             match self.readers.pids.is_empty() {

@@ -1,15 +1,19 @@
 //! The image: the bytes of every shard file as they are live, header from disk plus tensors from engine memory.
 
+mod attach;
 mod runs;
 mod shard;
 mod tensor;
+mod wide;
 
-pub use shard::{Image, TensorRef};
+pub use attach::{Image, TensorRef};
 
-use crate::memory::{BLOCK, Hash, MemoryError};
+use crate::memory::{Accelerator, BLOCK, Hash, MemoryError};
+use rayon::prelude::*;
 use std::any::Any;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Why live bytes could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +41,17 @@ impl StepHold {
         StepHold(Box::new(guards))
     }
 }
+
+/// Bytes of a shard file and where they are to be copied.
+#[derive(Debug)]
+pub struct Part<'a> {
+    pub shard: usize,
+    pub offset: u64,
+    pub dst: &'a mut [u8],
+}
+
+/// Blocks that one task hashes: 4 MB, large against the cost of a task and small against a core's share of a model.
+const BATCH: u64 = 1024;
 
 /// Live shard bytes, as views and commits use them. Shards are numbered as in
 /// [`ModelDirectory::shards`](crate::model::ModelDirectory); offsets are bytes in the shard file; sizes never change.
@@ -75,7 +90,65 @@ pub trait ShardBytes: Send + Sync {
     /// where the weights are. The file's last block may be short.
     fn hash(&self, shard: usize, first: u64, out: &mut [Hash]) -> Result<(), ImageError>;
 
+    /// Copies many parts, which lie scattered perhaps. Called with some megabytes at a time, from several threads.
+    fn read_parts(&self, parts: &mut [Part<'_>]) -> Result<(), ImageError> {
+        parts.iter_mut().try_for_each(|p| self.read(p.shard, p.offset, p.dst))
+    }
+
+    /// The blocks among `ranges` (of shards, ascending, disjoint) whose hashes differ from those in `known`, which has all
+    /// blocks of every shard. In order; ranges that touch may come apart.
+    fn changed(
+        &self,
+        ranges: &[(usize, Range<u64>)],
+        known: &[&[Hash]],
+    ) -> Result<Vec<(usize, Range<u64>)>, ImageError> {
+        changed_in_batches(self, ranges, known)
+    }
+
+    /// The device that the weights are on, if any: memory that it reaches is better to copy to.
+    fn accelerator(&self) -> Option<Arc<dyn Accelerator>> {
+        None
+    }
+
     /// Writes file bytes back into the live weights (rollback). Bytes of the header and of tensors that no engine
     /// holds are left alone. Whole elements: both ends of the range are on element boundaries of their tensors.
     fn write(&self, shard: usize, offset: u64, src: &[u8]) -> Result<(), ImageError>;
+}
+
+/// Hashes on all cores, a batch a task.
+fn changed_in_batches<B: ShardBytes + ?Sized>(
+    bytes: &B,
+    ranges: &[(usize, Range<u64>)],
+    known: &[&[Hash]],
+) -> Result<Vec<(usize, Range<u64>)>, ImageError> {
+    let mut tasks: Vec<(usize, u64, u64)> = Vec::new();
+    for (shard, range) in ranges {
+        tasks.extend(range.clone().step_by(BATCH as usize).map(|at| (*shard, at, BATCH.min(range.end - at))));
+    }
+    let found: Vec<Vec<(usize, Range<u64>)>> = tasks
+        .into_par_iter()
+        .map(|(shard, first, blocks)| {
+            let mut hashes = vec![0; blocks as usize];
+            bytes.hash(shard, first, &mut hashes)?;
+            let mut changed = Vec::new();
+            differing(shard, first, &hashes, known[shard], &mut changed);
+            Ok(changed)
+        })
+        .collect::<Result<_, ImageError>>()?;
+    Ok(found.into_iter().flatten().collect())
+}
+
+/// Adds runs of blocks from `first` on whose `hashes` differ from the shard's `known` ones.
+fn differing(shard: usize, first: u64, hashes: &[Hash], known: &[Hash], changed: &mut Vec<(usize, Range<u64>)>) {
+    let known = &known[first as usize..first as usize + hashes.len()];
+    if hashes == known {
+        return;
+    }
+    for (i, _) in hashes.iter().zip(known).enumerate().filter(|(_, (a, b))| a != b) {
+        let block = first + i as u64;
+        match changed.last_mut() {
+            Some((s, range)) if *s == shard && range.end == block => range.end += 1,
+            _ => changed.push((shard, block..block + 1)),
+        }
+    }
 }

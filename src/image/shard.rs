@@ -1,9 +1,10 @@
-//! All shards of a model as live bytes: extents of header, disk and live tensors, found by file offset.
+//! All shards of a model as live bytes of one source: extents of header, disk and live tensors, found by file offset.
 
-use super::tensor::LiveTensor;
-use super::{ImageError, ShardBytes, StepHold};
-use crate::memory::{BLOCK, Hash, Memory, hash_into};
-use crate::model::{Dtype, ModelDirectory, Shard};
+use super::tensor::{Fetch, LiveTensor, copy};
+use super::wide::Plans;
+use super::{ImageError, Part, ShardBytes, StepHold, wide};
+use crate::memory::{Accelerator, BLOCK, Hash, Memory, hash_into};
+use crate::model::{ModelDirectory, Shard, TensorEntry};
 use crate::source::{Place, Source};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -14,18 +15,20 @@ use std::sync::Arc;
 /// enough that a transposed tensor's cache lines are used by several rows.
 const GATHER_BLOCKS: usize = 16;
 
-/// The live shard files of one model.
-pub struct Image {
+/// The live shard files of one model, with weights of one source.
+pub(super) struct Attached {
     directory: Arc<ModelDirectory>,
     source: Arc<Source>,
-    shards: Vec<Vec<Extent>>,
+    pub(super) shards: Vec<Vec<Extent>>,
     /// Live tensors by name: the shard, the extent in it, and the tensor's place in the header.
     live: HashMap<String, (usize, usize, usize)>,
+    /// Where devices find the blocks that were asked for last.
+    pub(super) plans: Plans,
 }
 
 /// What a stretch of a shard file is made of. The extents of a shard follow each other without holes.
 #[derive(Debug)]
-enum Extent {
+pub(super) enum Extent {
     Header(Range<u64>),
     /// Opaque tensors and those the engine does not hold.
     Disk(Range<u64>),
@@ -33,7 +36,7 @@ enum Extent {
 }
 
 impl Extent {
-    fn range(&self) -> &Range<u64> {
+    pub fn range(&self) -> &Range<u64> {
         match self {
             Extent::Header(range) | Extent::Disk(range) => range,
             Extent::Live(tensor) => &tensor.file,
@@ -41,8 +44,8 @@ impl Extent {
     }
 }
 
-impl Image {
-    pub fn new(directory: Arc<ModelDirectory>, source: Arc<Source>) -> Image {
+impl Attached {
+    pub fn new(directory: Arc<ModelDirectory>, source: Arc<Source>) -> Attached {
         let mut live = HashMap::new();
         let shards = directory.shards.iter().enumerate().map(|(index, shard)| {
             let mut extents = vec![Extent::Header(0..shard.header.bytes.len() as u64)];
@@ -57,77 +60,69 @@ impl Image {
             }
             extents
         });
-        Image { shards: shards.collect(), live, directory, source }
+        Attached { shards: shards.collect(), live, directory, source, plans: Plans::default() }
     }
 
     pub fn source(&self) -> &Arc<Source> {
         &self.source
     }
 
-    pub fn directory(&self) -> &Arc<ModelDirectory> {
-        &self.directory
-    }
-
-    /// A live tensor by its name; `None` for one that the engine does not hold as it is on disk.
-    pub fn tensor(&self, name: &str) -> Option<TensorRef<'_>> {
+    /// A live tensor by its name, and its entry in the shard's header.
+    pub fn tensor(&self, name: &str) -> Option<(&LiveTensor, &TensorEntry)> {
         let (shard, extent, entry) = *self.live.get(name)?;
         match &self.shards[shard][extent] {
-            Extent::Live(live) => {
-                Some(TensorRef { live, shape: &self.directory.shards[shard].header.tensors[entry].shape })
-            }
+            Extent::Live(live) => Some((live, &self.directory.shards[shard].header.tensors[entry])),
             _ => None,
         }
     }
 
-    fn extents_from(&self, shard: usize, offset: u64) -> &[Extent] {
+    pub(super) fn extents_from(&self, shard: usize, offset: u64) -> &[Extent] {
         let extents = &self.shards[shard];
         &extents[extents.partition_point(|e| e.range().end <= offset)..]
     }
 
-    fn disk(shard: &Shard, offset: u64, dst: &mut [u8]) -> Result<(), ImageError> {
+    pub(super) fn disk(shard: &Shard, offset: u64, dst: &mut [u8]) -> Result<(), ImageError> {
         let at = |source| ImageError::Disk { path: shard.path.clone(), source };
         shard.file.read_exact_at(dst, offset).map_err(at)
     }
 
     /// Contiguous live memory under the shard's bytes from `offset` on, if there is.
-    fn direct(&self, shard: usize, offset: u64) -> Option<(&dyn Memory, u64, u64)> {
+    pub(super) fn direct(&self, shard: usize, offset: u64) -> Option<(&Arc<dyn Memory>, u64, u64)> {
         match self.extents_from(shard, offset).first() {
             Some(Extent::Live(tensor)) => tensor.direct(offset),
             _ => None,
         }
     }
-}
 
-/// A live tensor, element by element, in the engine's dtype.
-#[derive(Clone, Copy)]
-pub struct TensorRef<'a> {
-    live: &'a LiveTensor,
-    shape: &'a [u64],
-}
-
-impl TensorRef<'_> {
-    /// What the engine keeps it in, which may differ from the file's dtype among the float types.
-    pub fn dtype(&self) -> Dtype {
-        self.live.live_dtype()
+    /// Whether any of the weights is on a device that works on them by itself.
+    pub(super) fn has_devices(&self) -> bool {
+        self.source.memories.iter().any(|m| m.device().is_some())
     }
 
-    pub fn shape(&self) -> &[u64] {
-        self.shape
-    }
-
-    /// Copies elements, row-major from number `first` on, into `dst`.
-    pub fn read(&self, first: u64, dst: &mut [u8]) -> Result<(), ImageError> {
-        Ok(self.live.read_live(first, dst)?)
-    }
-
-    /// Writes elements from number `first` on, on every rank that holds them. The caller [excludes](ShardBytes::exclude)
-    /// readers.
-    pub fn write(&self, first: u64, src: &[u8]) -> Result<(), ImageError> {
-        Ok(self.live.write_live(first, src)?)
+    pub(super) fn read_with(
+        &self,
+        shard: usize,
+        offset: u64,
+        dst: &mut [u8],
+        fetch: Fetch<'_>,
+    ) -> Result<(), ImageError> {
+        let file = &self.directory.shards[shard];
+        let end = offset + dst.len() as u64;
+        for extent in self.extents_from(shard, offset).iter().take_while(|e| e.range().start < end) {
+            let range = extent.range();
+            let (a, b) = (range.start.max(offset), range.end.min(end));
+            let part = &mut dst[(a - offset) as usize..(b - offset) as usize];
+            match extent {
+                Extent::Header(_) => part.copy_from_slice(&file.header.bytes[a as usize..b as usize]),
+                Extent::Disk(_) => Attached::disk(file, a, part)?,
+                Extent::Live(tensor) => tensor.read(a, part, |at, base| Attached::disk(file, at, base), fetch)?,
+            }
+        }
+        Ok(())
     }
 }
 
-impl ShardBytes for Image {
+impl ShardBytes for Attached {
     fn shards(&self) -> usize {
         self.shards.len()
     }
@@ -170,19 +165,29 @@ impl ShardBytes for Image {
     }
 
     fn read(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), ImageError> {
-        let file = &self.directory.shards[shard];
-        let end = offset + dst.len() as u64;
-        for extent in self.extents_from(shard, offset).iter().take_while(|e| e.range().start < end) {
-            let range = extent.range();
-            let (a, b) = (range.start.max(offset), range.end.min(end));
-            let part = &mut dst[(a - offset) as usize..(b - offset) as usize];
-            match extent {
-                Extent::Header(_) => part.copy_from_slice(&file.header.bytes[a as usize..b as usize]),
-                Extent::Disk(_) => Image::disk(file, a, part)?,
-                Extent::Live(tensor) => tensor.read(a, part, |at, base| Image::disk(file, at, base))?,
-            }
+        self.read_with(shard, offset, dst, &mut copy)
+    }
+
+    fn read_parts(&self, parts: &mut [Part<'_>]) -> Result<(), ImageError> {
+        match self.has_devices() {
+            true => wide::read_parts(self, parts),
+            false => parts.iter_mut().try_for_each(|p| self.read(p.shard, p.offset, p.dst)),
         }
-        Ok(())
+    }
+
+    fn changed(
+        &self,
+        ranges: &[(usize, Range<u64>)],
+        known: &[&[Hash]],
+    ) -> Result<Vec<(usize, Range<u64>)>, ImageError> {
+        match self.has_devices() {
+            true => wide::changed(self, ranges, known),
+            false => super::changed_in_batches(self, ranges, known),
+        }
+    }
+
+    fn accelerator(&self) -> Option<Arc<dyn Accelerator>> {
+        self.source.memories.iter().find_map(|m| m.device()).map(|d| d.accelerator())
     }
 
     fn hash(&self, shard: usize, first: u64, out: &mut [Hash]) -> Result<(), ImageError> {

@@ -13,6 +13,17 @@ thread_local! {
     static CAST: RefCell<(Vec<u8>, Vec<u8>)> = const { RefCell::new((Vec::new(), Vec::new())) };
 }
 
+/// Copies elements of a memory (its number in the source, and itself), packed, into a place of that size.
+pub(super) type Fetch<'a> = &'a mut dyn FnMut(usize, &dyn Memory, Strided, &mut [u8]) -> Result<(), MemoryError>;
+
+/// The plain way to fetch.
+pub(super) fn copy(_: usize, memory: &dyn Memory, run: Strided, dst: &mut [u8]) -> Result<(), MemoryError> {
+    match run.stride == run.element as u64 {
+        true => memory.read(run.offset, dst),
+        false => memory.read_strided(run, dst),
+    }
+}
+
 /// A tensor whose bytes are in engine memory.
 #[derive(Debug)]
 pub(super) struct LiveTensor {
@@ -27,6 +38,8 @@ pub(super) struct LiveTensor {
 
 #[derive(Debug)]
 struct Piece {
+    /// Of the memory, in the source.
+    number: usize,
     memory: Arc<dyn Memory>,
     offset: u64,
     element: u64,
@@ -44,7 +57,7 @@ impl LiveTensor {
             };
             let element = element_bytes(s.dtype).unwrap_or(1) as u64;
             let memory = memories[s.memory].clone();
-            Piece { memory, offset: s.offset, element, dtype: s.dtype, walk, replica: s.replica }
+            Piece { number: s.memory, memory, offset: s.offset, element, dtype: s.dtype, walk, replica: s.replica }
         });
         let mut pieces: Vec<Piece> = pieces.collect();
         pieces.sort_by_key(|p| (p.replica, p.walk.span().start));
@@ -59,21 +72,23 @@ impl LiveTensor {
     }
 
     /// Copies file bytes `offset..` of the shard (inside [`LiveTensor::file`]) into `dst`. `base` fetches the same
-    /// range as it is on disk and is called only if [`LiveTensor::needs_base`].
+    /// range as it is on disk and is called only if [`LiveTensor::needs_base`]; `fetch` copies live bytes, in an order
+    /// that is the same each time.
     pub fn read<E: From<MemoryError>>(
         &self,
         offset: u64,
         dst: &mut [u8],
         base: impl Fn(u64, &mut [u8]) -> Result<(), E>,
+        fetch: Fetch<'_>,
     ) -> Result<(), E> {
         let (from, to) = (offset - self.file.start, offset - self.file.start + dst.len() as u64);
         let (first, last) = (from / self.element, to.div_ceil(self.element));
         if from % self.element == 0 && to % self.element == 0 {
-            return self.read_elements(first, last, dst, &base);
+            return self.read_elements(first, last, dst, &base, fetch);
         }
         // A range that cuts an element (a block of a file whose data is not aligned): read whole ones, keep the part.
         let mut whole = vec![0; ((last - first) * self.element) as usize];
-        self.read_elements(first, last, &mut whole, &base)?;
+        self.read_elements(first, last, &mut whole, &base, fetch)?;
         let skip = (from - first * self.element) as usize;
         dst.copy_from_slice(&whole[skip..skip + dst.len()]);
         Ok(())
@@ -85,6 +100,7 @@ impl LiveTensor {
         last: u64,
         dst: &mut [u8],
         base: &impl Fn(u64, &mut [u8]) -> Result<(), E>,
+        fetch: Fetch<'_>,
     ) -> Result<(), E> {
         if self.needs_base() {
             base(self.file.start + first * self.element, dst)?;
@@ -94,9 +110,9 @@ impl LiveTensor {
                 let a = ((run.tensor - first) * self.element) as usize;
                 let out = &mut dst[a..a + (run.count * self.element) as usize];
                 if piece.dtype == self.dtype {
-                    piece.copy_out(run, out)?;
+                    fetch(piece.number, &*piece.memory, piece.strided(run), out)?;
                 } else {
-                    piece.cast_out(run, self.dtype, out)?;
+                    piece.cast_out(run, self.dtype, out, fetch)?;
                 }
                 Ok(())
             })?;
@@ -125,11 +141,11 @@ impl LiveTensor {
                 let a = ((run.tensor - first) * element) as usize;
                 let out = &mut dst[a..a + (run.count * element) as usize];
                 if piece.dtype == dtype {
-                    return piece.copy_out(run, out);
+                    return copy(piece.number, &*piece.memory, piece.strided(run), out);
                 }
                 CAST.with_borrow_mut(|(live, _)| {
                     live.resize((run.count * piece.element) as usize, 0);
-                    piece.copy_out(run, live)?;
+                    copy(piece.number, &*piece.memory, piece.strided(run), live)?;
                     cast_bytes(piece.dtype, live, dtype, out);
                     Ok(())
                 })
@@ -159,7 +175,7 @@ impl LiveTensor {
     }
 
     /// If the file's bytes from `offset` on lie contiguously in one memory: that memory, where, and how many.
-    pub fn direct(&self, offset: u64) -> Option<(&dyn Memory, u64, u64)> {
+    pub fn direct(&self, offset: u64) -> Option<(&Arc<dyn Memory>, u64, u64)> {
         let from = offset - self.file.start;
         let (element, within) = (from / self.element, from % self.element);
         let piece = self.pieces.iter().take_while(|p| !p.replica).find(|p| p.walk.span().contains(&element))?;
@@ -175,7 +191,7 @@ impl LiveTensor {
         });
         let run = found.filter(|r| r.tensor == element && (r.stride == 1 || r.count == 1))?;
         let at = piece.offset + run.memory * self.element + within;
-        Some((&*piece.memory, at, run.count * self.element - within))
+        Some((&piece.memory, at, run.count * self.element - within))
     }
 }
 
@@ -186,19 +202,13 @@ fn as_bytes(tensor: &TensorEntry, segment: &Segment) -> Segment {
 }
 
 impl Piece {
+    /// As bytes of the memory; a single element is contiguous, whatever its stride.
     fn strided(&self, run: Run) -> Strided {
         Strided {
             offset: self.offset + run.memory * self.element,
-            stride: run.stride * self.element,
+            stride: if run.count == 1 { self.element } else { run.stride * self.element },
             element: self.element as usize,
             count: run.count,
-        }
-    }
-
-    fn copy_out(&self, run: Run, dst: &mut [u8]) -> Result<(), MemoryError> {
-        match run.stride {
-            1 => self.memory.read(self.offset + run.memory * self.element, dst),
-            _ => self.memory.read_strided(self.strided(run), dst),
         }
     }
 
@@ -211,11 +221,11 @@ impl Piece {
 
     /// `dst` holds the file's present bytes if the cast loses anything; an element whose live value is what its file
     /// value rounds to keeps the file's.
-    fn cast_out(&self, run: Run, file: Dtype, dst: &mut [u8]) -> Result<(), MemoryError> {
+    fn cast_out(&self, run: Run, file: Dtype, dst: &mut [u8], fetch: Fetch<'_>) -> Result<(), MemoryError> {
         CAST.with_borrow_mut(|(live, rounded)| {
             let bytes = (run.count * self.element) as usize;
             live.resize(bytes, 0);
-            self.copy_out(run, live)?;
+            fetch(self.number, &*self.memory, self.strided(run), live)?;
             if round_trips(file, self.dtype) {
                 cast_bytes(self.dtype, live, file, dst);
                 return Ok(());

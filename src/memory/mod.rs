@@ -1,19 +1,28 @@
-//! Memory that holds weights, behind one small interface: copy, strided copy, hash. Host memory today; device memory
-//! implements the same trait. The bytes belong to an engine that may write them, or vanish, at any moment: a copy may
-//! mix old and new values (callers hold a step boundary when that matters), and a vanished memory is an error.
+//! Memory that holds weights, behind one small interface: copy, strided copy, hash. Of the host ([`HostMemory`]) or of a GPU
+//! ([`cuda`]), which also works on many blocks at a time ([`Accelerator`]). The bytes belong to an engine that may write them,
+//! or vanish, at any moment: a copy may mix old and new values (callers hold a step boundary when that matters), and a
+//! vanished memory is an error.
 
+mod accelerator;
 mod available;
 pub mod cuda;
 mod fault;
 mod hash;
 mod host;
+mod host_buffer;
 mod process;
+mod shared_bytes;
+#[cfg(test)]
+pub mod simulated;
 mod users;
 
+pub use accelerator::{Accelerator, DeviceMemory, DeviceRange, Piece, Span, WorkingMemory};
 pub use available::available;
 pub use hash::{BLOCK, Hash, block_hash, hash_into};
 pub use host::HostMemory;
+pub use host_buffer::HostBuffer;
 pub use process::process_start;
+pub use shared_bytes::{PIN_CHUNK, SharedBytes, sealed_memfd};
 pub use users::UsersProbe;
 
 use std::fmt::Debug;
@@ -65,4 +74,11 @@ pub trait Memory: Send + Sync + Debug {
     fn hash_blocks(&self, offset: u64, out: &mut [Hash]) -> Result<(), MemoryError>;
     /// Is it still there? Cheap; asked at the start of every operation and a few times a second.
     fn check(&self) -> Result<(), MemoryError>;
+    /// As memory that a GPU works on by itself, if it is.
+    fn device(&self) -> Option<&dyn DeviceMemory> {
+        None
+    }
+    /// Lets go of it, as soon as the copies in flight are through: its engine has ended and its memory is wanted. From
+    /// then on it is gone.
+    fn release(&self) {}
 }

@@ -61,4 +61,18 @@ mod tests {
         drop(map);
         assert!(!probe.has_others());
     }
+
+    #[test]
+    fn the_mapping_that_a_device_copies_into_does_not_count() {
+        let file = crate::memory::sealed_memfd("test", 8192).unwrap();
+        let probe = UsersProbe::new(&file).unwrap();
+        let device = crate::memory::simulated::SimulatedDevice::default();
+        let mut bytes = crate::memory::SharedBytes::populated(&file, &device).unwrap();
+        assert!(!probe.has_others());
+        bytes[5000] = 7;
+        let mut back = [0];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut back, 5000).unwrap();
+        assert_eq!(back, [7]);
+        assert!(!probe.has_others());
+    }
 }

@@ -73,6 +73,11 @@ impl Boundary {
         Boundary { state: Mutex::default(), changed: Condvar::new(), manifests }
     }
 
+    /// The manifests as they were opened, one a rank.
+    pub(super) fn manifests(&self) -> &[Arc<File>] {
+        &self.manifests
+    }
+
     /// Waits for a step boundary and holds it.
     pub fn hold(self: &Arc<Self>) -> Result<HoldGuard, NoBoundary> {
         self.enter(false)

@@ -4,7 +4,30 @@ use crate::memory::process_start;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+/// Which file a manifest is: another one under its path has another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ManifestId {
+    device: u64,
+    inode: u64,
+    /// Seconds and nanoseconds: a number of a file that is gone is given again.
+    changed: (i64, i64),
+}
+
+impl ManifestId {
+    /// `None` when there is no file of that name.
+    pub fn of_path(path: &Path) -> Option<ManifestId> {
+        std::fs::metadata(path).ok().map(|m| ManifestId::of(&m))
+    }
+
+    pub(super) fn of(metadata: &Metadata) -> ManifestId {
+        let changed = (metadata.mtime(), metadata.mtime_nsec());
+        ManifestId { device: metadata.dev(), inode: metadata.ino(), changed }
+    }
+}
 
 /// One engine process, as its manifest names it.
 #[derive(Debug)]

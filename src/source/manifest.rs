@@ -1,8 +1,10 @@
 //! The manifest: the JSON file in which an engine says where its weights are (`docs/manifest.md`).
 
+use super::device_memory::open_ipc;
 use super::shared_file::map_file;
 use super::{Engine, Segment, SourceError, handles};
-use crate::memory::HostMemory;
+use crate::memory::Memory;
+use crate::memory::cuda::IpcHandle;
 use crate::model::{Dtype, ModelDirectory, parse_dtype};
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
@@ -50,24 +52,6 @@ pub enum CudaDevice {
     Ordinal(u32),
 }
 
-/// `CUipcMemHandle`: names an allocation of another process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct IpcHandle(pub [u8; 64]);
-
-impl IpcHandle {
-    fn parse(digits: &str) -> Option<IpcHandle> {
-        let mut handle = [0; 64];
-        if digits.len() != 128 || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return None;
-        }
-        for (byte, pair) in handle.iter_mut().zip(digits.as_bytes().chunks_exact(2)) {
-            let pair = std::str::from_utf8(pair).expect("hexadecimal digits are ASCII");
-            *byte = u8::from_str_radix(pair, 16).expect("both are hexadecimal digits");
-        }
-        Some(IpcHandle(handle))
-    }
-}
-
 #[derive(Debug, Clone)]
 pub struct TensorMap {
     pub dtype: Dtype,
@@ -82,13 +66,14 @@ impl MemoryEntry {
         }
     }
 
-    pub fn map(&self, manifest: &Manifest, writable: bool) -> Result<HostMemory, SourceError> {
-        match self {
-            MemoryEntry::File { path, bytes } => map_file(path, *bytes, manifest.foreign_owner, writable),
-            MemoryEntry::CudaIpc { .. } => {
-                Err(SourceError::NeedsCuda { path: manifest.path.clone(), what: "a memory of kind cuda-ipc".into() })
+    /// `number`: of this memory in its manifest, for messages.
+    pub fn map(&self, manifest: &Manifest, number: usize, writable: bool) -> Result<Arc<dyn Memory>, SourceError> {
+        Ok(match self {
+            MemoryEntry::File { path, bytes } => Arc::new(map_file(path, *bytes, manifest.foreign_owner, writable)?),
+            MemoryEntry::CudaIpc { device, handle, bytes } => {
+                Arc::new(open_ipc(&manifest.path, number, device, handle, *bytes, writable)?)
             }
-        }
+        })
     }
 }
 

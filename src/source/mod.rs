@@ -5,6 +5,7 @@
 
 mod boundary;
 mod cover;
+mod device_memory;
 mod discover;
 mod engine;
 mod engine_http;
@@ -16,16 +17,18 @@ mod shared_file;
 
 pub use boundary::{Boundary, HoldGuard, StepGuard};
 pub use discover::{ENGINES, directories as manifest_directories, discover};
-pub use engine::Engine;
+pub use engine::{Engine, ManifestId};
 pub use engine_http::{EngineHttpError, EngineSync, Options as EngineHttpOptions, Pause, Synced, When};
-pub use manifest::{CudaDevice, IpcHandle, Manifest, MemoryEntry, TensorMap};
+pub use manifest::{CudaDevice, Manifest, MemoryEntry, TensorMap};
 pub use matching::{Diagnosis, diagnose};
 pub use own::{OwnWeights, load_own};
 
-use crate::memory::{Memory, MemoryError};
+use crate::memory::cuda::CudaError;
+use crate::memory::{Accelerator, Memory, MemoryError};
 use crate::model::{Dtype, ModelDirectory};
 use matching::{matching, read_all};
 use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -57,8 +60,12 @@ pub enum SourceError {
     SeveralEngines { engine: String, model: PathBuf, list: String },
     #[error("tensor '{tensor}' does not fit the model directory: {why} (`weightfs diagnose` lists every tensor)")]
     Mismatch { tensor: String, why: String },
-    #[error("{path} needs CUDA ({what}), which this version of weightfs cannot open yet")]
-    NeedsCuda { path: PathBuf, what: String },
+    #[error("{path} names memory of a GPU: {why}")]
+    NoCuda { path: PathBuf, why: String },
+    #[error("memory {number} of {path} cannot be opened: {why}")]
+    CudaMemory { path: PathBuf, number: usize, why: String },
+    #[error("the weights cannot be loaded to the GPU: {0}")]
+    Device(#[from] CudaError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error("memory for the weights ({bytes} bytes) could not be had: {source}")]
@@ -127,11 +134,53 @@ impl Source {
         for memory in &self.memories {
             memory.check().map_err(|e| e.to_string())?;
         }
+        // That an engine has freed memory of a GPU cannot be seen; that it takes back what it said of it can.
+        if self.memories.iter().any(|m| m.device().is_some()) {
+            for (engine, manifest) in self.engines.iter().zip(self.boundary.manifests()) {
+                if manifest.metadata().is_ok_and(|m| m.nlink() == 0) {
+                    return Err(format!("the engine took its manifest {} back", engine.manifest.display()));
+                }
+            }
+        }
         Ok(())
+    }
+
+    /// Of the manifests as they were opened, one a rank.
+    pub fn manifest_ids(&self) -> Vec<ManifestId> {
+        let metadata = self.boundary.manifests().iter().filter_map(|file| file.metadata().ok());
+        metadata.map(|m| ManifestId::of(&m)).collect()
+    }
+
+    /// Lets go of the memories of engines that have ended, so that theirs is free again.
+    pub fn release(&self) {
+        self.memories.iter().for_each(|m| m.release());
+    }
+
+    /// The devices that hold live weights, as `status` names them: `cpu`, or a GPU's name and UUID.
+    pub fn devices(&self) -> Vec<String> {
+        let mut names: Vec<String> = Vec::new();
+        for memory in &self.memories {
+            let name = memory.device().map_or_else(|| "cpu".to_string(), |d| d.accelerator().name());
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        names
     }
 
     pub fn live_bytes(&self) -> u64 {
         self.memories.iter().map(|m| m.bytes()).sum()
+    }
+
+    /// Every device that holds live weights, once.
+    pub fn accelerators(&self) -> Vec<Arc<dyn Accelerator>> {
+        let mut found: Vec<Arc<dyn Accelerator>> = Vec::new();
+        for accelerator in self.memories.iter().filter_map(|m| m.device()).map(|d| d.accelerator()) {
+            if !found.iter().any(|f| Arc::ptr_eq(f, &accelerator)) {
+                found.push(accelerator);
+            }
+        }
+        found
     }
 
     /// Reads the manifests of all ranks, maps their memories and matches their tensors to `directory`.
@@ -156,8 +205,8 @@ impl Source {
         }
         let mut memories: Vec<Arc<dyn Memory>> = Vec::new();
         for manifest in &manifests {
-            for memory in &manifest.memories {
-                memories.push(Arc::new(memory.map(manifest, writable)?) as Arc<dyn Memory>);
+            for (number, memory) in manifest.memories.iter().enumerate() {
+                memories.push(memory.map(manifest, number, writable)?);
             }
         }
         let (engines, locks) = manifests.into_iter().map(|m| (m.engine, m.file)).unzip();

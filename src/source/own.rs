@@ -1,6 +1,7 @@
-//! Weights of our own: the model directory, loaded into host memory, so that no engine is needed.
+//! Weights of our own: the model directory, loaded into memory of the host or of a GPU, so that no engine is needed.
 
 use super::{Boundary, Place, Segment, Source, SourceError, row_major};
+use crate::memory::cuda::{CudaMemory, Device};
 use crate::memory::{BLOCK, Hash, HostMemory, Memory, block_hash};
 use crate::model::{ModelDirectory, Shard};
 use rayon::prelude::*;
@@ -18,8 +19,8 @@ pub struct OwnWeights {
     pub hashes: Vec<Vec<Hash>>,
 }
 
-/// Reads every shard once: into memory, hashing its blocks on the way.
-pub fn load_own(directory: &ModelDirectory) -> Result<OwnWeights, SourceError> {
+/// Reads every shard once: into memory of the host or of `device`, hashing its blocks on the way.
+pub fn load_own(directory: &ModelDirectory, device: Option<&Arc<Device>>) -> Result<OwnWeights, SourceError> {
     let mut source = Source {
         memories: Vec::new(),
         places: Default::default(),
@@ -36,8 +37,14 @@ pub fn load_own(directory: &ModelDirectory) -> Result<OwnWeights, SourceError> {
             bytes += tensor.bytes().next_multiple_of(ALIGN);
         }
         let what = format!("weightfs's own copy of {}", shard.name);
-        let memory = HostMemory::anonymous(bytes, &what).map_err(|source| SourceError::NoMemory { bytes, source })?;
-        hashes.push(load_shard(shard, &memory, &offsets)?);
+        let memory: Arc<dyn Memory> = match device {
+            Some(device) => Arc::new(CudaMemory::own(device, bytes, what)?),
+            None => {
+                let memory = HostMemory::anonymous(bytes, &what);
+                Arc::new(memory.map_err(|source| SourceError::NoMemory { bytes, source })?)
+            }
+        };
+        hashes.push(load_shard(shard, &*memory, &offsets)?);
         for (tensor, offset) in shard.header.tensors.iter().zip(offsets) {
             let whole = Segment {
                 memory: index,
@@ -51,12 +58,12 @@ pub fn load_own(directory: &ModelDirectory) -> Result<OwnWeights, SourceError> {
             let place = if tensor.bytes() == 0 { Place::OnlyOnDisk } else { Place::Live(vec![whole]) };
             source.places.insert(tensor.name.clone(), place);
         }
-        source.memories.push(Arc::new(memory));
+        source.memories.push(memory);
     }
     Ok(OwnWeights { source, hashes })
 }
 
-fn load_shard(shard: &Shard, memory: &HostMemory, offsets: &[u64]) -> Result<Vec<Hash>, SourceError> {
+fn load_shard(shard: &Shard, memory: &dyn Memory, offsets: &[u64]) -> Result<Vec<Hash>, SourceError> {
     let tensors = &shard.header.tensors;
     let chunks = (0..shard.bytes()).step_by(CHUNK as usize).collect::<Vec<_>>();
     let hashed = chunks.into_par_iter().map(|start| {

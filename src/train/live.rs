@@ -40,7 +40,7 @@ impl LiveWeights {
     }
 
     /// The tensor, and how many elements a row of it has. Whoever asks has been given its [`TensorSpec`].
-    fn rows(&self, name: &str) -> (crate::image::TensorRef<'_>, u64) {
+    fn rows(&self, name: &str) -> (crate::image::TensorRef, u64) {
         let tensor = self.image.tensor(name).expect("only tensors with a spec are read and written");
         let row = tensor.shape().get(1..).unwrap_or_default().iter().product();
         (tensor, row)

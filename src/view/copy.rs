@@ -1,10 +1,9 @@
 //! The copy itself: one memfd a shard, so that the kernel can serve reads and mappings from it without us.
 
-use crate::image::{ImageError, ShardBytes};
-use crate::memory::{BLOCK, Hash, UsersProbe, block_hash};
-use parking_lot::Mutex;
+use crate::image::{ImageError, Part, ShardBytes};
+use crate::memory::{BLOCK, Hash, SharedBytes, UsersProbe, hash_into, sealed_memfd};
+use parking_lot::{Mutex, MutexGuard};
 use rayon::prelude::*;
-use rustix::fs::{MemfdFlags, SealFlags};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -52,7 +51,15 @@ struct CopiedShard {
     file: File,
     users: UsersProbe,
     bytes: u64,
-    hashes: Mutex<Vec<Hash>>,
+    contents: Mutex<Contents>,
+}
+
+#[derive(Default)]
+struct Contents {
+    /// Of all blocks, as they were copied.
+    hashes: Vec<Hash>,
+    /// For copies that a device makes by itself; without, the file is written.
+    mapping: Option<SharedBytes>,
 }
 
 impl CopiedShards {
@@ -61,10 +68,10 @@ impl CopiedShards {
         let mut shards = Vec::new();
         for shard in 0..image.shards() {
             let bytes = image.shard_bytes(shard);
-            let file = reserve(&format!("weightfs:{name}:{shard}"), bytes)
+            let file = sealed_memfd(&format!("weightfs:{name}:{shard}"), bytes)
                 .map_err(|source| ViewError::NoMemory { bytes, source })?;
             let users = UsersProbe::new(&file)?;
-            shards.push(CopiedShard { file, users, bytes, hashes: Mutex::default() });
+            shards.push(CopiedShard { file, users, bytes, contents: Mutex::default() });
         }
         let (filled, torn) = (AtomicBool::new(false), AtomicBool::new(true));
         Ok(CopiedShards { shards, refreshing: Mutex::default(), filled, torn })
@@ -110,38 +117,33 @@ impl CopiedShards {
     /// The same. `step` is asked while weights are held still, and its answer returned: the step that the view now is of.
     pub fn refresh_at(&self, image: &dyn ShardBytes, step: &dyn Fn() -> u64) -> Result<(Refreshed, u64), ViewError> {
         let _one = self.refreshing.lock();
+        // Taking memory takes seconds: nobody's training waits for it.
+        self.map_for(image)?;
         let _hold = image.hold()?;
         let step = step();
         let first = !self.filled.load(Ordering::Acquire);
-        let (blocks, bytes) = (AtomicU64::new(0), AtomicU64::new(0));
-        for (index, shard) in self.shards.iter().enumerate() {
-            let all = shard.bytes.div_ceil(BLOCK as u64);
-            let mut hashes = shard.hashes.lock();
-            hashes.resize(all as usize, 0);
-            let ranges = if first { Vec::from_iter((all > 0).then_some(0..all)) } else { image.live_blocks(index) };
-            pieces(&ranges, &mut hashes).into_par_iter().try_for_each(|(range, known)| {
-                let touched = |n: u64, len: u64| {
-                    // From the first change on, the copy is of no one step until the refresh is through.
-                    self.torn.store(true, Ordering::Release);
-                    blocks.fetch_add(n, Ordering::Relaxed);
-                    bytes.fetch_add(len, Ordering::Relaxed);
-                };
-                if first {
-                    return shard.copy(image, index, range.start, known, &touched);
-                }
-                let mut now = vec![0; known.len()];
-                image.hash(index, range.start, &mut now)?;
-                let mut at = 0;
-                while at < now.len() {
-                    let run = (at..now.len()).take_while(|&i| now[i] != known[i]).count();
-                    if run > 0 {
-                        shard.copy(image, index, range.start + at as u64, &mut known[at..at + run], &touched)?;
-                    }
-                    at += run.max(1);
-                }
-                Ok::<(), ViewError>(())
-            })?;
+        let mut contents: Vec<MutexGuard<'_, Contents>> = self.shards.iter().map(|s| s.contents.lock()).collect();
+        for (shard, contents) in self.shards.iter().zip(&mut contents) {
+            contents.hashes.resize(shard.bytes.div_ceil(BLOCK as u64) as usize, 0);
         }
+        let blocks_of = |s: usize| contents[s].hashes.len() as u64;
+        let changed: Vec<(usize, Range<u64>)> = match first {
+            true => (0..self.shards.len()).filter(|s| blocks_of(*s) > 0).map(|s| (s, 0..blocks_of(s))).collect(),
+            false => {
+                let live = |s: usize| image.live_blocks(s).into_iter().map(move |range| (s, range));
+                let ranges: Vec<_> = (0..self.shards.len()).flat_map(live).collect();
+                let known: Vec<&[Hash]> = contents.iter().map(|c| c.hashes.as_slice()).collect();
+                image.changed(&ranges, &known)?
+            }
+        };
+        let (blocks, bytes) = (AtomicU64::new(0), AtomicU64::new(0));
+        tasks(&self.shards, &mut contents, &changed).into_par_iter().try_for_each(|task| {
+            // From the first change on, the copy is of no one step until the refresh is through.
+            self.torn.store(true, Ordering::Release);
+            blocks.fetch_add(task.iter().map(|p| p.known.len() as u64).sum(), Ordering::Relaxed);
+            bytes.fetch_add(task.iter().map(|p| p.bytes as u64).sum(), Ordering::Relaxed);
+            self.copy(image, task)
+        })?;
         let (blocks, bytes) = (blocks.into_inner(), bytes.into_inner());
         // An engine that died during the copies may have left half a step behind: its lock went with it.
         image.check()?;
@@ -149,59 +151,111 @@ impl CopiedShards {
         self.torn.store(false, Ordering::Release);
         Ok((Refreshed { blocks, bytes, filled: first }, step))
     }
-}
 
-impl CopiedShard {
-    /// Copies blocks from `first` on and records the hashes of what was copied (not of what was seen before: a foreign
+    /// Copies from a device go straight into mappings of the files, once those have their memory.
+    fn map_for(&self, image: &dyn ShardBytes) -> Result<(), ViewError> {
+        let Some(accelerator) = image.accelerator() else { return Ok(()) };
+        for shard in self.shards.iter().filter(|s| s.bytes > 0) {
+            let mut contents = shard.contents.lock();
+            if contents.mapping.is_none() {
+                let mapping = SharedBytes::populated(&shard.file, &*accelerator);
+                let no_memory = |source| ViewError::NoMemory { bytes: shard.bytes, source };
+                contents.mapping = Some(mapping.map_err(no_memory)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies the blocks of one task and records the hashes of what was copied (not of what was seen before: a foreign
     /// writer without manners may have written in between).
-    fn copy(
-        &self,
-        image: &dyn ShardBytes,
-        shard: usize,
-        first: u64,
-        known: &mut [Hash],
-        touched: &dyn Fn(u64, u64),
-    ) -> Result<(), ViewError> {
-        let offset = first * BLOCK as u64;
-        let mut buffer = vec![0; ((known.len() * BLOCK) as u64).min(self.bytes - offset) as usize];
-        image.read(shard, offset, &mut buffer)?;
-        touched(known.len() as u64, buffer.len() as u64);
-        // If the write fails half way these blocks match nothing, and the next refresh copies them again.
-        known.fill(0);
-        self.file.write_all_at(&buffer, offset)?;
-        for (block, hash) in buffer.chunks(BLOCK).zip(known) {
-            *hash = block_hash(block);
+    fn copy(&self, image: &dyn ShardBytes, mut task: Vec<Piece<'_>>) -> Result<(), ViewError> {
+        // If it fails half way these blocks match nothing, and the next refresh copies them again.
+        task.iter_mut().for_each(|p| p.known.fill(0));
+        let mapped: Vec<bool> = task.iter().map(|p| p.mapped.is_some()).collect();
+        let through = task.iter().filter(|p| p.mapped.is_none()).map(|p| p.bytes).sum();
+        let mut buffer = vec![0; through];
+        let mut rest = &mut buffer[..];
+        let mut parts: Vec<Part<'_>> = Vec::with_capacity(task.len());
+        for piece in &mut task {
+            let dst = match &mut piece.mapped {
+                Some(mapped) => &mut **mapped,
+                None => {
+                    let (dst, after) = rest.split_at_mut(piece.bytes);
+                    rest = after;
+                    dst
+                }
+            };
+            parts.push(Part { shard: piece.shard, offset: piece.first * BLOCK as u64, dst });
+        }
+        image.read_parts(&mut parts)?;
+        let mut hashes: Vec<Vec<Hash>> = Vec::with_capacity(parts.len());
+        for (part, mapped) in parts.iter().zip(mapped) {
+            if !mapped {
+                self.shards[part.shard].file.write_all_at(part.dst, part.offset)?;
+            }
+            let mut of_part = vec![0; part.dst.len().div_ceil(BLOCK)];
+            hash_into(part.dst, &mut of_part);
+            hashes.push(of_part);
+        }
+        for (piece, hashes) in task.iter_mut().zip(hashes) {
+            piece.known.copy_from_slice(&hashes);
         }
         Ok(())
     }
 }
 
-/// Cuts the hashes of `ranges` (ascending, disjoint block ranges) into pieces that threads can own.
-fn pieces<'a>(ranges: &[Range<u64>], hashes: &'a mut [Hash]) -> Vec<(Range<u64>, &'a mut [Hash])> {
-    let mut cut = Vec::new();
-    let (mut rest, mut at) = (hashes, 0);
-    for range in ranges {
-        let (_, tail) = rest.split_at_mut((range.start - at) as usize);
-        let (mut mine, tail) = tail.split_at_mut((range.end - range.start) as usize);
-        let mut start = range.start;
-        while !mine.is_empty() {
-            let n = (mine.len() as u64).min(PIECE_BLOCKS);
-            let (piece, more) = mine.split_at_mut(n as usize);
-            cut.push((start..start + n, piece));
-            (mine, start) = (more, start + n);
-        }
-        (rest, at) = (tail, range.end);
-    }
-    cut
+/// Consecutive blocks of a shard that changed.
+struct Piece<'a> {
+    shard: usize,
+    first: u64,
+    bytes: usize,
+    known: &'a mut [Hash],
+    /// Their place in the shard's mapping, if it has one.
+    mapped: Option<&'a mut [u8]>,
 }
 
-/// A memfd of `bytes`, its size sealed, so that nothing that maps it can ever be cut off. Its memory is taken as it is
-/// written, before anybody reads it.
-fn reserve(name: &str, bytes: u64) -> io::Result<File> {
-    let name: String = name.chars().filter(|c| *c != '\0').take(200).collect();
-    let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    let file = File::from(fd);
-    file.set_len(bytes)?;
-    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
-    Ok(file)
+/// Cuts `changed` (in order) into pieces, and puts so many together as one thread copies at a time. Pieces end where a
+/// multiple of [`PIECE_BLOCKS`] is: no copy spans two pins.
+fn tasks<'a>(
+    shards: &[CopiedShard],
+    contents: &'a mut [MutexGuard<'_, Contents>],
+    changed: &[(usize, Range<u64>)],
+) -> Vec<Vec<Piece<'a>>> {
+    let mut tasks: Vec<Vec<Piece<'a>>> = Vec::new();
+    let mut room = 0;
+    let mut changed = changed.iter().peekable();
+    for (s, (shard, contents)) in shards.iter().zip(contents).enumerate() {
+        let contents = &mut **contents;
+        let mut hashes = &mut contents.hashes[..];
+        let mut mapped = contents.mapping.as_deref_mut();
+        let mut at = 0;
+        while let Some((_, range)) = changed.next_if(|(of, _)| *of == s) {
+            let mut first = range.start;
+            while first < range.end {
+                let end = range.end.min((first / PIECE_BLOCKS + 1) * PIECE_BLOCKS);
+                let (n, skip) = ((end - first) as usize, (first - at) as usize);
+                let bytes = ((end * BLOCK as u64).min(shard.bytes) - first * BLOCK as u64) as usize;
+                let known = take(&mut hashes, skip, n);
+                let mapped = mapped.as_mut().map(|m| take(m, skip * BLOCK, bytes));
+                if room < n as u64 {
+                    tasks.push(Vec::new());
+                    room = PIECE_BLOCKS;
+                }
+                room -= n as u64;
+                if let Some(task) = tasks.last_mut() {
+                    task.push(Piece { shard: s, first, bytes, known, mapped });
+                }
+                (first, at) = (end, end);
+            }
+        }
+    }
+    tasks
+}
+
+/// `n` of what is left after `skip`, which goes.
+fn take<'a, T>(rest: &mut &'a mut [T], skip: usize, n: usize) -> &'a mut [T] {
+    let (_, tail) = std::mem::take(rest).split_at_mut(skip);
+    let (taken, tail) = tail.split_at_mut(n);
+    *rest = tail;
+    taken
 }

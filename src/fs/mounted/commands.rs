@@ -55,6 +55,7 @@ impl Mounted {
                 result
             }
             Command::Refresh => self.refresh(),
+            Command::Attach { path } => self.attach(path.as_deref(), writer),
             Command::Freeze => self.freeze(),
             Command::Thaw => match self.frozen.lock().take() {
                 Some(_) => Ok("weights may change again".into()),
@@ -145,7 +146,7 @@ impl Mounted {
         if frozen.is_some() {
             return Err(FsError::new(Errno::BUSY, "the weights are frozen already: `thaw` first"));
         }
-        let boundary = &self.image.source().boundary;
+        let boundary = self.image.source().boundary.clone();
         *frozen = Some(boundary.freeze().map_err(|e| ImageError::NoBoundary(e.seconds()))?);
         drop(frozen);
         if self.view.is_none() {

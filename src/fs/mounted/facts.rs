@@ -2,8 +2,11 @@
 
 use super::Mounted;
 use crate::commit::CommitInfo;
-use crate::fs::status::{CommitFacts, JobFacts, ReaderFacts, SourceFacts, Status, ViewFacts};
-use crate::source::Place;
+use crate::fs::status::{
+    CommitFacts, GpuMemoryFacts, HostMemoryFacts, JobFacts, MemoryFacts, ReaderFacts, SourceFacts, Status, ViewFacts,
+};
+use crate::memory::{BLOCK, Hash, WorkingMemory};
+use crate::source::{Place, Source};
 use crate::view::CopiedShards;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -49,7 +52,7 @@ impl Mounted {
                     name => name.to_string(),
                 }),
                 pids: source.engines.iter().filter_map(|e| e.pid).collect(),
-                device: "cpu".into(),
+                device: source.devices().join(", "),
                 bytes: self.directory.bytes(),
                 tensors: source.places.len() as u64,
                 live: count(|p| matches!(p, Place::Live(_))),
@@ -69,6 +72,7 @@ impl Mounted {
                 bytes: self.view.as_ref().map_or(0, CopiedShards::bytes),
                 ready: self.view.is_none() || self.view_ready.load(Ordering::Acquire),
             },
+            memory: self.memory(&source),
             readers: ReaderFacts { open, pids, hold_seconds_left: held.map(|d| d.as_secs()) },
             committed: newest.as_ref().map(commit_facts),
             dirty: facts.dirty,
@@ -78,6 +82,29 @@ impl Mounted {
             jobs: jobs.into_iter().skip(older).map(JobFacts::of).collect(),
             last_command: facts.last_command.clone(),
             last_error: facts.last_error.clone(),
+        }
+    }
+}
+
+impl Mounted {
+    fn memory(&self, source: &Source) -> MemoryFacts {
+        let own = |on_gpu: bool| match source.is_own() {
+            true => source.memories.iter().filter(|m| m.device().is_some() == on_gpu).map(|m| m.bytes()).sum(),
+            false => 0,
+        };
+        let working: Vec<WorkingMemory> = source.accelerators().iter().map(|a| a.working_memory()).collect();
+        let view = self.view.as_ref().map_or(0, CopiedShards::bytes);
+        let blocks: u64 = self.directory.shards.iter().map(|s| s.bytes().div_ceil(BLOCK as u64)).sum();
+        let tables = self.view.is_some() as u64 + self.committer.is_some() as u64;
+        MemoryFacts {
+            host: HostMemoryFacts {
+                weights: own(false),
+                view,
+                staging: self.committer.as_ref().map_or(0, |c| c.staging_bytes()),
+                hashes: tables * blocks * size_of::<Hash>() as u64,
+                buffers: working.iter().map(|w| w.host).sum(),
+            },
+            gpu: GpuMemoryFacts { weights: own(true), buffers: working.iter().map(|w| w.device).sum() },
         }
     }
 }

@@ -4,6 +4,7 @@
 //! inside `moving`, never the other way round; under a hold the optimizer's state may be locked, and `facts`. Steps of our
 //! own tell what they did ([`training`]) while everybody else is shut out: what they tell takes no hold.
 
+mod attach;
 mod commands;
 mod commits;
 mod facts;
@@ -16,7 +17,7 @@ use crate::commit::{Committer, Snapshot};
 use crate::image::{Image, ShardBytes};
 use crate::memory;
 use crate::model::ModelDirectory;
-use crate::source::{EngineHttpError, EngineHttpOptions, EngineSync, HoldGuard};
+use crate::source::{EngineHttpError, EngineHttpOptions, EngineSync, HoldGuard, ManifestId};
 use crate::view::{CopiedShards, Readers};
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -97,6 +98,8 @@ struct Facts {
     gone: Option<String>,
     last_command: Option<CommandFacts>,
     last_error: Option<String>,
+    /// The manifests that were tried and refused since the engine went.
+    refused: Vec<ManifestId>,
     mtime: Vec<SystemTime>,
     changed_at: SystemTime,
 }
@@ -118,6 +121,7 @@ impl Mounted {
             gone: None,
             last_command: None,
             last_error: None,
+            refused: Vec::new(),
             mtime: mtime.collect::<Result<_, std::io::Error>>()?,
             changed_at: SystemTime::now(),
         };
@@ -220,6 +224,7 @@ impl Mounted {
     pub fn watch(&self) {
         if let Err(e) = self.image.check() {
             self.engine_gone(&e.to_string());
+            self.attach_successor();
         }
     }
 
@@ -233,6 +238,8 @@ impl Mounted {
             facts.last_error = Some(why.to_string());
         }
         log::error!("{why}");
+        // What it had is wanted by others, by its successor perhaps.
+        self.image.source().release();
         self.changed();
         self.tell(Event::ViewMoved);
     }

@@ -2,6 +2,7 @@
 
 use super::error::Doing;
 use super::{CudaError, DeviceBuffer, NoCuda, driver, modules::Modules};
+use crate::memory::DeviceRange;
 use cudarc::driver::sys::{self, CUdevice_attribute, CUevent_flags};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, result};
 use parking_lot::Mutex;
@@ -39,6 +40,46 @@ fn device_id(ordinal: usize) -> Result<DeviceId, CudaError> {
 fn uuid_text(bytes: &[u8; 16]) -> String {
     let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
     format!("GPU-{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+/// How somebody names a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeviceName {
+    /// As manifests and nvidia-smi write it; only the digits count.
+    Uuid(String),
+    /// As this process counts them.
+    Ordinal(usize),
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceName::Uuid(uuid) => write!(f, "{uuid}"),
+            DeviceName::Ordinal(n) => write!(f, "cuda:{n}"),
+        }
+    }
+}
+
+impl DeviceName {
+    /// Finds the device. `Err` says which ones there are.
+    pub fn find(&self) -> Result<DeviceId, NoCuda> {
+        let digits = |uuid: &str| -> String {
+            let hex = uuid.split_once('-').map_or(uuid, |(_, hex)| hex);
+            hex.chars().filter(char::is_ascii_hexdigit).map(|c| c.to_ascii_lowercase()).collect()
+        };
+        let seen = devices()?;
+        let found = seen.iter().find(|d| match self {
+            DeviceName::Uuid(uuid) => digits(uuid) == digits(&d.uuid),
+            DeviceName::Ordinal(n) => *n == d.ordinal,
+        });
+        found.cloned().ok_or_else(|| {
+            let seen: Vec<String> = seen.iter().map(|d| format!("cuda:{} {} {}", d.ordinal, d.name, d.uuid)).collect();
+            let seen = if seen.is_empty() { "none".into() } else { seen.join(", ") };
+            NoCuda(format!(
+                "there is no GPU {self} here (there is: {seen}): unset CUDA_VISIBLE_DEVICES, or give the container that GPU"
+            ))
+        })
+    }
 }
 
 /// How urgent a stream's work is against that of our other streams; priorities do not reach other processes.
@@ -159,6 +200,20 @@ impl Device {
         self.bind()?;
         let (free, total) = result::mem_get_info().doing("ask for free memory")?;
         Ok((free as u64, total as u64))
+    }
+
+    /// Copies the first half of what `range` has to its second half, `bytes` of it: what the device's memory can do.
+    pub fn copy(&self, range: DeviceRange, bytes: u64) -> Result<(), CudaError> {
+        assert!(2 * bytes <= range.bytes(), "two halves of {bytes} bytes in {}", range.bytes());
+        self.bind()?;
+        let stream = self.stream(Priority::High)?;
+        // SAFETY: both halves are mapped while `range` lives, and the copy is waited for.
+        let code = unsafe {
+            sys::cuMemcpyDtoDAsync_v2(range.address() + bytes, range.address(), bytes as usize, stream.cu_stream())
+        };
+        code.doing("copy on the device")?;
+        let done = stream.synchronize().doing("copy on the device");
+        self.noted(done)
     }
 
     /// Waits for everything that was asked of the device.

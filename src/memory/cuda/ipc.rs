@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 
 /// What a process gives to others so that they can open an allocation of its own (`cudaIpcMemHandle_t`).
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct IpcHandle(pub [u8; 64]);
 
 impl fmt::Debug for IpcHandle {

@@ -10,16 +10,22 @@
 mod buffer;
 mod device;
 mod error;
+mod gpu;
+mod hasher;
 mod ipc;
 mod libraries;
+mod memory;
 mod modules;
 mod pinned;
+mod pool;
 
 pub use buffer::{DeviceBuffer, RawDev};
-pub use device::{Device, DeviceId, Priority, devices};
+pub use device::{Device, DeviceId, DeviceName, Priority, devices};
 pub use error::CudaError;
+pub use gpu::Gpu;
 pub use ipc::{IpcHandle, IpcMemory};
 pub use libraries::{Found, Library, add_search_process, load};
+pub use memory::{CudaMemory, OpenError};
 pub use modules::Ptx;
 pub use pinned::{PinnedBuffer, PinnedMapping};
 

@@ -15,7 +15,6 @@ use std::sync::Arc;
 static PINNED: RwLock<BTreeMap<usize, usize>> = RwLock::new(BTreeMap::new());
 
 /// Whether all of `bytes` lies in one pinned piece.
-#[allow(dead_code)] // used by the copies that follow
 pub(super) fn is_pinned(bytes: &[u8]) -> bool {
     let (start, end) = (bytes.as_ptr() as usize, bytes.as_ptr() as usize + bytes.len());
     PINNED.read().range(..=start).next_back().is_some_and(|(_, &e)| end <= e)

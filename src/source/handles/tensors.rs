@@ -2,8 +2,9 @@
 //! the tensor again (`torch/multiprocessing/reductions.py`, `rebuild_cuda_tensor`; their order is the same in torch 2.11 to
 //! 2.15).
 
-use super::super::manifest::{CudaDevice, IpcHandle};
+use super::super::manifest::CudaDevice;
 use super::pickle::{Global, Object, Pickle};
+use crate::memory::cuda::IpcHandle;
 use crate::model::{Dtype, element_bytes, parse_dtype};
 use std::collections::HashMap;
 

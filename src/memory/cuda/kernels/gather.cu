@@ -48,3 +48,40 @@ extern "C" __global__ void __launch_bounds__(256) gather(const Piece *pieces, u3
         for (u64 i = head + words * 8 + thread; i < piece.bytes; i += 32) to[i] = from[i];
     }
 }
+
+// `count` elements of `element` bytes, `stride` bytes apart on the side that is not packed.
+struct Strided {
+    u64 from;
+    u64 to;
+    u64 stride;
+    u32 element;
+    u32 count;
+};
+
+template <class T>
+__device__ __forceinline__ void copy_elements(const u8 *from, u64 from_step, u8 *to, u64 to_step, u32 count) {
+    for (u32 i = threadIdx.x % 32; i < count; i += 32) *(T *)(to + i * to_step) = *(const T *)(from + i * from_step);
+}
+
+__device__ __forceinline__ void copy_strided(Strided s, u64 from_step, u64 to_step) {
+    const u8 *from = (const u8 *)s.from;
+    u8 *to = (u8 *)s.to;
+    u64 together = s.from | s.to | s.stride | s.element;
+    if (s.element == 2 && (together & 1) == 0) return copy_elements<unsigned short>(from, from_step, to, to_step, s.count);
+    if (s.element == 4 && (together & 3) == 0) return copy_elements<u32>(from, from_step, to, to_step, s.count);
+    if (s.element == 8 && (together & 7) == 0) return copy_elements<u64>(from, from_step, to, to_step, s.count);
+    for (u64 b = threadIdx.x % 32; b < (u64)s.element * s.count; b += 32) {
+        u64 i = b / s.element, in = b % s.element;
+        to[i * to_step + in] = from[i * from_step + in];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) gather_strided(const Strided *runs, u32 count) {
+    u32 warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32, warps = gridDim.x * blockDim.x / 32;
+    for (u32 r = warp; r < count; r += warps) copy_strided(runs[r], runs[r].stride, runs[r].element);
+}
+
+extern "C" __global__ void __launch_bounds__(256) scatter_strided(const Strided *runs, u32 count) {
+    u32 warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32, warps = gridDim.x * blockDim.x / 32;
+    for (u32 r = warp; r < count; r += warps) copy_strided(runs[r], runs[r].element, runs[r].stride);
+}
