@@ -1,7 +1,7 @@
 // archs: 80
 //
 // Rotary position embedding (Su et al., arXiv 2104.09864), the half-split layout of Hugging Face: feature i of a head turns
-// with feature i + d/2; and before it, where a model has them, the norms of every head of q and k. A warp a head of a row.
+// with feature i + d/2, or, where only a part of a head turns, with half of that part; and before it, where a model has them, the norms of every head of q and k. A warp a head of a row.
 
 typedef unsigned short bf16;
 typedef unsigned int u32;
@@ -13,13 +13,18 @@ __device__ __forceinline__ bf16 to_bf16(float x) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
     return y;
 }
-// Element i of a weight of kind 0 (bf16), 1 (f16) or 2 (f32).
-__device__ __forceinline__ float weight(const void *w, int kind, i64 i) {
-    if (kind == 0) return f32(((const bf16 *)w)[i]);
-    if (kind == 2) return ((const float *)w)[i];
+// Element i of a weight of kind 0 (bf16), 1 (f16) or 2 (f32); 4 more where it is kept as its distance from 1.
+__device__ __forceinline__ float from_f16(bf16 x) {
     float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(((const bf16 *)w)[i]));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
     return y;
+}
+__device__ __forceinline__ float weight(const void *w, int kind, i64 i) {
+    const float from = kind & 4 ? 1.f : 0.f;
+    kind &= 3;
+    if (kind == 0) return from + f32(((const bf16 *)w)[i]);
+    if (kind == 2) return from + ((const float *)w)[i];
+    return from + from_f16(((const bf16 *)w)[i]);
 }
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -28,21 +33,26 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-// Half a head's pairs: lane l has features l + 32 i and l + 32 i + d/2. Heads have 256 features at most.
+// Half a head's pairs: lane l has pairs l + 32 i. Heads have 256 features at most.
 static const int PAIRS = 4;
+
+// Features of pair f. The first `turn` pairs turn: features f and f + turn. Where that is not all of a head, the features after
+// them stay as they are, and pair up as they come.
+__device__ __forceinline__ int one(int f, int turn) { return f < turn ? f : f + turn; }
+__device__ __forceinline__ int other(int f, int turn, int half) { return f + (f < turn ? turn : half); }
 
 extern "C" {
 // From rows of q, k and v side by side (ld apart): turned q (rows x heads d); turned k and v beside it (rows x 2 kv_heads d).
 // Of rows from `first` on, q and k as they were before their norms (heads + kv_heads) into `before`, where given, and turned
 // q into `kept`, where given. cos and sin: rows x d/2.
-__global__ void rope_forward(const bf16 *x, i64 ld, int rows, int heads, int kv_heads, int d, const float *cosines,
+__global__ void rope_forward(const bf16 *x, i64 ld, int gated, int rows, int heads, int kv_heads, int d, int turn, const float *cosines,
                              const float *sines, const void *q_norm, int q_kind, const void *k_norm, int k_kind, float eps,
                              bf16 *q, bf16 *kv, bf16 *before, bf16 *kept, int first) {
     const int all = heads + 2 * kv_heads, lane = threadIdx.x & 31, half = d / 2;
     const i64 item = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (item >= (i64)rows * all) return;
     const int row = item / all, head = item % all;
-    x += row * ld + (i64)head * d;
+    x += row * ld + (i64)(head + gated * min(head, heads)) * d;
     const bool is_q = head < heads, is_v = head >= heads + kv_heads;
     bf16 *to = is_q ? q + ((i64)row * heads + head) * d : kv + ((i64)row * 2 * kv_heads + head - heads) * d;
     const void *norm = is_q ? q_norm : k_norm;
@@ -52,12 +62,12 @@ __global__ void rope_forward(const bf16 *x, i64 ld, int rows, int heads, int kv_
     for (int i = 0; i < PAIRS; i++) {
         const int f = lane + 32 * i;
         if (f >= half) continue;
-        a[i] = f32(x[f]), b[i] = f32(x[f + half]);
+        a[i] = f32(x[one(f, turn)]), b[i] = f32(x[other(f, turn, half)]);
         sum += a[i] * a[i] + b[i] * b[i];
-        if (is_v) to[f] = x[f], to[f + half] = x[f + half];
+        if (is_v) to[one(f, turn)] = x[one(f, turn)], to[other(f, turn, half)] = x[other(f, turn, half)];
         else if (before && row >= first) {
             bf16 *keep = before + ((i64)(row - first) * (heads + kv_heads) + head) * d;
-            keep[f] = x[f], keep[f + half] = x[f + half];
+            keep[one(f, turn)] = x[one(f, turn)], keep[other(f, turn, half)] = x[other(f, turn, half)];
         }
     }
     if (is_v) return;
@@ -67,21 +77,21 @@ __global__ void rope_forward(const bf16 *x, i64 ld, int rows, int heads, int kv_
         const int f = lane + 32 * i;
         if (f >= half) continue;
         if (norm) {
-            a[i] *= r * weight(norm, kind, f);
-            b[i] *= r * weight(norm, kind, f + half);
+            a[i] *= r * weight(norm, kind, one(f, turn));
+            b[i] *= r * weight(norm, kind, other(f, turn, half));
         }
-        const float c = cosines[(i64)row * half + f], s = sines[(i64)row * half + f];
+        const float c = f < turn ? cosines[(i64)row * turn + f] : 1.f, s = f < turn ? sines[(i64)row * turn + f] : 0.f;
         const bf16 y = to_bf16(a[i] * c - b[i] * s), z = to_bf16(b[i] * c + a[i] * s);
-        to[f] = y, to[f + half] = z;
+        to[one(f, turn)] = y, to[other(f, turn, half)] = z;
         if (is_q && kept && row >= first) {
             bf16 *keep = kept + ((i64)(row - first) * heads + head) * d;
-            keep[f] = y, keep[f + half] = z;
+            keep[one(f, turn)] = y, keep[other(f, turn, half)] = z;
         }
     }
 }
 
 // Turned q of rows that train, again from `before`; cos and sin start with the first of these rows.
-__global__ void rope_again(const bf16 *before, int rows, int heads, int kv_heads, int d, const float *cosines,
+__global__ void rope_again(const bf16 *before, int rows, int heads, int kv_heads, int d, int turn, const float *cosines,
                            const float *sines, const void *q_norm, int q_kind, float eps, bf16 *q) {
     const int lane = threadIdx.x & 31, half = d / 2;
     const i64 item = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
@@ -93,7 +103,7 @@ __global__ void rope_again(const bf16 *before, int rows, int heads, int kv_heads
     for (int i = 0; i < PAIRS; i++) {
         const int f = lane + 32 * i;
         if (f >= half) continue;
-        a[i] = f32(x[f]), b[i] = f32(x[f + half]);
+        a[i] = f32(x[one(f, turn)]), b[i] = f32(x[other(f, turn, half)]);
         sum += a[i] * a[i] + b[i] * b[i];
     }
     const float r = 1.f / sqrtf(warp_sum(sum) / d + eps);
@@ -101,20 +111,20 @@ __global__ void rope_again(const bf16 *before, int rows, int heads, int kv_heads
     for (int i = 0; i < PAIRS; i++) {
         const int f = lane + 32 * i;
         if (f >= half) continue;
-        a[i] *= r * weight(q_norm, q_kind, f);
-        b[i] *= r * weight(q_norm, q_kind, f + half);
-        const float c = cosines[(i64)row * half + f], s = sines[(i64)row * half + f];
-        q[((i64)row * heads + head) * d + f] = to_bf16(a[i] * c - b[i] * s);
-        q[((i64)row * heads + head) * d + f + half] = to_bf16(b[i] * c + a[i] * s);
+        a[i] *= r * weight(q_norm, q_kind, one(f, turn));
+        b[i] *= r * weight(q_norm, q_kind, other(f, turn, half));
+        const float c = f < turn ? cosines[(i64)row * turn + f] : 1.f, s = f < turn ? sines[(i64)row * turn + f] : 0.f;
+        q[((i64)row * heads + head) * d + one(f, turn)] = to_bf16(a[i] * c - b[i] * s);
+        q[((i64)row * heads + head) * d + other(f, turn, half)] = to_bf16(b[i] * c + a[i] * s);
     }
 }
 
 // Gradients of q, k and v side by side (rows x (heads + 2 kv_heads) d) from those of turned q and, by query head, of turned
 // k and of v: those of a group are added here. blockIdx.y says which of q, k and v. With norms, `before` is their input, and
 // row (y gridDim.x + x) of `partial` (d wide, two times gridDim.x rows) gets what the block's heads add to a norm's gradient.
-__global__ void rope_backward(const bf16 *dq, const bf16 *dk, const bf16 *dv, int rows, int heads, int kv_heads, int d,
+__global__ void rope_backward(const bf16 *dq, const bf16 *dk, const bf16 *dv, int rows, int heads, int kv_heads, int d, int turn,
                               const float *cosines, const float *sines, const void *q_norm, int q_kind, const void *k_norm,
-                              int k_kind, float eps, const bf16 *before, bf16 *out, float *partial) {
+                              int k_kind, float eps, const bf16 *before, bf16 *out, int gated, float *partial) {
     __shared__ float sums[32][33];
     const int part = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x / 32, warps = blockDim.x / 32, half = d / 2;
     const int mine = part == 0 ? heads : kv_heads, members = part == 0 ? 1 : heads / kv_heads;
@@ -126,7 +136,7 @@ __global__ void rope_backward(const bf16 *dq, const bf16 *dk, const bf16 *dv, in
         const int row = item / mine, head = item % mine;
         const int place = head + (part == 0 ? 0 : part == 1 ? heads : heads + kv_heads);
         float a[PAIRS], b[PAIRS], xa[PAIRS], xb[PAIRS], squares = 0, sum = 0;
-        bf16 *to = out + ((i64)row * (heads + 2 * kv_heads) + place) * d;
+        bf16 *to = out + ((i64)row * (heads + gated * heads + 2 * kv_heads) + place + gated * min(place, heads)) * d;
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
             const int f = lane + 32 * i;
@@ -134,17 +144,17 @@ __global__ void rope_backward(const bf16 *dq, const bf16 *dk, const bf16 *dv, in
             if (f >= half) continue;
             for (int m = 0; m < members; m++) {
                 const bf16 *x = from + ((i64)row * heads + head * members + m) * d;
-                a[i] += f32(x[f]), b[i] += f32(x[f + half]);
+                a[i] += f32(x[one(f, turn)]), b[i] += f32(x[other(f, turn, half)]);
             }
             if (part < 2) {
-                const float c = cosines[(i64)row * half + f], s = sines[(i64)row * half + f], y = a[i], z = b[i];
+                const float c = f < turn ? cosines[(i64)row * turn + f] : 1.f, s = f < turn ? sines[(i64)row * turn + f] : 0.f, y = a[i], z = b[i];
                 a[i] = y * c + z * s, b[i] = z * c - y * s;
             }
             if (norm) {
                 const bf16 *x = before + ((i64)row * (heads + kv_heads) + place) * d;
-                xa[i] = f32(x[f]), xb[i] = f32(x[f + half]);
+                xa[i] = f32(x[one(f, turn)]), xb[i] = f32(x[other(f, turn, half)]);
                 squares += xa[i] * xa[i] + xb[i] * xb[i];
-                sum += a[i] * weight(norm, kind, f) * xa[i] + b[i] * weight(norm, kind, f + half) * xb[i];
+                sum += a[i] * weight(norm, kind, one(f, turn)) * xa[i] + b[i] * weight(norm, kind, other(f, turn, half)) * xb[i];
             }
         }
         if (norm) {
@@ -154,14 +164,14 @@ __global__ void rope_backward(const bf16 *dq, const bf16 *dk, const bf16 *dv, in
                 const int f = lane + 32 * i;
                 if (f >= half) continue;
                 da[i] += a[i] * xa[i] * r, db[i] += b[i] * xb[i] * r;
-                a[i] = r * (a[i] * weight(norm, kind, f) - xa[i] * mean);
-                b[i] = r * (b[i] * weight(norm, kind, f + half) - xb[i] * mean);
+                a[i] = r * (a[i] * weight(norm, kind, one(f, turn)) - xa[i] * mean);
+                b[i] = r * (b[i] * weight(norm, kind, other(f, turn, half)) - xb[i] * mean);
             }
         }
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
             const int f = lane + 32 * i;
-            if (f < half) to[f] = to_bf16(a[i]), to[f + half] = to_bf16(b[i]);
+            if (f < half) to[one(f, turn)] = to_bf16(a[i]), to[other(f, turn, half)] = to_bf16(b[i]);
         }
     }
     if (!norm || !partial) return;
@@ -176,7 +186,7 @@ __global__ void rope_backward(const bf16 *dq, const bf16 *dk, const bf16 *dv, in
         if (warp == 0 && f < half) {
             float sum = 0;
             for (int w = 0; w < warps; w++) sum += sums[w][lane];
-            partial[i < PAIRS ? f : f + half] = sum;
+            partial[i < PAIRS ? one(f, turn) : other(f, turn, half)] = sum;
         }
     }
 }
