@@ -1,8 +1,10 @@
 //! Training on a GPU: checked against the CPU and against goldens of transformers, and measured.
 //!
-//! usage: gpu_train check GOLDENS [PART …]                 every golden, whole steps beside the CPU's, what must not change
-//!        gpu_train small                                  steps of tiny models, for compute-sanitizer
-//!        gpu_train bench [CONTEXT+TRAINED …] [--mini] [--gb N] [--profile]   Qwen3-8B's shapes, random weights
+//! usage: gpu_train check GOLDENS [PART …] [--only WORD]   every golden, whole steps beside the CPU's, what must not change
+//!        gpu_train small [--only WORD]                    steps of tiny models, for compute-sanitizer
+//!        gpu_train bench [CONTEXT+TRAINED …] [--model qwen3-8b|qwen3.5-27b] [--mini] [--gb N] [--steps N] [--profile]
+//!
+//! WORD stands in the names of the models that are wanted. The benchmark has random weights of the model's shapes.
 //!
 //! The first device is used. `tests/python/gpu_kernels.py` checks every kernel by itself.
 
@@ -26,7 +28,11 @@ use train_support::{floats, golden_memory, golden_weights, relative_error, split
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 fn main() -> Outcome {
-    let args: Vec<String> = std::env::args().skip(1).collect();
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(at) = args.iter().position(|a| a == "--only") {
+        ONLY.set(args.remove(at + 1)).expect("set once");
+        args.remove(at);
+    }
     let id = devices()?.into_iter().next().ok_or("there is no device")?;
     let device = Device::open(&id)?;
     match args.first().map(String::as_str) {
@@ -36,11 +42,17 @@ fn main() -> Outcome {
         }
         Some("small") => small(&device),
         Some("bench") => bench(&device, &args[1..]),
-        _ => Err(
-            "usage: gpu_train check GOLDENS [PART …] | small | bench [CONTEXT+TRAINED …] [--mini] [--gb N] [--profile]"
-                .into(),
-        ),
+        _ => {
+            Err("usage: gpu_train check GOLDENS [PART …] | small | bench [CONTEXT+TRAINED …]; see the file for more"
+                .into())
+        }
     }
+}
+
+static ONLY: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+
+fn wanted(name: &str) -> bool {
+    ONLY.get().is_none_or(|word| name.contains(word))
 }
 
 /// Counts what is wrong, and says it.
@@ -127,6 +139,9 @@ fn check_goldens(device: &Arc<Device>, folder: &Path, report: &mut Report) -> Ou
     names.sort();
     for path in names {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if !wanted(&name) {
+            continue;
+        }
         let config = std::fs::read_to_string(&path)?;
         let parsed: serde_json::Value = serde_json::from_str(&config)?;
         let file = std::fs::read(path.with_extension("safetensors"))?;
@@ -138,9 +153,6 @@ fn check_goldens(device: &Arc<Device>, folder: &Path, report: &mut Report) -> Ou
             .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect();
         let context = parsed["context_length"].as_u64().ok_or("no context_length")? as usize;
-        if Config::parse(&config)?.text("model_type").is_none_or(|t| t.contains("qwen3_5")) {
-            continue;
-        }
         for run in ["plain", "context"] {
             let tokens = match run {
                 "plain" => Tokens::new(vec![], ids.clone()),
@@ -200,8 +212,8 @@ fn check_goldens(device: &Arc<Device>, folder: &Path, report: &mut Report) -> Ou
 const FAMILY: &str =
     r#""num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096"#;
 
-fn medium() -> [(&'static str, String); 4] {
-    [
+fn medium() -> Vec<(&'static str, String)> {
+    let all = [
         (
             "llama 64",
             format!(
@@ -226,24 +238,44 @@ fn medium() -> [(&'static str, String); 4] {
                 r#"{{"model_type": "llama", "head_dim": 20, "hidden_size": 300, "intermediate_size": 100, "vocab_size": 150, {FAMILY}}}"#
             ),
         ),
-    ]
+        (
+            "qwen3_5 128",
+            format!(
+                r#"{{"model_type": "qwen3_5_text", "head_dim": 256, "hidden_size": 512, "intermediate_size": 1000, "vocab_size": 5003, {FAMILY}, {DELTA},
+                "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 128, "linear_value_head_dim": 128}}"#
+            ),
+        ),
+        (
+            "qwen3_5 odd tied",
+            format!(
+                r#"{{"model_type": "qwen3_5_text", "head_dim": 24, "hidden_size": 260, "intermediate_size": 300, "vocab_size": 999, {FAMILY}, {DELTA},
+                "linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_key_head_dim": 50, "linear_value_head_dim": 21,
+                "tie_word_embeddings": true}}"#
+            ),
+        ),
+    ];
+    all.into_iter().filter(|(name, _)| wanted(name)).collect()
 }
+
+const DELTA: &str =
+    r#""layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_conv_kernel_dim": 4"#;
 
 /// Weights of these models: the goldens' an eighth as large, so that values keep their size on their way through layers that are
 /// some 30 times as wide, as they do in real models.
 fn medium_memory(config: &str, dtype: Dtype) -> (Architecture, Arc<InMemory>) {
     let architecture = Architecture::from_config(&Config::parse(config).expect("written here")).expect("it trains");
     let tensors = architecture.tensors().into_iter().map(|(name, shape)| {
-        let bytes = to_bytes(dtype, &medium_weights(name, shape.iter().product::<u64>() as usize));
+        let bytes = to_bytes(dtype, &medium_weights(&architecture, name, shape.iter().product::<u64>() as usize));
         (name.to_string(), TensorSpec { dtype, shape }, bytes)
     });
     let weights = Arc::new(InMemory::new(tensors));
     (architecture, weights)
 }
 
-fn medium_weights(name: &str, count: usize) -> Vec<f32> {
-    let scale = if name.contains("norm") { 1.0 } else { 0.125 };
-    golden_weights(name, count).into_iter().map(|x| x * scale).collect()
+fn medium_weights(architecture: &Architecture, name: &str, count: usize) -> Vec<f32> {
+    let whole = ["norm", "conv1d", "A_log", "dt_bias"].iter().any(|part| name.contains(part));
+    let scale = if whole { 1.0 } else { 0.125 };
+    golden_weights(name, count, architecture.norm_offset).into_iter().map(|x| x * scale).collect()
 }
 
 /// Packed samples: a long context with two continuations, one alone, one masked.
@@ -417,11 +449,12 @@ fn check_orders(device: &Arc<Device>, report: &mut Report) -> Outcome {
 
 /// What is not finite is refused, and changes nothing.
 fn check_failures(device: &Arc<Device>, _goldens: &Path, report: &mut Report) -> Outcome {
-    let (name, config) = &medium()[1];
+    let all = medium();
+    let Some((name, config)) = all.iter().find(|(name, _)| name.starts_with("qwen3 ")) else { return Ok(()) };
     let (architecture, _) = medium_memory(config, Dtype::BF16);
     let spoilt = |tensor: &str, value: f32| {
         let tensors = architecture.tensors().into_iter().map(|(n, shape)| {
-            let mut values = medium_weights(n, shape.iter().product::<u64>() as usize);
+            let mut values = medium_weights(&architecture, n, shape.iter().product::<u64>() as usize);
             if n == tensor {
                 let middle = values.len() / 2;
                 values[middle] = value;
@@ -477,7 +510,17 @@ fn small(device: &Arc<Device>) -> Outcome {
         ("qwen3", 64, 40, r#""tie_word_embeddings": true"#),
         ("mistral", 128, 203, r#""sliding_window": 9"#),
         ("llama", 256, 64, r#""tie_word_embeddings": false"#),
+        (
+            "qwen3_5_text",
+            16,
+            64,
+            r#""layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+            "linear_key_head_dim": 12, "linear_value_head_dim": 9"#,
+        ),
     ] {
+        if !wanted(model) {
+            continue;
+        }
         let config =
             format!(r#"{{"model_type": "{model}", "head_dim": {d}, "vocab_size": {vocabulary}, {SMALL}, {more}}}"#);
         for (dtype, rank) in [(Dtype::BF16, 1), (Dtype::F32, 5), (Dtype::BF16, 16), (Dtype::F16, 16)] {
@@ -524,13 +567,27 @@ const QWEN3_8B: &str = r#"{"model_type": "qwen3", "hidden_size": 4096, "num_hidd
     "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936,
     "max_position_embeddings": 40960, "tie_word_embeddings": false, "rope_theta": 1000000}"#;
 
+const QWEN3_5_27B: &str = r#"{"model_type": "qwen3_5_text", "hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 24,
+    "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 17408, "vocab_size": 248320, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 48, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    "max_position_embeddings": 262144, "tie_word_embeddings": false}"#;
+
 fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
     let (mut cases, mut mini, mut gb, mut profile) = (Vec::new(), false, None, false);
+    let (mut config, mut steps) = (QWEN3_8B, 8);
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--mini" => mini = true,
             "--profile" => profile = true,
+            "--steps" => steps = args.next().ok_or("--steps takes a number")?.parse::<usize>()?.max(3),
+            "--model" => {
+                config = match args.next().map(String::as_str) {
+                    Some("qwen3-8b") => QWEN3_8B,
+                    Some("qwen3.5-27b") => QWEN3_5_27B,
+                    _ => return Err("--model takes qwen3-8b or qwen3.5-27b".into()),
+                }
+            }
             "--gb" => gb = Some(args.next().ok_or("--gb takes a number")?.parse::<f64>()?),
             case => {
                 let (context, trained) = case.split_once('+').ok_or("a case is CONTEXT+TRAINED")?;
@@ -541,7 +598,7 @@ fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
     if cases.is_empty() {
         cases = vec![(1024, 1024), (0, 4096), (2048, 256)];
     }
-    let architecture = Architecture::from_config(&Config::parse(QWEN3_8B)?)?;
+    let architecture = Architecture::from_config(&Config::parse(config)?)?;
     let weights = Arc::new(OnDevice::random(device, &architecture)?);
     let mut settings = Settings::default();
     if mini {
@@ -556,7 +613,7 @@ fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
         let ids: Vec<u32> = (0..context + trained).map(|i| (i * 7919 % 150_000) as u32).collect();
         let batch = Batch::pack([(1, &Tokens::new(ids[..context].to_vec(), ids[context..].to_vec()))]);
         let (mut times, mut losses, mut least) = (Vec::new(), Vec::new(), free);
-        for step in 0..8 {
+        for step in 0..steps {
             let start = Instant::now();
             let report = trainer.step(&batch, &settings, 1e-5, &state)?;
             let time = start.elapsed().as_secs_f64() * 1e3;

@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(256, 1) delta_forward(Delta d) {
     const int v0 = blockIdx.x * C, head = blockIdx.y;
     const int *sequence = d.sequences + 5 * blockIdx.z;
     const int start = sequence[0], end = sequence[1], chunk0 = sequence[2], begins = sequence[3], ends = sequence[4];
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int warp = threadIdx.x >> 5;
     // Of products of C x C: 16 rows and 32 columns a warp. Of the state: 16 rows and all 64 columns.
     const int m0 = (warp & 3) * 16, n0 = (warp >> 2) * 32, s0 = warp * 16;
     const u32 ss = (u32)__cvta_generic_to_shared(shared_memory) + 2 * STAGE, sr = ss + D * C * 2, sn = sr + C * C * 2, sw = sn + C * C * 2;

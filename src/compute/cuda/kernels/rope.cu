@@ -1,7 +1,8 @@
 // archs: 80
 //
 // Rotary position embedding (Su et al., arXiv 2104.09864), the half-split layout of Hugging Face: feature i of a head turns
-// with feature i + d/2, or, where only a part of a head turns, with half of that part; and before it, where a model has them, the norms of every head of q and k. A warp a head of a row.
+// with feature i + d/2 or, where only a part of a head turns, i + half of that part; and before it, where a model has them, the
+// norms of every head of q and k. A warp a head of a row.
 
 typedef unsigned short bf16;
 typedef unsigned int u32;
