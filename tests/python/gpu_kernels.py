@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every kernel of training against PyTorch, on a GPU: random values, ragged and odd sizes, packed sequences, windows.
 
-    python tests/python/gpu_kernels.py [--time]      # needs torch with CUDA; the PTX is that of the repository
+    python tests/python/gpu_kernels.py [--only PART,PART] [--time]      # needs torch with CUDA; the PTX is that of the repository
 
 A reference is PyTorch's own operation (or its autograd) in float32 or float64 on the same bf16 inputs. Random numbers and
 projections are compared to the bit with a Philox written here.
@@ -789,9 +789,12 @@ def optimizer():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--only", type=lambda names: names.split(","))
     args = parser.parse_args()
     torch.manual_seed(0)
     for part in (attentions, norms, ropes, convolutions, deltas, gates, others, optimizer):
+        if args.only and part.__name__ not in args.only:
+            continue
         try:
             part()
             torch.cuda.synchronize()
