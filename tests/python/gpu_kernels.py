@@ -87,7 +87,9 @@ class Attention(ctypes.Structure):
         [(n, I) for n in "log_rows log_shift q_shift group d window".split()] + [("scale", F)]
 
 
-attention = Module("attention")
+attention, hopper = Module("attention"), None
+if torch.cuda.get_device_capability() == (9, 0):
+    hopper = Module("attention_hopper")
 
 
 def size_class(d):
@@ -98,6 +100,9 @@ def attention_bytes(which, d):
     """Shared memory, as src/compute/cuda/attention.rs asks for it, and the rows of a tile."""
     if d == "plain":
         return 0, 64
+    if isinstance(d, str):
+        d = int(d.split("_")[1])
+        return (2 * 128 + 6 * 64) * d * 2 + (6 * 64 * 4 if which == "kv" else 0) + 1024, 128
     if which == "forward":
         rows = 128 if d < 256 else 64
         return (rows + 4 * 64) * d * 2, rows
@@ -133,7 +138,7 @@ def attention_reference(q, k, v, spans, window, scale):
     return out
 
 
-def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, plain=False):
+def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=None):
     total = max(s[1] for s in spans)
     trained = total - frozen
     extra = 8 if d % 8 == 0 else 3
@@ -147,7 +152,8 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, plain=F
     delta = poison(heads, trained, dtype=torch.float32)
     dq, dk, dv = (poison(trained, heads * d) for _ in range(3))
     scale = d ** -0.5
-    kind = "plain" if plain else size_class(d)
+    kind = kind or size_class(d)
+    own_way = str(kind).startswith("hopper")
     what = f"attention d={d} {kind} heads={heads}/{kv} window={window} spans={spans}"
 
     def launch(which, spans, grid_z=1, **fields):
@@ -156,8 +162,13 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, plain=F
         a = Attention(tiles=t.data_ptr(), ldq=width_q, ldk=width_kv, ldv=width_kv, ldo=heads * d, lddq=heads * d,
                       lddk=heads * d, log_rows=trained, log_shift=frozen, group=heads // kv, d=d, window=window,
                       scale=scale, **{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in fields.items()})
-        name = "attention_forward" if which == "forward" else f"attention_backward_{which}"
-        run = lambda: attention(f"{name}_{kind}", (count, heads, grid_z), 128, a, shared=shared)
+        name = "forward" if which == "forward" else f"backward_{which}"
+        if own_way:
+            name = f"{kind.replace('_', f'_{name}_')}"
+            run = lambda: hopper(name, (heads, count, grid_z), 256, a, shared=shared)
+        else:
+            name = f"attention_{name}_{kind}"
+            run = lambda: attention(name, (heads, count, grid_z), 128, a, shared=shared)
         run()
         if not timed:
             return t
@@ -212,7 +223,15 @@ def attentions():
         attention_case([(0, 64, 0, 0)], 2, 2, d)
         attention_case([(0, 129, 0, 0)], 8, 1, d)
         attention_case([(0, 300, 0, 0), (300, 777, 0, 300)], 6, 2, d, frozen=300)
-        attention_case(packed, 4, 2, d, 17, frozen=75, plain=True)
+        attention_case(packed, 4, 2, d, 17, frozen=75, kind="plain")
+    for d in (64, 128, 96, 8, 80) if hopper else ():
+        kind = "hopper_64" if d <= 64 else "hopper_128"
+        for window in (0, 3, 100):
+            attention_case(packed, 4, 2, d, window, frozen=75, kind=kind)
+        attention_case([(0, 1, 0, 0)], 2, 1, d, kind=kind)
+        attention_case([(0, 64, 0, 0)], 2, 2, d, kind=kind)
+        attention_case([(0, 129, 0, 0)], 8, 1, d, kind=kind)
+        attention_case([(0, 700, 0, 0), (700, 1577, 0, 700)], 6, 2, d, frozen=700, kind=kind)
 
 
 # ---- norms, rope, swiglu, loss
@@ -545,5 +564,8 @@ if __name__ == "__main__":
         for d, heads, kv in ((128, 32, 8), (64, 32, 8), (256, 24, 4)):
             attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True)
             attention_case([(0, 1024, 0, 0), (1024, 2048, 0, 1024)], heads, kv, d, frozen=1024, timed=True)
+            if hopper and d <= 128:
+                attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True, kind=f"hopper_{d}")
+                attention_case([(0, 1024, 0, 0), (1024, 2048, 0, 1024)], heads, kv, d, frozen=1024, timed=True, kind=f"hopper_{d}")
     print("all agree" if not failures else f"{len(failures)} FAILED: {sorted(set(failures))[:20]}")
     raise SystemExit(bool(failures))

@@ -47,6 +47,7 @@ pub struct Gpu {
     plans: matmul::Plans,
     profile: Mutex<Option<Vec<Timed>>>,
     poisoned: AtomicBool,
+    portable: AtomicBool,
 }
 
 /// A kernel or product with the marks around it.
@@ -82,6 +83,7 @@ impl Gpu {
             plans,
             profile: Mutex::default(),
             poisoned: Default::default(),
+            portable: Default::default(),
         })
     }
 
@@ -97,6 +99,15 @@ impl Gpu {
     /// For tests: buffers begin as NaN from here on, which shows in every result that comes of a value nobody wrote.
     pub fn poison(&self) {
         self.poisoned.store(true, Ordering::Relaxed);
+    }
+
+    /// For tests and measurements: from here on, kernels that run on every device, where the device has some of its own too.
+    pub fn be_portable(&self) {
+        self.portable.store(true, Ordering::Relaxed);
+    }
+
+    fn is_portable(&self) -> bool {
+        self.portable.load(Ordering::Relaxed)
     }
 
     /// Sees to it that passing buffers of `bytes` in all can be taken without asking the device for more.
