@@ -5,7 +5,7 @@ use super::backward::LayerGradients;
 use super::head::{Head, Stream};
 use super::state::Moments;
 use super::{Context, Result};
-use crate::compute::cuda::apollo::{self, Apply, Factors, Gradient, Rates, Verdict};
+use crate::compute::cuda::apollo::{self, Apply, Factors, Gradient, Judge, Rates, Verdict};
 use crate::compute::cuda::embedding::{self, Lookups};
 use crate::compute::cuda::matmul::{Operand, Output, matmul};
 use crate::compute::cuda::{Buffer, Part, Weight, linear, rms_norm};
@@ -18,6 +18,9 @@ use std::collections::HashMap;
 
 /// Elements of the embedding's or the head's gradient that are in memory at once.
 pub(super) const VOCABULARY: usize = 32 << 20;
+
+/// Elements of a vector that one block updates by itself.
+const VECTOR: usize = 1 << 16;
 
 /// A gradient: all there, or made some rows at a time (bf16; `fill(first, rows, to)`).
 pub(super) enum Source<'s> {
@@ -221,6 +224,7 @@ pub(super) struct Updater<'u, 'a> {
     places: HashMap<&'a str, (usize, Vec<u64>)>,
     verdicts: Buffer,
     lasts: Buffer,
+    /// Whether a gradient held everything back, and the kernels' counter.
     halted: Buffer,
     done: Vec<(String, Form, usize)>,
     /// How many of them may have changed their moments or weights, where their verdict lets them.
@@ -233,7 +237,7 @@ impl<'u, 'a> Updater<'u, 'a> {
         let last = |name: &str| state.tensors.get(name).and_then(|t| t.last_norm).unwrap_or(-1.0);
         let lasts: Vec<f32> = tensors.iter().map(|(name, _)| last(name)).collect();
         let verdicts = c.gpu.zeros(4 * tensors.len() as u64)?;
-        let (lasts, halted) = (c.gpu.upload(&lasts)?, c.gpu.zeros(4)?);
+        let (lasts, halted) = (c.gpu.upload(&lasts)?, c.gpu.zeros(8)?);
         let places = tensors.into_iter().enumerate().map(|(i, (name, shape))| (name, (i, shape))).collect();
         Ok(Updater { c, moments, state, lr, places, verdicts, lasts, halted, done: Vec::new(), begun: 0 })
     }
@@ -311,7 +315,7 @@ impl Sink for Updater<'_, '_> {
         let pair = self.moments.of(name, moment_elements(form, &shape) as usize)?;
         let moments = (pair.m.part(), pair.v.part());
         let at = 4 * place as u64;
-        let verdict = Verdict { verdict: self.verdicts.from(at), halted: self.halted.part() };
+        let verdict = Verdict { verdict: self.verdicts.from(at), halted: self.halted.part(), counter: self.halted.from(4) };
         let random = Random::new(settings.seed, Purpose::Rounding, name, self.state.step);
         let how = Apply {
             stochastic: (settings.rounding == Rounding::Stochastic).then_some(&random),
@@ -328,19 +332,21 @@ impl Sink for Updater<'_, '_> {
         };
         let limit = (LARGEST * LARGEST) as f32;
         let (m, n) = (w.rows, w.columns);
+        if let (Form::Adam, Source::Whole(g)) = (form, &source)
+            && let (1, true, true, None) = (m, n <= VECTOR, g.wide, g.map)
+        {
+            self.begun = self.done.len();
+            return Ok(apollo::adam_vector(gpu, w, g.part, moments, &rates, &how, limit, &verdict)?);
+        }
         let mut pass = Pass::new(self.c, w, source)?;
 
         let (rank, by_channel) = match form {
             Form::Adam => {
-                // A vector is measured as a matrix, for more than one warp to do it.
-                let vector = m == 1 && n % 64 == 0;
-                let (rows, columns) = if vector { (n / 64, 64) } else { (m, n) };
-                let squares = pass.squares(rows)?;
+                let judge = Judge::new(gpu, &verdict, limit, pass.channels(m), true)?;
+                let squares = pass.squares(m)?;
                 pass.each(|g, first| {
-                    let g = if vector { Gradient { rows, columns, ..*g } } else { *g };
-                    Ok(apollo::measure(gpu, &g, true, first, None, squares.part(), Part::NONE)?)
+                    Ok(apollo::measure(gpu, g, true, first, None, squares.part(), Part::NONE, &judge)?)
                 })?;
-                apollo::judge(gpu, squares.part(), pass.channels(rows), limit, &verdict)?;
                 self.begun = self.done.len();
                 return pass.each(|g, first| Ok(apollo::adam(gpu, w, g, first, moments, &rates, &how, &verdict)?));
             }
@@ -353,9 +359,10 @@ impl Sink for Updater<'_, '_> {
         let projection = apollo::projection(gpu, &random_p, m.min(n), rank, tall)?;
         let width = if rank > 1 { 2 * rank } else { 1 };
         let (mut squares, mut projected) = (pass.squares(channels)?, gpu.f32(width * pass.channels(channels))?);
+        let judge = Judge::new(gpu, &verdict, limit, pass.channels(channels), tall)?;
         pass.each(|g, first| {
             let (s, r) = (squares.part(), projected.part());
-            Ok(apollo::measure(gpu, g, tall, first, Some(&projection), s, r)?)
+            Ok(apollo::measure(gpu, g, tall, first, Some(&projection), s, r, &judge)?)
         })?;
         if let Some(map) = pass.map() {
             // Measured by the rows that there are; channels without one have zeros.
@@ -364,7 +371,6 @@ impl Sink for Updater<'_, '_> {
             apollo::spread(gpu, projected.part(), map, m, width, r.part())?;
             (squares, projected) = (s, r);
         }
-        apollo::judge(gpu, squares.part(), channels, limit, &verdict)?;
         self.begun = self.done.len();
         let rates = Rates { rate: (rate * settings.scale(m, n)) as f32, ..rates };
         let (factors, gain) = (gpu.f32(channels)?, gpu.f32(1)?);
