@@ -2,7 +2,8 @@
 //!
 //! usage: gpu_train check GOLDENS [PART …]                 every golden, whole steps beside the CPU's, what must not change
 //!        gpu_train small                                  steps of tiny models, for compute-sanitizer
-//!        gpu_train bench [CONTEXT+TRAINED …] [--mini] [--gb N] [--profile]   Qwen3-8B's shapes, random weights
+//!        gpu_train bench [CONTEXT+TRAINED …] [--mini] [--gb N] [--profile] [--portable]
+//!                                                         Qwen3-8B's shapes, random weights
 //!
 //! The first device is used. `tests/python/gpu_kernels.py` checks every kernel by itself.
 
@@ -37,7 +38,7 @@ fn main() -> Outcome {
         Some("small") => small(&device),
         Some("bench") => bench(&device, &args[1..]),
         _ => Err(
-            "usage: gpu_train check GOLDENS [PART …] | small | bench [CONTEXT+TRAINED …] [--mini] [--gb N] [--profile]"
+            "usage: gpu_train check GOLDENS [PART …] | small | bench [CONTEXT+TRAINED …] [--mini] [--gb N] [--profile] [--portable]"
                 .into(),
         ),
     }
@@ -525,12 +526,13 @@ const QWEN3_8B: &str = r#"{"model_type": "qwen3", "hidden_size": 4096, "num_hidd
     "max_position_embeddings": 40960, "tie_word_embeddings": false, "rope_theta": 1000000}"#;
 
 fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
-    let (mut cases, mut mini, mut gb, mut profile) = (Vec::new(), false, None, false);
+    let (mut cases, mut mini, mut gb, mut profile, mut portable) = (Vec::new(), false, None, false, false);
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--mini" => mini = true,
             "--profile" => profile = true,
+            "--portable" => portable = true,
             "--gb" => gb = Some(args.next().ok_or("--gb takes a number")?.parse::<f64>()?),
             case => {
                 let (context, trained) = case.split_once('+').ok_or("a case is CONTEXT+TRAINED")?;
@@ -551,6 +553,9 @@ fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
         let (free, _) = device.memory()?;
         let mut trainer = GpuTrainer::new(Model::new(architecture.clone(), weights.clone())?, device)?;
         trainer.budget = gb.map(|gb| (gb * 1e9) as u64);
+        if portable {
+            trainer.gpu().be_portable();
+        }
         trainer.timed = Some(Vec::new());
         let state = Arc::new(parking_lot::Mutex::new(OptimizerState::default()));
         let ids: Vec<u32> = (0..context + trained).map(|i| (i * 7919 % 150_000) as u32).collect();

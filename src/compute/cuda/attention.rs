@@ -91,7 +91,15 @@ impl Class {
 
     /// Runs a kernel over `tiles` tiles of every head. Heads come first: blocks of one tile run side by side, share keys, and
     /// the longest tiles of all heads begin first.
-    fn launch(self, gpu: &Gpu, of: &str, tiles: usize, (shared, parts): (usize, u32), arguments: Arguments, heads: usize) -> Result<()> {
+    fn launch(
+        self,
+        gpu: &Gpu,
+        of: &str,
+        tiles: usize,
+        (shared, parts): (usize, u32),
+        arguments: Arguments,
+        heads: usize,
+    ) -> Result<()> {
         let (grid, shared) = ((heads as u32, tiles as u32, parts), shared as u32);
         let name = match self {
             Class::Hopper(d) => return hopper::launch(gpu, &format!("hopper_{of}_{d}"), grid, shared, arguments),

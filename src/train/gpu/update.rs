@@ -315,7 +315,8 @@ impl Sink for Updater<'_, '_> {
         let pair = self.moments.of(name, moment_elements(form, &shape) as usize)?;
         let moments = (pair.m.part(), pair.v.part());
         let at = 4 * place as u64;
-        let verdict = Verdict { verdict: self.verdicts.from(at), halted: self.halted.part(), counter: self.halted.from(4) };
+        let verdict =
+            Verdict { verdict: self.verdicts.from(at), halted: self.halted.part(), counter: self.halted.from(4) };
         let random = Random::new(settings.seed, Purpose::Rounding, name, self.state.step);
         let how = Apply {
             stochastic: (settings.rounding == Rounding::Stochastic).then_some(&random),
