@@ -14,7 +14,10 @@ use std::sync::Arc;
 use std::time::Instant;
 use weightfs::memory::cuda::{Device, devices};
 use weightfs::model::Dtype;
+use weightfs::train::apollo::Updater;
 use weightfs::train::gpu::{GpuTrainer, OnDevice, Order};
+use weightfs::train::gradients::Gradient;
+use weightfs::train::state::Form;
 use weightfs::train::{
     Architecture, Batch, Config, InMemory, Model, Optimizer, OptimizerState, Settings, StepError, TensorSpec, Tokens,
     Trainer, Weights,
@@ -82,9 +85,10 @@ fn values(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
 
 fn check(device: &Arc<Device>, goldens: &Path, only: &[String]) -> Outcome {
     let mut report = Report::default();
-    let parts: [(&str, &dyn Fn(&mut Report) -> Outcome); 5] = [
+    let parts: [(&str, &dyn Fn(&mut Report) -> Outcome); 6] = [
         ("goldens", &|r| check_goldens(device, goldens, r)),
         ("gradients", &|r| check_gradients(device, r)),
+        ("updates", &|r| check_updates(device, r)),
         ("steps", &|r| check_steps(device, goldens, r)),
         ("orders", &|r| check_orders(device, r)),
         ("failures", &|r| check_failures(device, goldens, r)),
@@ -244,7 +248,7 @@ fn medium_memory(config: &str, dtype: Dtype) -> (Architecture, Arc<InMemory>) {
 
 fn medium_weights(name: &str, count: usize) -> Vec<f32> {
     let scale = if name.contains("norm") { 1.0 } else { 0.125 };
-    golden_weights(name, count).into_iter().map(|x| x * scale).collect()
+    golden_weights(name, count, 0.0).into_iter().map(|x| x * scale).collect()
 }
 
 /// Packed samples: a long context with two continuations, one alone, one masked.
@@ -306,14 +310,97 @@ fn check_gradients(device: &Arc<Device>, report: &mut Report) -> Outcome {
     Ok(())
 }
 
-/// Whole steps beside the CPU's: losses, weights, state. With weights in f32 the difference is the gradients' alone; in 16 bits
-/// both round with the same random bits.
+/// The update beside the CPU's from the very same gradient, tensor by tensor: what is different is the arithmetic of the
+/// update alone. Adam is the same to the bit. A projection has its matrix in two summands of bf16 (2^-17 is lost) and sums in
+/// another order; a gradient in f32, which the looked-up embedding alone has, is rounded to bf16 first (2^-9).
+fn check_updates(device: &Arc<Device>, report: &mut Report) -> Outcome {
+    let mini = Settings { optimizer: Optimizer::ApolloMini, ..Settings::default() };
+    let rank = |r| Settings { rank: Some(r), ..Settings::default() };
+    for (name, config) in medium() {
+        for dtype in [Dtype::F32, Dtype::BF16] {
+            for settings in [mini.clone(), rank(64), rank(5)] {
+                let settings = Settings { lr: 1e-3, proj_refresh: 2, ..settings };
+                let (architecture, weights) = medium_memory(&config, dtype);
+                let batch = packed(architecture.vocabulary);
+                let start: BTreeMap<String, Vec<u8>> =
+                    weights.names().map(|n| (n.to_string(), weights.bytes(n).unwrap_or_default())).collect();
+                let theirs = on_device(device, &weights)?;
+                let mut gpu = GpuTrainer::new(Model::new(architecture.clone(), theirs.clone())?, device)?;
+                let state = Arc::new(parking_lot::Mutex::new(OptimizerState::default()));
+                let (mut expected, mut updater) = (OptimizerState::default(), Updater::default());
+                let what = format!("{name} {dtype:?} {:?} rank {}", settings.optimizer, settings.rank());
+                for _ in 0..3 {
+                    let (_, gradients) = gpu.gradients(&batch, &settings)?;
+                    gpu.step(&batch, &settings, settings.lr, &state)?;
+                    for (tensor, g) in &gradients {
+                        let shape = weights.tensor(tensor).ok_or("a tensor is gone")?.shape;
+                        let (m, n) = if shape.len() == 1 { (1, shape[0]) } else { (shape[0], shape[1]) };
+                        let g = Gradient::dense(m as usize, n as usize, g);
+                        updater.update(&*weights, tensor, &g, &settings, settings.lr, &mut expected)?;
+                    }
+                    expected.step += 1;
+                }
+                let state = state.lock();
+                let home = state.at_home()?;
+                let mut worst = (0.0f64, 0.0f64, 0.0f64, 0.0f64);
+                for (tensor, a) in &expected.tensors {
+                    let Some(b) = home.tensors.get(tensor) else {
+                        report.expect(format!("{what}: {tensor} has a state"), false);
+                        continue;
+                    };
+                    let (got, want) = (theirs.bytes(tensor)?, weights.bytes(tensor).unwrap_or_default());
+                    report.expect(format!("{what}: counters of {tensor}"), (a.form, a.steps) == (b.form, b.steps));
+                    if a.form == Form::Adam {
+                        let same = (&a.m, &a.v) == (&b.m, &b.v);
+                        report.expect(
+                            format!("{what}: {tensor}, moments of Adam to the bit: {same}"),
+                            same && got == want,
+                        );
+                        continue;
+                    }
+                    let rounded = architecture.head.is_some() && *tensor == architecture.embedding;
+                    let slack = if rounded { 40.0 } else { 1.0 };
+                    let (m, v) = (relative_error(&b.m, &a.m), relative_error(&b.v, &a.v));
+                    let what_m = format!("{what}: moments of {tensor} off by {m:.1e} and {v:.1e}");
+                    report.expect(what_m, m < slack * 1e-4 && v < slack * 2e-4);
+                    let (x, y) = (a.last_norm.unwrap_or(-1.0), b.last_norm.unwrap_or(-1.0));
+                    let norm = ((x - y) / x).abs() as f64;
+                    report.expect(format!("{what}: norm of {tensor} {y}, {x}"), norm < slack * 1e-4);
+                    let before = values(dtype, &start[tensor]);
+                    let moved = |bytes: &[u8]| -> Vec<f32> {
+                        values(dtype, bytes).iter().zip(&before).map(|(a, b)| a - b).collect()
+                    };
+                    let off = match dtype {
+                        Dtype::F32 => relative_error(&moved(&got), &moved(&want)),
+                        // The same random bits: what differs is what was as good as on the edge.
+                        _ => {
+                            let differ = got.chunks(2).zip(want.chunks(2)).filter(|(a, b)| a != b).count();
+                            differ as f64 / (got.len() / 2) as f64
+                        }
+                    };
+                    report.expect(format!("{what}: {tensor} moved by {off:.1e} else"), off < slack * 1e-3);
+                    if !rounded {
+                        worst = (worst.0.max(m), worst.1.max(v), worst.2.max(norm), worst.3.max(off));
+                    }
+                }
+                println!(
+                    "{what}: moments {:.1e} {:.1e}, norm {:.1e}, moves {:.1e}",
+                    worst.0, worst.1, worst.2, worst.3
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whole steps beside the CPU's, each from gradients of its own, which bf16 has in it: losses, weights, counters. In 16 bits
+/// both round with the same random bits. What the optimizer makes of one gradient is [`check_updates`]'s.
 fn check_steps(device: &Arc<Device>, _goldens: &Path, report: &mut Report) -> Outcome {
     let mini = Settings { optimizer: Optimizer::ApolloMini, ..Settings::default() };
     let rank = |r| Settings { rank: Some(r), ..Settings::default() };
     for (name, config) in medium() {
         for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
-            for settings in [mini.clone(), rank(64), rank(5)] {
+            for settings in [mini.clone(), rank(64)] {
                 let settings = Settings { lr: 1e-3, proj_refresh: 2, ..settings };
                 let (architecture, weights) = medium_memory(&config, dtype);
                 let batch = packed(architecture.vocabulary);
@@ -356,11 +443,6 @@ fn check_steps(device: &Arc<Device>, _goldens: &Path, report: &mut Report) -> Ou
                 for (tensor, a) in &theirs.tensors {
                     let Some(b) = home.tensors.get(tensor) else { continue };
                     report.expect(format!("{what}: counters of {tensor}"), (a.form, a.steps) == (b.form, b.steps));
-                    let (m, v) = (relative_error(&b.m, &a.m), relative_error(&b.v, &a.v));
-                    // v has squares, of which errors are twice as large.
-                    report.expect(format!("{what}: moments of {tensor} off by {m:.3} and {v:.3}"), m < 0.1 && v < 0.2);
-                    let (x, y) = (a.last_norm.unwrap_or(-1.0), b.last_norm.unwrap_or(-1.0));
-                    report.expect(format!("{what}: norm of {tensor} {y}, {x}"), (x - y).abs() <= 0.03 * x.abs());
                 }
                 println!("{what}: worst move {:.3} ({})", worst.0, worst.1);
             }
@@ -396,7 +478,12 @@ fn check_orders(device: &Arc<Device>, report: &mut Report) -> Outcome {
         let (plan, loss, bytes, held) = run(u64::MAX / 2, 0)?;
         report.expect(format!("{name}: {:?}", plan.order), plan.order == Order::After);
         let (_, _, again, _) = run(u64::MAX / 2, 1)?;
-        report.expect(format!("{name}: twice the same"), again == bytes);
+        let names: Vec<&str> = weights.names().collect();
+        let differ = |other: &[Vec<u8>]| -> String {
+            let differ = names.iter().zip(other.iter().zip(&bytes)).filter(|(_, (a, b))| a != b);
+            differ.map(|(n, _)| format!(" {n}")).take(4).collect()
+        };
+        report.expect(format!("{name}: twice the same, but for{}", differ(&again)), again == bytes);
         let (_, _, restarted, _) = run(u64::MAX / 2, 2)?;
         report.expect(format!("{name}: the same after a restart"), restarted == bytes);
         // Just too little for the last plan, until nothing fits.

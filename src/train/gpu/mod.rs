@@ -23,7 +23,7 @@ use super::settings::Settings;
 use super::state::OptimizerState;
 use super::step::{Model, StepError};
 use super::trainer::StepReport;
-use super::weights::Step;
+use super::weights::{Location, Step};
 use crate::compute::cpu::weight::Kind;
 use crate::compute::cuda::attention::{Shape, Tiles};
 use crate::compute::cuda::matmul::{Operand, Output, matmul};
@@ -31,6 +31,7 @@ use crate::compute::cuda::rope::{Angles, Heads, LARGEST_HEAD};
 use crate::compute::cuda::{Buffer, Gpu, GpuError, Part, Weight, linear};
 use crate::memory::cuda::Device;
 use parking_lot::Mutex;
+use std::any::Any;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -74,6 +75,15 @@ struct Context<'a> {
     rows: Rows<'a>,
     plan: &'a Plan,
     settings: &'a Settings,
+    /// Keeps the weights mapped.
+    _held: Vec<Arc<dyn Any + Send + Sync>>,
+}
+
+impl Drop for Context<'_> {
+    /// After an error work may be under way that reads the weights, which others may unmap or write from here on.
+    fn drop(&mut self) {
+        let _ = self.gpu.wait();
+    }
 }
 
 /// Why a model does not train on a GPU, in one sentence; `None` for one that does where its weights allow it.
@@ -101,21 +111,10 @@ impl GpuTrainer {
         if let Some(why) = refusal(a) {
             return Err(GpuError::Library(why));
         }
-        for (name, _) in a.tensors() {
-            match model.weights.device(name) {
-                Some(place) if place.device.id == device.id => {}
-                Some(place) => {
-                    return Err(GpuError::Library(format!(
-                        "training needs the weights on one device: {name} is on {}, others are on {}",
-                        place.device.id.uuid, device.id.uuid
-                    )));
-                }
-                None => {
-                    return Err(GpuError::Library(format!(
-                        "{name} lies in several pieces or turned: training on the GPU needs whole rows of a tensor in one place"
-                    )));
-                }
-            }
+        match model.device().map_err(GpuError::Library)? {
+            Some(on) if on.id == device.id => {}
+            Some(on) => return Err(GpuError::Library(format!("the weights are on {}", on.id.uuid))),
+            None => return Err(GpuError::Library("the weights are in host memory".into())),
         }
         let gpu = Arc::new(Gpu::new(device)?);
         let moments = Arc::new(state::Moments::new(gpu.clone()));
@@ -151,18 +150,20 @@ impl GpuTrainer {
 
     fn context<'a>(&'a self, batch: &'a Batch, settings: &'a Settings, plan: &'a Plan) -> Result<Context<'a>> {
         let (a, gpu) = (&*self.model.architecture, &*self.gpu);
-        let mut weights = HashMap::new();
+        let (mut weights, mut held) = (HashMap::new(), Vec::new());
         for (name, shape) in a.tensors() {
             let spec = self.model.weights.tensor(name).expect("every tensor was found when the model was made");
-            let place = self
-                .model
-                .weights
-                .device(name)
-                .ok_or_else(|| GpuError::Library(format!("{name} is no longer on the GPU")))?;
+            let Location::Device(place) = self.model.weights.location(name) else {
+                return Err(GpuError::Library(format!("{name} is no longer on the GPU")).into());
+            };
+            if place.device.id != gpu.device.id {
+                return Err(GpuError::Library(format!("{name} is on another GPU now")).into());
+            }
             let kind = spec.kind().expect("its dtype was checked when the model was made");
             let (rows, columns) = if shape.len() == 1 { (1, shape[0]) } else { (shape[0], shape[1]) };
             let (rows, columns, stride) = (rows as usize, columns as usize, place.stride as usize);
             weights.insert(name, Weight { address: place.address, kind, rows, columns, stride });
+            held.push(place.held);
         }
         let half = a.head_dim / 2;
         let angle = |f: fn(f32) -> f32| -> Vec<f32> {
@@ -182,7 +183,7 @@ impl GpuTrainer {
             _angles: angles,
             tiles: Tiles::new(gpu, &batch.spans, batch.rows(), batch.frozen, a.head_dim)?,
         };
-        Ok(Context { gpu, a, weights, rows, plan, settings })
+        Ok(Context { gpu, a, weights, rows, plan, settings, _held: held })
     }
 
     /// Losses of the batch's targets, in their order. Changes nothing.
@@ -442,15 +443,27 @@ impl<'a> Context<'a> {
         Ok(())
     }
 
-    /// `dx (rows x inputs, bf16) = dy W`, summed over linears side by side in dy.
+    /// `dx (rows x inputs, bf16) = dy W`, summed over linears side by side in dy. Where these do not lie one behind the other
+    /// their parts are added in f32 and rounded once, as one product does: where weights lie is no reason to be less exact.
     fn back(&self, linears: &[&Linear], dy: Part, rows: usize, dx: Part) -> Result<()> {
         let width: usize = linears.iter().map(|l| l.outputs).sum();
-        for (i, (w, first)) in self.joined(linears).into_iter().enumerate() {
+        let joined = self.joined(linears);
+        let columns = joined[0].0.columns;
+        let sums = if joined.len() > 1 { Some(self.gpu.f32(rows * columns)?) } else { None };
+        for (i, (w, first)) in joined.into_iter().enumerate() {
             let mut scratch = None;
             let operand = self.operand(&w, &mut scratch)?;
-            let out = Output { add: i > 0, ..Output::bf16(dx, w.columns) };
+            let out = match &sums {
+                Some(sums) => Output { add: i > 0, ..Output::f32(sums.part(), columns) },
+                None => Output::bf16(dx, columns),
+            };
             let dy = Operand::new(dy.from(2 * first as u64), width);
-            matmul(self.gpu, out, rows, w.columns, w.rows, dy, operand)?;
+            matmul(self.gpu, out, rows, columns, w.rows, dy, operand)?;
+        }
+        if let Some(sums) = sums {
+            let address = sums.part().address();
+            let sums = Weight { address, kind: Kind::F32, rows, columns, stride: columns };
+            linear::narrow(self.gpu, &sums, dx)?;
         }
         Ok(())
     }

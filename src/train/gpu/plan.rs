@@ -102,7 +102,8 @@ impl Sizes {
     /// What only passes through in one layer's backward pass, and an update's scratch.
     fn passing_backward(&self, rank: u64) -> u64 {
         let n = self.trained;
-        let attention = 2 * n * (5 * self.q + self.h) + 4 * n * self.heads;
+        // The last: gradients of linears with one input, added in f32 where these do not lie one behind the other.
+        let attention = 2 * n * (5 * self.q + self.h) + 4 * n * self.heads + 4 * n * self.h;
         let matrix = self.h * self.inner.max(self.q);
         let update = 2 * matrix + 8 * rank.max(1) * self.inner.max(self.q).max(self.h) + 2 * n * self.h;
         attention.max(update) + self.kept(Keep::All) + 4 * self.h * 600
