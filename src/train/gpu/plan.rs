@@ -37,6 +37,8 @@ pub struct Plan {
     pub keep: Vec<Keep>,
     /// Bytes at the peak, beyond the weights and the optimizer's state.
     pub bytes: u64,
+    /// How many of them are of updates beside the backward pass; 0 where there are none beside it.
+    pub side: u64,
 }
 
 /// Sizes that memory follows from.
@@ -56,10 +58,11 @@ struct Sizes {
     tied: bool,
     head_trains: bool,
     narrow: u64,
+    overlap: bool,
 }
 
 impl Sizes {
-    fn new(a: &Architecture, batch: &Batch, settings: &Settings) -> Sizes {
+    fn new(a: &Architecture, batch: &Batch, settings: &Settings, overlap: bool) -> Sizes {
         let (q, kv) = ((a.heads * a.head_dim) as u64, (a.kv_heads * a.head_dim) as u64);
         let normed = a.layers.iter().any(|l| l.attention().qk_norm.is_some());
         let head = a.head.as_ref().unwrap_or(&a.embedding);
@@ -79,6 +82,7 @@ impl Sizes {
             head_trains: settings.trains(head),
             // A matrix of another type as bf16; the largest may be the head.
             narrow: 0,
+            overlap,
         }
     }
 
@@ -107,6 +111,22 @@ impl Sizes {
         let matrix = self.h * self.inner.max(self.q);
         let update = 2 * matrix + 8 * rank.max(1) * self.inner.max(self.q).max(self.h) + 2 * n * self.h;
         attention.max(update) + self.kept(Keep::All) + 4 * self.h * 600
+    }
+
+    /// What an update beside the backward pass takes: its scratch, and what the layer above still holds of its own.
+    fn beside(&self, order: Order, rank: u64) -> (u64, u64) {
+        if order == Order::After || !self.overlap {
+            return (0, 0);
+        }
+        let matrix = self.h * self.inner.max(self.q);
+        let layer =
+            2 * matrix + 2 * matrix / 64 + 24 * rank.max(1) * self.inner.max(self.q) + 2 * self.trained * self.h;
+        let chunk = 2 * (super::update::VOCABULARY as u64).min(self.vocabulary * self.h)
+            + 8 * rank.max(1) * self.vocabulary
+            + 48 * self.vocabulary
+            + 4 * self.trained * self.h;
+        let lent = 2 * self.trained * (4 * self.h + 2 * self.q + 2 * self.kv + 3 * self.inner);
+        (layer.max(chunk) + (16 << 20), lent)
     }
 
     fn passing_forward(&self) -> u64 {
@@ -147,19 +167,26 @@ impl Sizes {
         let forward = kept + self.passing_forward();
         // The plans' workspace, and what cutting memory into pieces wastes.
         let wasted = 96 << 20;
-        self.stream() + forward.max(backward).max(kept + head) + wasted
+        let (side, lent) = self.beside(order, rank);
+        self.stream() + forward.max(backward + lent).max(kept + head) + wasted + side
     }
 }
 
 impl Plan {
     pub(super) fn forward_only(a: &Architecture) -> Plan {
-        Plan { order: Order::Layerwise, keep: vec![Keep::All; a.layers.len()], bytes: 0 }
+        Plan { order: Order::Layerwise, keep: vec![Keep::All; a.layers.len()], bytes: 0, side: 0 }
     }
 
     /// The first of these that fits `budget`: everything kept and updated after; everything kept and updated layer by layer;
     /// ever more layers without gate and up; ever more with the stream alone.
-    pub fn choose(a: &Architecture, batch: &Batch, settings: &Settings, budget: u64) -> Result<Plan, GpuError> {
-        let (sizes, layers, rank) = (Sizes::new(a, batch, settings), a.layers.len(), settings.rank() as u64);
+    pub fn choose(
+        a: &Architecture,
+        batch: &Batch,
+        settings: &Settings,
+        budget: u64,
+        overlap: bool,
+    ) -> Result<Plan, GpuError> {
+        let (sizes, layers, rank) = (Sizes::new(a, batch, settings, overlap), a.layers.len(), settings.rank() as u64);
         let keep = |less: Keep, count: usize, more: Keep| -> Vec<Keep> {
             // The last layers' are used first: those that stay longest keep least.
             (0..layers).map(|i| if i < count { less } else { more }).collect()
@@ -171,7 +198,7 @@ impl Plan {
         for (order, keep) in plans {
             let bytes = sizes.peak(order, &keep, rank);
             if bytes <= budget {
-                return Ok(Plan { order, keep, bytes });
+                return Ok(Plan { order, keep, bytes, side: sizes.beside(order, rank).0 });
             }
             least = least.min(bytes);
         }
@@ -182,7 +209,7 @@ impl Plan {
 /// Free bytes that a step of `batch` takes at the least, the growth of the optimizer's state not included.
 pub fn least(a: &Architecture, batch: &Batch, settings: &Settings) -> u64 {
     let keep = vec![Keep::Stream; a.layers.len()];
-    Sizes::new(a, batch, settings).peak(Order::Layerwise, &keep, settings.rank() as u64) + RESERVE
+    Sizes::new(a, batch, settings, false).peak(Order::Layerwise, &keep, settings.rank() as u64) + RESERVE
 }
 
 /// Bytes by which the optimizer's state on the device will grow.
@@ -214,7 +241,7 @@ mod tests {
     #[test]
     fn less_memory_costs_atomic_updates_first_then_time_and_then_the_job() {
         let (a, settings, batch) = (qwen3_8b(), Settings::default(), batch(1024, 1024));
-        let plan = |gb: f64| Plan::choose(&a, &batch, &settings, (gb * 1e9) as u64);
+        let plan = |gb: f64| Plan::choose(&a, &batch, &settings, (gb * 1e9) as u64, true);
         let all = plan(100.0).unwrap();
         assert_eq!((all.order, all.keep[0]), (Order::After, Keep::All));
         let mut last = all.bytes;
@@ -235,7 +262,7 @@ mod tests {
         let state = missing(&a, &settings);
         for (context, trained, gb) in [(1024, 1024, 4.0), (0, 4096, 8.0), (2048, 256, 4.0)] {
             let budget = (gb * 1e9) as u64 - state;
-            let plan = Plan::choose(&a, &batch(context, trained), &settings, budget);
+            let plan = Plan::choose(&a, &batch(context, trained), &settings, budget, true);
             let count = |k| plan.as_ref().map_or(0, |p| p.keep.iter().filter(|x| **x == k).count());
             let counts = [Keep::All, Keep::Attention, Keep::Stream].map(count);
             println!(
