@@ -6,7 +6,7 @@ use super::pack::{Batch, Tokens};
 use super::sample::{Sample, TextModel, check};
 use super::settings::{Optimizer, Settings};
 use super::state::OptimizerState;
-use super::weights::Weights;
+use super::weights::{Weights, device_of};
 use parking_lot::Mutex;
 use serde_json::{Map, Value};
 use std::collections::HashSet;
@@ -153,7 +153,7 @@ impl Job {
         }) {
             return Err(BadJob(format!("tensor '{name}' is {:?}, which does not train", spec.dtype)));
         }
-        let on_device = weights.device(&model.embedding).is_some();
+        let on_device = device_of(weights, model.tensors().into_iter().map(|(n, _)| n)).map_err(BadJob)?.is_some();
         if let Some(why) = super::gpu::refusal(model).filter(|_| on_device) {
             return Err(BadJob(why));
         }

@@ -37,4 +37,4 @@ pub use settings::{Optimizer, Rounding, Settings};
 pub use state::OptimizerState;
 pub use step::{Model, StepError};
 pub use trainer::{StepReport, Trainer};
-pub use weights::{DeviceTensor, InMemory, Step, TensorSpec, Weights};
+pub use weights::{DeviceTensor, InMemory, Location, Step, TensorSpec, Weights};

@@ -186,9 +186,11 @@ impl Queue {
         let model = &self.model;
         let plan = Job::parse(job)?.prepare(&self.text, &model.architecture, &*model.weights, &self.state)?;
         // On a GPU, what a running job holds goes back before this one begins.
-        let free = match model.device().map(|d| d.memory()) {
-            Some(Ok((free, _))) => free + model.held.load(std::sync::atomic::Ordering::Relaxed),
-            Some(Err(e)) => return Err(BadJob(e.to_string()).into()),
+        let free = match model.device().map_err(BadJob)? {
+            Some(device) => {
+                let (free, _) = device.memory().map_err(|e| BadJob(e.to_string()))?;
+                free + model.held.load(std::sync::atomic::Ordering::Relaxed)
+            }
             None => (self.free_memory)(),
         };
         if plan.memory > free {

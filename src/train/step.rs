@@ -10,7 +10,7 @@ use super::delta_net;
 use super::families::{Architecture, Attention, Layer, Linear, Mixer};
 use super::gradients::{AttentionGradients, Gradients, LayerGradients, MixerGradients};
 use super::pack::Batch;
-use super::weights::Weights;
+use super::weights::{Weights, device_of};
 use crate::compute::cpu::buffers::{Buffer, Pool};
 use crate::compute::cpu::{self, attention, linear, output_gate, rms_norm, rope, swiglu, weight};
 use crate::compute::cuda::GpuError;
@@ -123,9 +123,10 @@ impl Model {
         Ok(Model { architecture: Arc::new(architecture), weights, pool, last, held })
     }
 
-    /// The device that the weights are on, if they are on one.
-    pub fn device(&self) -> Option<Arc<Device>> {
-        self.weights.device(&self.architecture.embedding).map(|place| place.device)
+    /// The device that the weights are on and train on; `None` for weights in host memory. The error says, in a sentence, why
+    /// they do not train.
+    pub fn device(&self) -> Result<Option<Arc<Device>>, String> {
+        device_of(&*self.weights, self.architecture.tensors().into_iter().map(|(name, _)| name))
     }
 
     /// Gives the memory that steps share back to the system, when no more are coming.

@@ -52,7 +52,7 @@ impl Trainer {
     /// One step on `batch` at learning rate `lr`. An error for which [`StepError::is_torn`] says no leaves weights and state as
     /// they were.
     pub fn step(&mut self, batch: &Batch, settings: &Settings, lr: f64) -> Result<StepReport, StepError> {
-        if let Some(device) = self.model.device() {
+        if let Some(device) = self.model.device().map_err(GpuError::Library)? {
             let gpu = match &mut self.gpu {
                 Some(gpu) if gpu.gpu().device.id == device.id => gpu,
                 slot => slot.insert(GpuTrainer::new(self.model.clone(), &device)?),

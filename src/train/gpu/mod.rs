@@ -24,7 +24,7 @@ use super::settings::Settings;
 use super::state::OptimizerState;
 use super::step::{Model, StepError};
 use super::trainer::StepReport;
-use super::weights::Step;
+use super::weights::{Location, Step};
 use crate::compute::cpu::weight::Kind;
 use crate::compute::cuda::attention::{Shape, Tiles};
 use crate::compute::cuda::matmul::{Operand, Output, matmul};
@@ -32,6 +32,7 @@ use crate::compute::cuda::rope::{Angles, Heads, LARGEST_HEAD};
 use crate::compute::cuda::{Buffer, Gpu, GpuError, Part, Weight, causal_conv, delta_rule, linear};
 use crate::memory::cuda::Device;
 use parking_lot::Mutex;
+use std::any::Any;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -45,9 +46,13 @@ pub type ByName = HashMap<String, Vec<f32>>;
 pub struct GpuTrainer {
     model: Model,
     gpu: Arc<Gpu>,
+    /// Where updates run beside the way back of the layers below.
+    side: Arc<Gpu>,
     moments: Arc<state::Moments>,
     /// Bytes that steps may hold beyond the weights, optimizer state included; `None`: what is free.
     pub budget: Option<u64>,
+    /// Do updates run beside the backward pass, where each layer is updated after its own?
+    pub overlap: bool,
     /// How the last step was laid out.
     pub plan: Option<Plan>,
     /// Host milliseconds and device milliseconds of the parts of the last step, where asked for.
@@ -69,14 +74,29 @@ struct Rows<'a> {
 }
 
 /// What a step works with.
+#[derive(Clone)]
 struct Context<'a> {
     gpu: &'a Gpu,
     a: &'a Architecture,
     /// Where each weight is.
-    weights: HashMap<&'a str, Weight>,
-    rows: Rows<'a>,
+    weights: Arc<HashMap<&'a str, Weight>>,
+    rows: Arc<Rows<'a>>,
     plan: &'a Plan,
     settings: &'a Settings,
+    _mapped: Arc<Mapped<'a>>,
+}
+
+/// Keeps the weights mapped.
+struct Mapped<'a> {
+    gpu: &'a Gpu,
+    _held: Vec<Arc<dyn Any + Send + Sync>>,
+}
+
+impl Drop for Mapped<'_> {
+    /// After an error work may be under way that reads the weights, which others may unmap or write from here on.
+    fn drop(&mut self) {
+        let _ = self.gpu.wait();
+    }
 }
 
 /// Why a model does not train on a GPU, in one sentence; `None` for one that does where its weights allow it.
@@ -105,41 +125,37 @@ impl GpuTrainer {
         if let Some(why) = refusal(a) {
             return Err(GpuError::Library(why));
         }
-        for (name, _) in a.tensors() {
-            match model.weights.device(name) {
-                Some(place) if place.device.id == device.id => {}
-                Some(place) => {
-                    return Err(GpuError::Library(format!(
-                        "training needs the weights on one device: {name} is on {}, others are on {}",
-                        place.device.id.uuid, device.id.uuid
-                    )));
-                }
-                None => {
-                    return Err(GpuError::Library(format!(
-                        "{name} lies in several pieces or turned: training on the GPU needs whole rows of a tensor in one place"
-                    )));
-                }
-            }
+        match model.device().map_err(GpuError::Library)? {
+            Some(on) if on.id == device.id => {}
+            Some(on) => return Err(GpuError::Library(format!("the weights are on {}", on.id.uuid))),
+            None => return Err(GpuError::Library("the weights are in host memory".into())),
         }
-        let gpu = Arc::new(Gpu::new(device)?);
+        let (gpu, side) = (Arc::new(Gpu::new(device)?), Arc::new(Gpu::new(device)?));
         let moments = Arc::new(state::Moments::new(gpu.clone()));
-        Ok(GpuTrainer { model, gpu, moments, budget: None, plan: None, timed: None })
+        Ok(GpuTrainer { model, gpu, side, moments, overlap: true, budget: None, plan: None, timed: None })
     }
 
     pub fn gpu(&self) -> &Gpu {
         &self.gpu
     }
 
+    /// Bytes taken from the device now, and at most.
+    pub fn held(&self) -> (u64, u64) {
+        let ((now, peak), (side, side_peak)) = (self.gpu.held(), self.side.held());
+        (now + side, peak + side_peak)
+    }
+
     /// Gives memory of passing values back, when no steps are coming.
     pub fn release_buffers(&self) {
         self.gpu.release();
+        self.side.release();
         self.model.held.store(0, Ordering::Relaxed);
     }
 
     /// Bytes that steps of these batches take at their peak beyond the weights, the growth of the optimizer's state not
     /// included; or that there is not enough, with what is needed and free.
     pub fn plan(&self, batch: &Batch, settings: &Settings) -> std::result::Result<Plan, GpuError> {
-        let held = self.gpu.held().0;
+        let held = self.held().0;
         let state = self.moments.bytes();
         let budget = match self.budget {
             Some(budget) => budget.saturating_sub(state),
@@ -150,25 +166,27 @@ impl GpuTrainer {
             }
         };
         let missing = plan::missing_state(&self.model.architecture, settings, &self.moments);
-        Plan::choose(&self.model.architecture, batch, settings, budget.saturating_sub(missing))
+        Plan::choose(&self.model.architecture, batch, settings, budget.saturating_sub(missing), self.overlap)
     }
 
     fn context<'a>(&'a self, batch: &'a Batch, settings: &'a Settings, plan: &'a Plan) -> Result<Context<'a>> {
         let (a, gpu) = (&*self.model.architecture, &*self.gpu);
-        let mut weights = HashMap::new();
+        let (mut weights, mut held) = (HashMap::new(), Vec::new());
         for (name, shape) in a.tensors() {
             let spec = self.model.weights.tensor(name).expect("every tensor was found when the model was made");
-            let place = self
-                .model
-                .weights
-                .device(name)
-                .ok_or_else(|| GpuError::Library(format!("{name} is no longer on the GPU")))?;
+            let Location::Device(place) = self.model.weights.location(name) else {
+                return Err(GpuError::Library(format!("{name} is no longer on the GPU")).into());
+            };
+            if place.device.id != gpu.device.id {
+                return Err(GpuError::Library(format!("{name} is on another GPU now")).into());
+            }
             let kind = spec.kind().expect("its dtype was checked when the model was made");
             let (rows, columns) =
                 if shape.len() == 1 { (1, shape[0]) } else { (shape[0], shape[1..].iter().product()) };
             let (rows, columns, stride) = (rows as usize, columns as usize, place.stride as usize);
             let weight = Weight { address: place.address, kind, rows, columns, stride, from_one: false };
             weights.insert(name, weight);
+            held.push(place.held);
         }
         if a.norm_offset != 0.0 {
             for name in a.norms() {
@@ -193,7 +211,8 @@ impl GpuTrainer {
             tiles: Tiles::new(gpu, &batch.spans, batch.rows(), batch.frozen, a.head_dim)?,
             sequences: delta_net::Sequences::new(gpu, a, batch)?,
         };
-        Ok(Context { gpu, a, weights, rows, plan, settings })
+        let mapped = Arc::new(Mapped { gpu, _held: held });
+        Ok(Context { gpu, a, weights: Arc::new(weights), rows: Arc::new(rows), plan, settings, _mapped: mapped })
     }
 
     /// Losses of the batch's targets, in their order. Changes nothing.
@@ -234,7 +253,8 @@ impl GpuTrainer {
         self.moments.adopt(&mut state.lock(), settings, &self.model)?;
         let plan = self.plan(batch, settings)?;
         // Nothing may be missing once weights change.
-        self.gpu.reserve(plan.bytes)?;
+        self.gpu.reserve(plan.bytes - plan.side)?;
+        self.side.reserve(plan.side)?;
         self.moments.prepare(&self.model.architecture, settings)?;
         let mut marks = Marks::new(self.timed.is_some());
         marks.add(&self.gpu, "start")?;
@@ -307,7 +327,7 @@ impl GpuTrainer {
             self.timed = Some(marks.times(&self.gpu)?);
         }
         self.plan = Some(plan);
-        self.model.held.store(self.gpu.held().0 - self.moments.bytes(), Ordering::Relaxed);
+        self.model.held.store(self.held().0 - self.moments.bytes(), Ordering::Relaxed);
         Ok(report)
     }
 
@@ -324,7 +344,8 @@ impl GpuTrainer {
         step.begin_update()?;
         let mut state = state.lock();
         let number = state.step + 1;
-        let mut u = match update::Updater::new(c, &self.moments, &mut state, lr) {
+        let side = (c.plan.side > 0).then(|| &*self.side);
+        let mut u = match update::Updater::new(c, side, &self.moments, &mut state, lr) {
             Ok(u) => u,
             Err(e) => {
                 step.withdraw();
@@ -339,6 +360,7 @@ impl GpuTrainer {
                 return Err(e);
             }
         }
+        drop(u);
         state.step = number;
         step.finish(number).map_err(|source| StepError::Torn { step: number, source })
     }
@@ -454,15 +476,27 @@ impl<'a> Context<'a> {
         Ok(())
     }
 
-    /// `dx (rows x inputs, bf16) = dy W`, summed over linears side by side in dy.
+    /// `dx (rows x inputs, bf16) = dy W`, summed over linears side by side in dy. Where these do not lie one behind the other
+    /// their parts are added in f32 and rounded once, as one product does: where weights lie is no reason to be less exact.
     fn back(&self, linears: &[&Linear], dy: Part, rows: usize, dx: Part) -> Result<()> {
         let width: usize = linears.iter().map(|l| l.outputs).sum();
-        for (i, (w, first)) in self.joined(linears).into_iter().enumerate() {
+        let joined = self.joined(linears);
+        let columns = joined[0].0.columns;
+        let sums = if joined.len() > 1 { Some(self.gpu.f32(rows * columns)?) } else { None };
+        for (i, (w, first)) in joined.into_iter().enumerate() {
             let mut scratch = None;
             let operand = self.operand(&w, &mut scratch)?;
-            let out = Output { add: i > 0, ..Output::bf16(dx, w.columns) };
+            let out = match &sums {
+                Some(sums) => Output { add: i > 0, ..Output::f32(sums.part(), columns) },
+                None => Output::bf16(dx, columns),
+            };
             let dy = Operand::new(dy.from(2 * first as u64), width);
-            matmul(self.gpu, out, rows, w.columns, w.rows, dy, operand)?;
+            matmul(self.gpu, out, rows, columns, w.rows, dy, operand)?;
+        }
+        if let Some(sums) = sums {
+            let address = sums.part().address();
+            let sums = Weight { address, kind: Kind::F32, rows, columns, stride: columns, from_one: false };
+            linear::narrow(self.gpu, &sums, dx)?;
         }
         Ok(())
     }

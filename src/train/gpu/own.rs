@@ -7,7 +7,7 @@ use crate::memory::MemoryError;
 use crate::memory::cuda::Device;
 use crate::model::Dtype;
 use crate::train::families::Architecture;
-use crate::train::weights::{DeviceTensor, Step, TensorSpec, Weights};
+use crate::train::weights::{DeviceTensor, Location, Step, TensorSpec, Weights};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use std::sync::Arc;
 /// Tensors by name, each in one place.
 pub struct OnDevice {
     gpu: Gpu,
-    tensors: BTreeMap<String, (TensorSpec, Buffer)>,
+    tensors: BTreeMap<String, (TensorSpec, Arc<Buffer>)>,
     step: parking_lot::Mutex<u64>,
 }
 
@@ -28,7 +28,7 @@ impl OnDevice {
         let place = |(name, spec, bytes): (String, TensorSpec, Vec<u8>)| {
             let buffer = gpu.keep(bytes.len() as u64)?;
             gpu.write(buffer.part(), &bytes)?;
-            Ok::<_, GpuError>((name, (spec, buffer)))
+            Ok::<_, GpuError>((name, (spec, Arc::new(buffer))))
         };
         let tensors = tensors.into_iter().map(place).collect::<Result<_, _>>()?;
         // Who trains them has a stream of their own.
@@ -61,7 +61,7 @@ impl OnDevice {
                 let stream = Stream::new(0, Purpose::Projection, name, 0);
                 crate::compute::cuda::apollo::normals(&gpu, &stream, count as usize, 0.02, buffer.part())?;
             }
-            tensors.insert(name.to_string(), (TensorSpec { dtype: Dtype::BF16, shape }, buffer));
+            tensors.insert(name.to_string(), (TensorSpec { dtype: Dtype::BF16, shape }, Arc::new(buffer)));
         }
         gpu.wait()?;
         gpu.release();
@@ -111,10 +111,11 @@ impl Weights for OnDevice {
         self.gpu.write(buffer.from(OnDevice::range(spec, rows).start), src).map_err(image_error)
     }
 
-    fn device(&self, name: &str) -> Option<DeviceTensor> {
-        let (spec, buffer) = self.tensors.get(name)?;
-        let stride = *spec.shape.last()?;
-        Some(DeviceTensor { device: self.gpu.device.clone(), address: buffer.part().address(), stride })
+    fn location(&self, name: &str) -> Location {
+        let (spec, buffer) = &self.tensors[name];
+        let stride = if spec.shape.len() > 1 { spec.shape[1..].iter().product() } else { spec.elements() };
+        let (device, address) = (self.gpu.device.clone(), buffer.part().address());
+        Location::Device(DeviceTensor { device, address, stride, held: buffer.clone() })
     }
 
     fn begin_step(&self) -> Result<Box<dyn Step + '_>, ImageError> {

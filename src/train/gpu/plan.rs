@@ -38,6 +38,8 @@ pub struct Plan {
     pub keep: Vec<Keep>,
     /// Bytes at the peak, beyond the weights and the optimizer's state.
     pub bytes: u64,
+    /// How many of them are of updates beside the backward pass; 0 where there are none beside it.
+    pub side: u64,
 }
 
 /// Sizes that memory follows from.
@@ -52,6 +54,7 @@ struct Sizes {
     tied: bool,
     head_trains: bool,
     narrow: u64,
+    overlap: bool,
 }
 
 /// Bytes that one layer's mixer takes.
@@ -116,7 +119,7 @@ impl MixerSizes {
 }
 
 impl Sizes {
-    fn new(a: &Architecture, batch: &Batch, settings: &Settings) -> Sizes {
+    fn new(a: &Architecture, batch: &Batch, settings: &Settings, overlap: bool) -> Sizes {
         let head = a.head.as_ref().unwrap_or(&a.embedding);
         Sizes {
             rows: batch.rows() as u64,
@@ -130,6 +133,7 @@ impl Sizes {
             head_trains: settings.trains(head),
             // A matrix of another type as bf16; the largest may be the head.
             narrow: 0,
+            overlap,
         }
     }
 
@@ -159,9 +163,27 @@ impl Sizes {
     fn passing_backward(&self, rank: u64) -> u64 {
         let n = self.trained;
         let widest = self.inner.max(self.most(|m| m.widest));
-        let mixer = self.most(|m| m.backward) + 2 * n * self.h;
+        // The last: gradients of linears with one input, added in f32 where these do not lie one behind the other.
+        let mixer = self.most(|m| m.backward) + 2 * n * self.h + 4 * n * self.h;
         let update = 2 * self.h * widest + 8 * rank.max(1) * widest.max(self.h) + 2 * n * self.h;
         mixer.max(update) + self.most(|m| self.kept(m, Keep::All)) + 4 * self.h * 600
+    }
+
+    /// What an update beside the backward pass takes: its scratch, and what the layer above still holds of its own.
+    fn beside(&self, order: Order, rank: u64) -> (u64, u64) {
+        if order == Order::After || !self.overlap {
+            return (0, 0);
+        }
+        let widest = self.inner.max(self.most(|m| m.widest));
+        let matrix = self.h * widest;
+        let layer = 2 * matrix + 2 * matrix / 64 + 24 * rank.max(1) * widest + 2 * self.trained * self.h;
+        let chunk = 2 * (super::update::VOCABULARY as u64).min(self.vocabulary * self.h)
+            + 8 * rank.max(1) * self.vocabulary
+            + 48 * self.vocabulary
+            + 4 * self.trained * self.h;
+        let lent =
+            2 * self.trained * (4 * self.h + 3 * self.inner) + self.most(|m| m.factors + 2 * self.trained * m.widest);
+        (layer.max(chunk) + (16 << 20), lent)
     }
 
     fn passing_forward(&self) -> u64 {
@@ -202,19 +224,26 @@ impl Sizes {
         let forward = kept + self.passing_forward();
         // The plans' workspace, and what cutting memory into pieces wastes.
         let wasted = 96 << 20;
-        self.stream() + forward.max(backward).max(kept + head) + wasted
+        let (side, lent) = self.beside(order, rank);
+        self.stream() + forward.max(backward + lent).max(kept + head) + wasted + side
     }
 }
 
 impl Plan {
     pub(super) fn forward_only(a: &Architecture) -> Plan {
-        Plan { order: Order::Layerwise, keep: vec![Keep::All; a.layers.len()], bytes: 0 }
+        Plan { order: Order::Layerwise, keep: vec![Keep::All; a.layers.len()], bytes: 0, side: 0 }
     }
 
     /// The first of these that fits `budget`: everything kept and updated after; everything kept and updated layer by layer;
     /// ever more layers without gate and up; ever more with the stream alone.
-    pub fn choose(a: &Architecture, batch: &Batch, settings: &Settings, budget: u64) -> Result<Plan, GpuError> {
-        let (sizes, layers, rank) = (Sizes::new(a, batch, settings), a.layers.len(), settings.rank() as u64);
+    pub fn choose(
+        a: &Architecture,
+        batch: &Batch,
+        settings: &Settings,
+        budget: u64,
+        overlap: bool,
+    ) -> Result<Plan, GpuError> {
+        let (sizes, layers, rank) = (Sizes::new(a, batch, settings, overlap), a.layers.len(), settings.rank() as u64);
         let keep = |less: Keep, count: usize, more: Keep| -> Vec<Keep> {
             // The last layers' are used first: those that stay longest keep least.
             (0..layers).map(|i| if i < count { less } else { more }).collect()
@@ -226,7 +255,7 @@ impl Plan {
         for (order, keep) in plans {
             let bytes = sizes.peak(order, &keep, rank);
             if bytes <= budget {
-                return Ok(Plan { order, keep, bytes });
+                return Ok(Plan { order, keep, bytes, side: sizes.beside(order, rank).0 });
             }
             least = least.min(bytes);
         }
@@ -237,7 +266,7 @@ impl Plan {
 /// Free bytes that a step of `batch` takes at the least, the growth of the optimizer's state not included.
 pub fn least(a: &Architecture, batch: &Batch, settings: &Settings) -> u64 {
     let keep = vec![Keep::Stream; a.layers.len()];
-    Sizes::new(a, batch, settings).peak(Order::Layerwise, &keep, settings.rank() as u64) + RESERVE
+    Sizes::new(a, batch, settings, false).peak(Order::Layerwise, &keep, settings.rank() as u64) + RESERVE
 }
 
 /// Bytes by which the optimizer's state on the device will grow.
@@ -269,7 +298,7 @@ mod tests {
     #[test]
     fn less_memory_costs_atomic_updates_first_then_time_and_then_the_job() {
         let (a, settings, batch) = (qwen3_8b(), Settings::default(), batch(1024, 1024));
-        let plan = |gb: f64| Plan::choose(&a, &batch, &settings, (gb * 1e9) as u64);
+        let plan = |gb: f64| Plan::choose(&a, &batch, &settings, (gb * 1e9) as u64, true);
         let all = plan(100.0).unwrap();
         assert_eq!((all.order, all.keep[0]), (Order::After, Keep::All));
         let mut last = all.bytes;
@@ -290,7 +319,7 @@ mod tests {
         let state = missing(&a, &settings);
         for (context, trained, gb) in [(1024, 1024, 4.0), (0, 4096, 8.0), (2048, 256, 4.0)] {
             let budget = (gb * 1e9) as u64 - state;
-            let plan = Plan::choose(&a, &batch(context, trained), &settings, budget);
+            let plan = Plan::choose(&a, &batch(context, trained), &settings, budget, true);
             let count = |k| plan.as_ref().map_or(0, |p| p.keep.iter().filter(|x| **x == k).count());
             let counts = [Keep::All, Keep::Attention, Keep::Stream].map(count);
             println!(
@@ -312,7 +341,7 @@ mod tests {
         let settings = Settings::default();
         let state = missing(&a, &settings);
         for (context, trained, gb) in [(0, 1024, 8.0), (4096, 256, 8.0), (32768, 1024, 20.0), (32768, 4096, 30.0)] {
-            let plan = Plan::choose(&a, &batch(context, trained), &settings, (gb * 1e9) as u64 - state);
+            let plan = Plan::choose(&a, &batch(context, trained), &settings, (gb * 1e9) as u64 - state, true);
             let count = |k| plan.as_ref().map_or(0, |p| p.keep.iter().filter(|x| **x == k).count());
             let counts = [Keep::All, Keep::Attention, Keep::Stream].map(count);
             println!(
