@@ -420,8 +420,8 @@ class Conv(ctypes.Structure):
 
 
 class Delta(ctypes.Structure):
-    _fields_ = [(n, P) for n in "x sums beta inverse scores contexts out news states dout solved dstates dq dk dv dg dbeta sequences "
-                "chunks".split()] + [(n, I) for n in "rows heads k_heads pad".split()]
+    _fields_ = [(n, P) for n in "x lengths sums beta inverse scores contexts out news states dout solved dstates dq dk dv dg dbeta sequences "
+                "chunks".split()] + [(n, I) for n in "rows heads k_heads stages".split()]
 
 
 class Gates(ctypes.Structure):
@@ -464,9 +464,9 @@ def convolutions():
         taps = ints(taps)
         of = dict(w=w, ld=ld, kind=KIND[kind], kernel=kernel, k_heads=k_heads, v_heads=v_heads, k_dim=k_dim, v_dim=v_dim)
         heads = 2 * k_heads + v_heads
-        y = poison(rows, heads * 128)
+        y, lengths = poison(rows, heads * 128), poison(2 * k_heads, rows, dtype=torch.float32)
         wide = "" if k_dim % 4 or v_dim % 4 else "_wide"
-        conv("conv_forward" + wide, (-(-rows // 32), heads), 256, fields(Conv, x=x, taps=taps, rows=rows, **of), y)
+        conv("conv_forward" + wide, (-(-rows // 32), heads), 256, fields(Conv, x=x, taps=taps, rows=rows, **of), y, lengths)
         xf, wf = x[:, :channels].double().requires_grad_(), w.double().requires_grad_()
         silu, parts = torch.nn.functional.silu, []
         for first, end, prefix, length in SPANS:
@@ -476,10 +476,15 @@ def convolutions():
         z = torch.cat(parts)
         q, k, v = z.split([k_heads * k_dim, k_heads * k_dim, v_heads * v_dim], 1)
         unit = lambda x: (lambda h: h * (h.pow(2).sum(-1, keepdim=True) + 1e-6).rsqrt())(x.reshape(rows, k_heads, k_dim))
-        q, k, v = unit(q) * k_dim ** -0.5, unit(k), v.reshape(rows, v_heads, v_dim)
-        want = torch.cat([padded(a.reshape(rows, -1), h, d) for a, h, d in ((q, k_heads, k_dim), (k, k_heads, k_dim), (v, v_heads, v_dim))], 1)
+        whole = (q.reshape(rows, k_heads, k_dim), k.reshape(rows, k_heads, k_dim), v.reshape(rows, v_heads, v_dim))
+        q, k, v = unit(q) * k_dim ** -0.5, unit(k), whole[2]
+        want = torch.cat([padded(a.reshape(rows, -1), h, d) for a, h, d in zip(whole, (k_heads, k_heads, v_heads), (k_dim, k_dim, v_dim))], 1)
         what = f"conv {k_heads}x{k_dim} {v_heads}x{v_dim} {kernel} {kind}"
         check(what + " forward", y, want, 4e-3)
+        # Of what is there, rounded.
+        unit_of = [tight(y[:, i * k_heads * 128 : (i + 1) * k_heads * 128].double(), k_heads, k_dim) for i in (0, 1)]
+        by = [k_dim ** (-0.5 * (1 - i)) * (h.pow(2).sum(-1) + 1e-6).rsqrt() for i, h in enumerate(unit_of)]
+        check(what + " lengths", lengths, torch.cat([b.T for b in by]), 1e-5)
         dq, dk, dv = (random(trained, v_heads * 128) for _ in range(3))
         dz, dx, stripe = poison(trained, heads * 128), poison(trained, ld + 4), 40
         partial = poison(-(-trained // stripe), channels * kernel, dtype=torch.float32)
@@ -488,7 +493,7 @@ def convolutions():
         conv("conv_backward", (-(-trained // stripe), heads), 128, own, dz, dx, L(ld + 4), I(stripe), partial)
         group = v_heads // k_heads
         summed = lambda g: tight(g.double(), v_heads, k_dim).reshape(trained, k_heads, group, k_dim).sum(2)
-        torch.autograd.backward([q[FROZEN:], k[FROZEN:], v[FROZEN:]], [summed(dq), summed(dk), tight(dv.double(), v_heads, v_dim)])
+        torch.autograd.backward([q[FROZEN:], k[FROZEN:], v[FROZEN:]], [*(summed(d) / b[FROZEN:, :, None] for d, b in zip((dq, dk), by)), tight(dv.double(), v_heads, v_dim)])
         check(what + " dx", dx[:, :channels], xf.grad[FROZEN:], 6e-3)
         check(what + " dw", partial.sum(0), wf.grad.reshape(-1), 4e-3)
 
@@ -519,27 +524,27 @@ def delta_tables(spans, shift):
     return ints(sequences), 0 if shift else len(contexts), ints(chunks)
 
 
-def stage_bytes(extra):
-    return 2 * (2 * 64 * 128 * 2 + 3 * 64 * 64 * 2 + 512) + extra
+def stage_bytes(stages):
+    return stages * (2 * 64 * 128 * 2 + 5 * 64 * 64 * 2 + 1024) + 2 * (128 * 64 * 2 + 3 * 64 * 64 * 2)
 
 
 class Rule:
     """The kernels of the delta rule on one set of rows, as src/compute/cuda/delta_rule.rs calls them."""
 
-    def __init__(self, x, a, b, a_log, dt_bias, spans, shift, contexts):
-        self.rows, self.heads = a.shape
+    def __init__(self, x, lengths, a, b, a_log, dt_bias, spans, shift, contexts, stages):
+        (self.rows, self.heads), self.stages = a.shape, stages
         self.k_heads = (x.shape[1] // 128 - self.heads) // 2
         self.sequences, self.first, self.chunks = delta_tables(spans, shift)
         self.count, n = self.chunks.numel() // 2, self.rows * self.heads
         f32 = torch.float32
-        self.fields = dict(x=x, sums=poison(n, dtype=f32), beta=poison(n, dtype=f32), inverse=poison(self.count * self.heads, 64, 64),
-                           scores=poison(self.count * self.heads, 64, 64), contexts=contexts, chunks=self.chunks, rows=self.rows,
-                           heads=self.heads, k_heads=self.k_heads)
+        self.fields = dict(x=x, lengths=lengths, sums=poison(n, dtype=f32), beta=poison(n, dtype=f32), inverse=poison(self.count * self.heads, 2, 64, 64),
+                           scores=poison(self.count * self.heads, 2, 64, 64), contexts=contexts, chunks=self.chunks, rows=self.rows,
+                           heads=self.heads, k_heads=self.k_heads, stages=stages)
         self.gates = fields(Gates, a=a, b=b, a_log=a_log, dt_bias=dt_bias, ld=a.stride(0), log_kind=KIND[a_log.dtype],
                             bias_kind=KIND[dt_bias.dtype])
-        self.keep = (a, b, a_log, dt_bias)
+        self.keep = (a, b, a_log, dt_bias, lengths)
         delta("delta_chunks", (self.count, self.heads), 128, fields(Delta, **self.fields), self.gates,
-              shared=2 * 64 * 128 * 2 + 4 * 130)
+              shared=2 * 64 * 128 * 2 + 4 * 258)
 
     def forward(self, **outputs):
         # Contexts first.
@@ -548,32 +553,35 @@ class Rule:
             if end > first:
                 delta("delta_forward", (2, self.heads, end - first), 256,
                       fields(Delta, sequences=self.sequences[5 * first :], **self.fields, **outputs),
-                      shared=stage_bytes(128 * 64 * 2 + 3 * 64 * 64 * 2))
+                      shared=stage_bytes(self.stages))
 
     def backward(self, **more):
         a = fields(Delta, sequences=self.sequences, **self.fields, **more)
-        delta("delta_states", (2, self.heads, self.sequences.numel() // 5), 256, a, shared=stage_bytes(128 * 64 * 2 + 3 * 64 * 64 * 2))
+        delta("delta_states", (2, self.heads, self.sequences.numel() // 5), 256, a, shared=stage_bytes(self.stages))
         delta("delta_backward", (self.count, self.heads), 256, a, shared=DELTA_BACKWARD)
 
 
-DELTA_BACKWARD = 2 * 64 * 128 * 2 + 3 * 64 * 64 * 2 + 2 * 128 * 64 * 2 + 4 * (2 * 64 + 10 * 64 + 4 * 64 + 64 + 8 + 2 * 64)
+DELTA_BACKWARD = 2 * 64 * 128 * 2 + 3 * 64 * 64 * 2 + 2 * 128 * 64 * 2 + 4 * (4 * 64 + 10 * 64 + 4 * 64 + 64 + 8 + 2 * 64)
 
 
 def deltas(cases=((1, 3, 128, 128), (2, 4, 6, 5), (2, 2, 64, 100))):
     for k_heads, heads, k_dim, v_dim in cases:
-        for alike in (0.0, 1.5):
+        for alike, stages in ((0.0, 2), (1.5, 1)):
             rows, trained, group = SPANS[-1][1], SPANS[-1][1] - FROZEN, heads // k_heads
             # Keys that resemble each other make a strong A.
             unit = lambda x: torch.nn.functional.normalize(x.float() + alike * torch.randn(1, x.shape[1], k_dim, device=DEV), dim=-1)
-            q = (unit(random(rows, k_heads, k_dim)) * k_dim ** -0.5).bfloat16()
-            k, v = unit(random(rows, k_heads, k_dim)).bfloat16(), random(rows, heads, v_dim)
+            # They come as they are, of any length, with what their length makes of them.
+            long = lambda: (unit(random(rows, k_heads, k_dim)) * (0.1 + 3 * torch.rand(rows, k_heads, 1, device=DEV))).bfloat16()
+            q, k, v = long(), long(), random(rows, heads, v_dim)
+            by_q, by_k = (s / x.float().norm(dim=-1) for x, s in ((q, k_dim ** -0.5), (k, 1.0)))
+            lengths = torch.cat([by_q.T, by_k.T]).contiguous()
             x = torch.cat([padded(q, k_heads, k_dim), padded(k, k_heads, k_dim), padded(v, heads, v_dim)], 1)
             both = random(rows, 2 * heads + 3, scale=2)
             a, b = both[:, :heads], both[:, heads : 2 * heads]
             a_log, dt_bias = torch.linspace(-5, 1, heads, device=DEV), random(heads)
             n_contexts = sum(s[1] <= FROZEN for s in SPANS)
             contexts, out = poison(n_contexts, heads, 128, 128, dtype=torch.float32), poison(rows, heads * 128)
-            rule = Rule(x, a, b, a_log, dt_bias, SPANS, 0, contexts)
+            rule = Rule(x, lengths, a, b, a_log, dt_bias, SPANS, 0, contexts, stages)
             rule.forward(out=out)
             what = f"delta {k_heads}/{heads} {k_dim}x{v_dim} {alike}"
             logits = [y.double().requires_grad_() for y in (a, b)]
@@ -581,7 +589,7 @@ def deltas(cases=((1, 3, 128, 128), (2, 4, 6, 5), (2, 2, 64, 100))):
             g = -small[0].exp() * torch.nn.functional.softplus(logits[0] + small[1])
             beta = logits[1].sigmoid()
             repeat = lambda y: y.double().repeat_interleave(group, 1)
-            qf, kf, vf = (y.detach().requires_grad_() for y in (repeat(q), repeat(k), v.double()))
+            qf, kf, vf = (y.detach().requires_grad_() for y in (repeat(q) * repeat(by_q[:, :, None]), repeat(k) * repeat(by_k[:, :, None]), v.double()))
             states, wants = [], []
             for first, end, prefix, length in SPANS:
                 start = torch.zeros(heads, k_dim, v_dim, device=DEV, dtype=torch.float64)
@@ -591,9 +599,9 @@ def deltas(cases=((1, 3, 128, 128), (2, 4, 6, 5), (2, 2, 64, 100))):
                 states.append(state)
                 wants.append(o)
             want = torch.cat(wants)
-            check(what + " out", tight(out, heads, v_dim), want, 8e-3)
-            check(what + " contexts", contexts[:, :, :k_dim, :v_dim], torch.stack(states[:n_contexts]), 6e-3)
-            own = Rule(x[FROZEN:], a[FROZEN:], b[FROZEN:], a_log, dt_bias, SPANS, FROZEN, contexts)
+            check(what + " out", tight(out, heads, v_dim), want, 2.5e-3)
+            check(what + " contexts", contexts[:, :, :k_dim, :v_dim], torch.stack(states[:n_contexts]), 1e-4)
+            own = Rule(x[FROZEN:], lengths[:, FROZEN:].contiguous(), a[FROZEN:], b[FROZEN:], a_log, dt_bias, SPANS, FROZEN, contexts, stages)
             news = poison(trained, heads * 128)
             kept = poison(own.count * heads, 128, 128)
             own.forward(news=news, states=kept)
@@ -606,8 +614,9 @@ def deltas(cases=((1, 3, 128, 128), (2, 4, 6, 5), (2, 2, 64, 100))):
                          dv=solved, dg=dg, dbeta=dbeta)
             leaves = [qf, kf, vf, g, beta]
             grads = torch.autograd.grad(want[FROZEN:], leaves, dout.double(), retain_graph=True)
-            for name, got, wanted, d in (("dq", dq, grads[0], k_dim), ("dk", dk, grads[1], k_dim), ("dv", solved, grads[2], v_dim)):
-                check(f"{what} {name}", tight(got, heads, d), wanted[FROZEN:], 1.5e-2)
+            by = [repeat(y[:, :, None]) for y in (by_q, by_k)] + [torch.ones(rows, 1, 1, device=DEV)]
+            for name, got, wanted, factor, d in zip(("dq", "dk", "dv"), (dq, dk, solved), grads, by, (k_dim, k_dim, v_dim)):
+                check(f"{what} {name}", tight(got, heads, d), (wanted * factor)[FROZEN:], 1.5e-2)
             check(what + " dg", dg.T, grads[3][FROZEN:], 2e-2)
             check(what + " dbeta", dbeta.T, grads[4][FROZEN:], 1.5e-2)
             da, stripes = poison(trained, 2 * heads + 5), -(-trained // 256)

@@ -1,5 +1,5 @@
 //! What stands before the delta rule (see `cpu::causal_conv`): a depthwise causal convolution with SiLU over rows `[q | k | v]`,
-//! and the division of q and k by their length. What comes out has heads padded to [`HEAD`] columns.
+//! and the lengths of q and k. What comes out has heads padded to [`HEAD`] columns.
 
 use super::delta_rule::HEAD;
 use super::{Buffer, Gpu, Part, Result, Weight, blocks, kernels, launch};
@@ -119,15 +119,26 @@ impl Input<'_> {
     }
 }
 
-/// `y (rows of the taps x (2 k_heads + v_heads) HEAD)`: q and k divided by their length, q by the root of k_dim too, and v.
-pub fn forward(gpu: &Gpu, input: &Input, y: Part) -> Result<()> {
-    let heads = 2 * input.shape.k_heads + input.shape.v_heads;
-    launch!(gpu, &input.name("conv_forward"), input.grid(), (32 * WARPS as u32, 1, 1), 0;
-        input.arguments(), y.bf16(input.taps.rows * heads * HEAD));
-    Ok(())
+/// What [`forward`] makes.
+pub struct Convolved {
+    /// Rows x (2 k_heads + v_heads) HEAD: q, k and v.
+    pub x: Buffer,
+    /// (2 k_heads, rows), f32: what q and k are to be multiplied with, 1 by their length; of q divided by the root of k_dim too.
+    pub lengths: Buffer,
 }
 
-/// From the gradients of q and k by value head and of v (each rows x v_heads HEAD): `dx`, rows `stride` apart, and `dw (channels x
+/// Of the rows of the taps.
+pub fn forward(gpu: &Gpu, input: &Input) -> Result<Convolved> {
+    let rows = input.taps.rows;
+    let heads = 2 * input.shape.k_heads + input.shape.v_heads;
+    let (x, lengths) = (gpu.bf16(rows * heads * HEAD)?, gpu.f32(rows * 2 * input.shape.k_heads)?);
+    launch!(gpu, &input.name("conv_forward"), input.grid(), (32 * WARPS as u32, 1, 1), 0;
+        input.arguments(), x.part().address, lengths.part().address);
+    Ok(Convolved { x, lengths })
+}
+
+/// From the gradients of q and k by value head, as [`delta_rule`](super::delta_rule) gives them, and of v (each rows x v_heads
+/// HEAD): `dx`, rows `stride` apart, and `dw (channels x
 /// kernel, f32)`. Rows that only stand before others are constants.
 pub fn backward(
     gpu: &Gpu,

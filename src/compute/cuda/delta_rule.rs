@@ -1,6 +1,7 @@
 //! The gated delta rule in chunks (see `cpu::delta_rule`, and the kernels for which of them makes what). Heads are padded to
 //! [`HEAD`] columns, states are f32 between sequences and bf16 between the kernels of the backward pass.
 
+use super::causal_conv::Convolved;
 use super::{Buffer, Gpu, Part, Result, Weight, kernels, launch};
 use crate::compute::cpu::delta_rule::{Sequence, Shape};
 use cudarc::driver::DeviceRepr;
@@ -11,11 +12,11 @@ kernels!("delta_rule");
 pub const HEAD: usize = 128;
 /// Tokens of a chunk.
 const CHUNK: usize = 64;
-/// Shared memory of the kernels that go chunk by chunk: two stages, a state's half, three squares.
-const STAGES: usize =
-    2 * (2 * CHUNK * HEAD * 2 + 3 * CHUNK * CHUNK * 2 + 2 * CHUNK * 4) + HEAD * CHUNK * 2 + 3 * CHUNK * CHUNK * 2;
-const CHUNKS: usize = 2 * CHUNK * HEAD * 2 + 4 * (2 * CHUNK + 2);
-const BACKWARD: usize = 2 * CHUNK * HEAD * 2 + 3 * CHUNK * CHUNK * 2 + 2 * HEAD * CHUNK * 2 + 4 * (19 * CHUNK + 8);
+/// Shared memory of the kernels that go chunk by chunk: stages, and a state's half and three squares, in two summands.
+const STAGE: usize = 2 * CHUNK * HEAD * 2 + 5 * CHUNK * CHUNK * 2 + 4 * CHUNK * 4;
+const STATE: usize = 2 * (HEAD * CHUNK * 2 + 3 * CHUNK * CHUNK * 2);
+const CHUNKS: usize = 2 * CHUNK * HEAD * 2 + 4 * (4 * CHUNK + 2);
+const BACKWARD: usize = 2 * CHUNK * HEAD * 2 + 3 * CHUNK * CHUNK * 2 + 2 * HEAD * CHUNK * 2 + 4 * (21 * CHUNK + 8);
 /// Rows whose shares of the gates' gradients one block sums.
 const STRIPE: usize = 256;
 
@@ -24,6 +25,7 @@ const STRIPE: usize = 256;
 #[derive(Debug, Clone, Copy, Default)]
 struct Arguments {
     x: u64,
+    lengths: u64,
     sums: u64,
     beta: u64,
     inverse: u64,
@@ -45,7 +47,7 @@ struct Arguments {
     rows: i32,
     heads: i32,
     k_heads: i32,
-    pad: i32,
+    stages: i32,
 }
 
 /// As `struct Gates`.
@@ -140,12 +142,14 @@ impl Gates {
 pub struct Prepared<'a> {
     plan: &'a Plan,
     shape: &'a Shape,
-    x: Part,
+    x: &'a Convolved,
     contexts: Part,
     sums: Buffer,
     beta: Buffer,
     inverse: Buffer,
     scores: Buffer,
+    /// Chunks in shared memory at once: the next comes while one is worked on, where there is room (227 KB).
+    stages: usize,
 }
 
 /// Elements of the states of one context, padded.
@@ -154,19 +158,20 @@ pub fn state(shape: &Shape) -> usize {
 }
 
 impl<'a> Prepared<'a> {
-    /// `x` (rows x (2 k_heads + v_heads) HEAD) is what [`causal_conv::forward`](super::causal_conv::forward) makes; `contexts`
+    /// `x` is what [`causal_conv::forward`](super::causal_conv::forward) makes; `contexts`
     /// (contexts x v_heads x HEAD x HEAD, f32) has the states that sequences begin with and gets those that contexts make.
     pub fn new(
         gpu: &Gpu,
         plan: &'a Plan,
         shape: &'a Shape,
-        x: Part,
+        x: &'a Convolved,
         gates: &Gates,
         contexts: Part,
     ) -> Result<Prepared<'a>> {
         let (rows, heads) = (plan.rows, shape.v_heads);
-        let squares = plan.chunk_count * heads * CHUNK * CHUNK;
-        x.bf16(rows * (2 * shape.k_heads + heads) * HEAD);
+        let squares = plan.chunk_count * heads * 2 * CHUNK * CHUNK;
+        x.x.part().bf16(rows * (2 * shape.k_heads + heads) * HEAD);
+        x.lengths.part().f32(rows * 2 * shape.k_heads);
         assert!(contexts.bytes().is_multiple_of(4 * state(shape) as u64));
         let p = Prepared {
             plan,
@@ -177,6 +182,7 @@ impl<'a> Prepared<'a> {
             beta: gpu.f32(rows * heads)?,
             inverse: gpu.bf16(squares)?,
             scores: gpu.bf16(squares)?,
+            stages: if matches!(gpu.device.capability, (9 | 10, 0)) && !gpu.is_portable() { 2 } else { 1 },
         };
         launch!(gpu, "delta_chunks", (plan.chunk_count as u32, heads as u32, 1), (128, 1, 1), CHUNKS as u32;
             p.arguments(), gates.arguments(rows, heads));
@@ -185,7 +191,8 @@ impl<'a> Prepared<'a> {
 
     fn arguments(&self) -> Arguments {
         Arguments {
-            x: self.x.address,
+            x: self.x.x.part().address,
+            lengths: self.x.lengths.part().address,
             sums: self.sums.part().address,
             beta: self.beta.part().address,
             inverse: self.inverse.part().address,
@@ -196,8 +203,13 @@ impl<'a> Prepared<'a> {
             rows: self.plan.rows as i32,
             heads: self.shape.v_heads as i32,
             k_heads: self.shape.k_heads as i32,
+            stages: self.stages as i32,
             ..Arguments::default()
         }
+    }
+
+    fn shared(&self) -> u32 {
+        (self.stages * STAGE + STATE) as u32
     }
 
     fn values(&self) -> usize {
@@ -214,7 +226,7 @@ impl<'a> Prepared<'a> {
         for (first, end) in [(0, plan.contexts), (plan.contexts, plan.count)] {
             let arguments = Arguments { sequences: plan.sequences.from(20 * first as u64).address, ..more };
             launch!(gpu, "delta_forward", ((HEAD / CHUNK) as u32, self.shape.v_heads as u32, (end - first) as u32), (256, 1, 1),
-                STAGES as u32; arguments);
+                self.shared(); arguments);
         }
         Ok(())
     }
@@ -224,7 +236,8 @@ impl<'a> Prepared<'a> {
         self.go(gpu, Arguments { out: out.bf16(self.values()), ..self.arguments() })
     }
 
-    /// Gradients of rows that train, all from `dout (rows x v_heads HEAD)`: of q and k by value head, and of v, each as wide;
+    /// Gradients of rows that train, all from `dout (rows x v_heads HEAD)`: of q and k by value head, which
+    /// [`causal_conv::backward`](super::causal_conv::backward) takes through their length, and of v, each as wide;
     /// of g and beta (v_heads, rows, f32).
     pub fn backward(&self, gpu: &Gpu, dout: Part) -> Result<Gradients> {
         assert_eq!(self.plan.contexts, 0);
@@ -248,7 +261,7 @@ impl<'a> Prepared<'a> {
             ..more
         };
         let heads = self.shape.v_heads as u32;
-        launch!(gpu, "delta_states", ((HEAD / CHUNK) as u32, heads, self.plan.count as u32), (256, 1, 1), STAGES as u32; arguments);
+        launch!(gpu, "delta_states", ((HEAD / CHUNK) as u32, heads, self.plan.count as u32), (256, 1, 1), self.shared(); arguments);
         launch!(gpu, "delta_backward", (self.plan.chunk_count as u32, heads, 1), (256, 1, 1), BACKWARD as u32; arguments);
         Ok(g)
     }
@@ -286,9 +299,9 @@ pub fn chunks(lengths: impl IntoIterator<Item = usize>) -> usize {
     lengths.into_iter().map(|n| n.div_ceil(CHUNK)).sum()
 }
 
-/// Bytes of the inverses and scores of a chunk's heads.
+/// Bytes of the inverses and scores of a chunk's heads, each in two summands.
 pub fn chunk_bytes(shape: &Shape) -> u64 {
-    (2 * 2 * shape.v_heads * CHUNK * CHUNK) as u64
+    (2 * 2 * 2 * shape.v_heads * CHUNK * CHUNK) as u64
 }
 
 #[cfg(test)]

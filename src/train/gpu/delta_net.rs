@@ -104,12 +104,6 @@ impl Context<'_> {
         causal_conv::Input { x: inputs, stride: row(net)[3], rows, taps, w, shape: &net.shape }
     }
 
-    fn convolved(&self, input: &causal_conv::Input, rows: usize) -> Result<Buffer> {
-        let y = self.gpu.bf16(rows * (2 * input.shape.k_heads + input.shape.v_heads) * HEAD)?;
-        causal_conv::forward(self.gpu, input, y.part())?;
-        Ok(y)
-    }
-
     /// What goes into the last linear.
     fn gated(&self, net: &DeltaNet, o: &Buffer, inputs: Part, rows: usize) -> Result<Buffer> {
         let [z, _, _, stride] = row(net);
@@ -137,11 +131,12 @@ impl Context<'_> {
         self.linears(&linears(net), normed, rows, real)?;
         let contexts = (s.contexts > 0).then(|| gpu.f32(s.contexts * state(&net.shape))).transpose()?;
         let states = contexts.as_ref().map_or(Part::NONE, Buffer::part);
-        let convolved = self.convolved(&self.convolution(net, real, rows, &s.taps), rows)?;
-        let prepared = Prepared::new(gpu, &s.plan, &net.shape, convolved.part(), &self.gates(net, real), states)?;
+        let convolved = causal_conv::forward(gpu, &self.convolution(net, real, rows, &s.taps))?;
+        let prepared = Prepared::new(gpu, &s.plan, &net.shape, &convolved, &self.gates(net, real), states)?;
         let o = gpu.bf16(rows * values)?;
         prepared.forward(gpu, o.part())?;
-        drop((prepared, convolved));
+        drop(prepared);
+        drop(convolved);
         let mixed = self.gated(net, &o, real, rows)?;
         self.onto_stream(&net.out, mixed.part(), rows, stream)?;
         drop(mixed);
@@ -189,9 +184,9 @@ impl Context<'_> {
         gpu.copy(history.part(), inputs.part())?;
         let real = column(inputs.part(), s.before * width);
         self.linears(&linears(net), normed, n, real)?;
-        let convolved = self.convolved(&self.convolution(net, inputs.part(), s.before + n, &s.own_taps), n)?;
+        let convolved = causal_conv::forward(gpu, &self.convolution(net, inputs.part(), s.before + n, &s.own_taps))?;
         let states = constants.contexts.as_ref().map_or(Part::NONE, Buffer::part);
-        let prepared = Prepared::new(gpu, &s.own_plan, &net.shape, convolved.part(), &self.gates(net, real), states)?;
+        let prepared = Prepared::new(gpu, &s.own_plan, &net.shape, &convolved, &self.gates(net, real), states)?;
         let o = gpu.bf16(n * net.shape.v_heads * HEAD)?;
         prepared.forward(gpu, o.part())?;
         let mixed = self.gated(net, &o, real, n)?;
@@ -223,12 +218,13 @@ impl Context<'_> {
 
         // Through the rule, whose inputs are made again.
         let input = self.convolution(net, kept.inputs.part(), s.before + n, &s.own_taps);
-        let convolved = self.convolved(&input, n)?;
+        let convolved = causal_conv::forward(gpu, &input)?;
         let states = constants.contexts.as_ref().map_or(Part::NONE, Buffer::part);
         let gates = self.gates(net, real);
-        let prepared = Prepared::new(gpu, &s.own_plan, shape, convolved.part(), &gates, states)?;
+        let prepared = Prepared::new(gpu, &s.own_plan, shape, &convolved, &gates, states)?;
         let g = prepared.backward(gpu, o)?;
-        drop((prepared, convolved, kept.o, constants));
+        drop(prepared);
+        drop((convolved, kept.o, constants));
 
         // Through gates and convolution.
         let (small, d_convolution) = (gpu.f32(2 * heads)?, gpu.f32(shape.channels() * net.kernel)?);

@@ -99,7 +99,9 @@ impl MixerSizes {
                 let own = delta_rule::chunks(spans(true).map(|s| s.rows.len())) as u64;
                 let all = own + delta_rule::chunks(spans(false).map(|s| s.rows.len())) as u64;
                 let before = spans(true).count() as u64 * (net.kernel as u64 - 1);
-                let prepared = |rows: u64, chunks: u64| 8 * rows * heads + chunks * delta_rule::chunk_bytes(shape);
+                let prepared = |rows: u64, chunks: u64| {
+                    8 * rows * (heads + shape.k_heads as u64) + chunks * delta_rule::chunk_bytes(shape)
+                };
                 let taps = (shape.channels() * net.kernel) as u64;
                 MixerSizes {
                     constant: 4 * spans(false).count() as u64 * state + 2 * before * width,

@@ -1,7 +1,7 @@
 // archs: 80
 //
-// What stands before the delta rule: a depthwise causal convolution of up to 4 taps with SiLU, and the division of q and k
-// by their length. Rows come as [q | k | v] of all heads and leave with every head padded to 128 columns, as delta_rule.cu has
+// What stands before the delta rule: a depthwise causal convolution of up to 4 taps with SiLU, and the lengths of q and k, by
+// which the rule divides its products: rounding q and k once more would cost accuracy. Rows come as [q | k | v] of all heads and leave with every head padded to 128 columns, as delta_rule.cu has
 // them. `taps` names, for every row, the rows under four taps, the row itself last; -1 where nothing stands. A warp a head of a
 // row; lane l has channels 4 l and the next three. `*_wide` take heads and rows in multiples of 4.
 
@@ -40,13 +40,14 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
+__device__ __forceinline__ float rounded(float x) { return __uint_as_float(pack(0, x)); }
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int w = 16; w; w /= 2) x += __shfl_xor_sync(0xffffffff, x, w);
     return x;
 }
 
-// One head: its first channel, its width, and what its rows are divided by the length of and multiplied with (0: nothing).
+// One head: its first channel, its width, and what its rows, divided by their length, are multiplied with (0: not divided).
 struct Head { int channel, d; float scale; };
 __device__ __forceinline__ Head head_at(const Conv &c, int head) {
     if (head < 2 * c.k_heads) return Head{head * c.k_dim, c.k_dim, head < c.k_heads ? 1.f / sqrtf((float)c.k_dim) : 1.f};
@@ -92,7 +93,7 @@ __device__ __forceinline__ void convolve(const Conv &c, int row, int channel, in
     }
 }
 
-template <bool WIDE> __device__ __forceinline__ void forward(const Conv &c, bf16 *y) {
+template <bool WIDE> __device__ __forceinline__ void forward(const Conv &c, bf16 *y, float *lengths) {
     const int lane = threadIdx.x & 31, heads = 2 * c.k_heads + c.v_heads, head = blockIdx.y;
     const Head h = head_at(c, head);
     const int channel = h.channel + 4 * lane, have = h.d - 4 * lane;
@@ -104,19 +105,18 @@ template <bool WIDE> __device__ __forceinline__ void forward(const Conv &c, bf16
         convolve<WIDE>(c, row, channel, have, w, z);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            z[i] = z[i] / (1.f + __expf(-z[i]));
+            z[i] = rounded(z[i] / (1.f + __expf(-z[i])));
             sum += z[i] * z[i];
         }
         if (h.scale != 0) {
             const float by = h.scale / sqrtf(warp_sum(sum) + 1e-6f);
-#pragma unroll
-            for (int i = 0; i < 4; i++) z[i] *= by;
+            if (lane == 0) lengths[(i64)head * c.rows + row] = by;
         }
         store4(y + ((i64)row * heads + head) * D + 4 * lane, z);
     }
 }
 
-// Gradients before SiLU (laid out as y) from those of q and k by value head, and of v.
+// Gradients before SiLU (laid out as y) from those of q and k by value head, as the rule gives them, and of v.
 template <bool WIDE>
 __device__ __forceinline__ void backward_rows(const Conv &c, const bf16 *dq, const bf16 *dk, const bf16 *dv, bf16 *dz) {
     const int lane = threadIdx.x & 31, heads = 2 * c.k_heads + c.v_heads, head = blockIdx.y, group = c.v_heads / c.k_heads;
@@ -139,17 +139,16 @@ __device__ __forceinline__ void backward_rows(const Conv &c, const bf16 *dq, con
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float sigmoid = 1.f / (1.f + __expf(-z[i]));
-            y[i] = z[i] * sigmoid;
-            slope[i] = sigmoid + y[i] * (1.f - sigmoid);
+            slope[i] = sigmoid + z[i] * sigmoid * (1.f - sigmoid);
+            y[i] = rounded(z[i] * sigmoid);
             squares += y[i] * y[i];
             along += y[i] * g[i];
         }
         if (h.scale != 0) {
-            // n = s y / |y|, dy = s (dn - y (y dn) / |y|^2) / |y|
-            const float inverse = 1.f / (warp_sum(squares) + 1e-6f), by = h.scale * sqrtf(inverse);
-            along = warp_sum(along) * inverse;
+            // n = s y / |y|, dy = s (dn - y (y dn) / |y|^2) / |y|; g is s dn / |y|.
+            along = warp_sum(along) / (warp_sum(squares) + 1e-6f);
 #pragma unroll
-            for (int i = 0; i < 4; i++) g[i] = by * (g[i] - y[i] * along);
+            for (int i = 0; i < 4; i++) g[i] -= y[i] * along;
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) g[i] *= slope[i];
@@ -158,8 +157,9 @@ __device__ __forceinline__ void backward_rows(const Conv &c, const bf16 *dq, con
 }
 
 extern "C" {
-__global__ void conv_forward(Conv c, bf16 *y) { forward<false>(c, y); }
-__global__ void conv_forward_wide(Conv c, bf16 *y) { forward<true>(c, y); }
+// lengths (2 k_heads, rows): 1 by the length of q and k, of q divided by the root of k_dim too.
+__global__ void conv_forward(Conv c, bf16 *y, float *lengths) { forward<false>(c, y, lengths); }
+__global__ void conv_forward_wide(Conv c, bf16 *y, float *lengths) { forward<true>(c, y, lengths); }
 __global__ void conv_backward_rows(Conv c, const bf16 *dq, const bf16 *dk, const bf16 *dv, bf16 *dz) {
     backward_rows<false>(c, dq, dk, dv, dz);
 }

@@ -2,7 +2,10 @@
 //
 // The gated delta rule in chunks of 64 tokens (Yang et al., arXiv 2412.06464; the equations are in cpu/delta_rule.rs), for
 // heads of up to 128 columns, which are padded to 128 with zeros. Products are on the tensor cores with bf16 operands and f32
-// sums, as in flash-linear-attention; states, gates and the inverse of I + A are f32. With S the state before a chunk:
+// sums. q, k and v are bf16 as they are: q and k are not divided by their length but their products are, row by row and column
+// by column (`lengths`). Every other operand of the forward pass (T, P, S, N and what N is made of) is the sum of two bf16, so
+// that nothing there is less exact than in f32 but for 2^-17: rounding them once is what cost most of the accuracy of gradients
+// below. On the way back they are bf16. With S the state before a chunk:
 //
 //     T = (I + A)^-1,  P = lower part of Q K^T * D                                  `delta_chunks`, all chunks at once
 //     N = T (diag(beta) (V - diag(e^G) K S)),  O = diag(e^G) Q S + P N              `delta_forward`, chunk by chunk
@@ -23,18 +26,20 @@ static const int D = 128;  // columns of a head
 static const int C = 64;   // tokens of a chunk
 
 struct Delta {
-    const bf16 *x;            // rows of q heads, k heads and v heads: q and k divided by their length, q by sqrt(k_dim) too
+    const bf16 *x;            // rows of q heads, k heads and v heads
+    const float *lengths;     // (2 k_heads, rows): what q and k are to be multiplied with: 1 by their length, q by sqrt(k_dim) too
     float *sums, *beta;       // (heads, rows): G and beta
-    bf16 *inverse, *scores;   // (chunks, heads, C, C): T and P
+    bf16 *inverse, *scores;   // (chunks, heads, 2, C, C): T and P, in two summands
     float *contexts;          // (contexts, heads, D, D): last states of contexts
     bf16 *out;                // rows x heads D: O, where it is wanted
     bf16 *news, *states;      // rows x heads D: N; (chunks, heads, D, D): S before each chunk; where they are wanted
     const bf16 *dout;         // rows x heads D
     bf16 *solved, *dstates;   // X, and the gradient of S after each chunk
-    bf16 *dq, *dk, *dv;       // rows x heads D: of each value head
+    bf16 *dq, *dk, *dv;       // rows x heads D: of each value head; of q and k before what their length does
     float *dg, *dbeta;        // (heads, rows)
     const int *sequences, *chunks;
-    int rows, heads, k_heads, pad;
+    int rows, heads, k_heads;
+    int stages;               // 2, or 1 where shared memory has no room for more
 };
 // What beta and g are made of: a and b are rows ld apart.
 struct Gates {
@@ -62,6 +67,10 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     u32 y;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
+}
+// What pack lost of these.
+__device__ __forceinline__ u32 pack_rest(u32 packed, float first, float second) {
+    return pack(first - low(packed), second - high(packed));
 }
 __device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
@@ -132,6 +141,28 @@ __device__ __forceinline__ void product(float (&c)[NB][4], u32 a, int m0, u32 b,
         }
     }
 }
+// The same with A turned or not, and B (k x n) in two summands.
+template <int WA, bool TURNED_A, int WB, int K, int NB>
+__device__ __forceinline__ void product_of_two(float (&c)[NB][4], u32 a, int m0, u32 b, u32 rest, int n0) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        u32 fa[4];
+        if (TURNED_A) load4_turned(fa, at<WA>(a, k + ((lane >> 4) << 3) + (lane & 7), (m0 >> 3) + ((lane >> 3) & 1)));
+        else load4(fa, at<WA>(a, m0 + (lane & 15), (k >> 3) + (lane >> 4)));
+#pragma unroll
+        for (int n = 0; n < NB / 2; n++) {
+            u32 fb[4], fr[4];
+            const u32 place = at<WB>(0, k + (lane & 15), (n0 >> 3) + 2 * n + (lane >> 4));
+            load4_turned(fb, b + place);
+            load4_turned(fr, rest + place);
+            mma(c[2 * n], fa, fb[0], fb[1]);
+            mma(c[2 * n + 1], fa, fb[2], fb[3]);
+            mma(c[2 * n], fa, fr[0], fr[1]);
+            mma(c[2 * n + 1], fa, fr[2], fr[3]);
+        }
+    }
+}
 template <int NB> __device__ __forceinline__ void clear(float (&c)[NB][4]) {
 #pragma unroll
     for (int n = 0; n < NB; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
@@ -145,14 +176,14 @@ __device__ __forceinline__ float quad_sum(float x) {
 }
 
 extern "C" {
-// G and beta of a chunk's rows, T and P. A block of 128 a chunk and head; shared memory: two tiles of C x D, 2 C + 2 floats.
+// G and beta of a chunk's rows, T and P. A block of 128 a chunk and head; shared memory: two tiles of C x D, 4 C + 2 floats.
 __global__ void __launch_bounds__(128) delta_chunks(Delta d, Gates g) {
     const int chunk = blockIdx.x, head = blockIdx.y, k_head = head / (d.heads / d.k_heads);
     const int first = d.chunks[2 * chunk], n = d.chunks[2 * chunk + 1] - first;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, m0 = warp * 16;
     const i64 ld = (i64)(2 * d.k_heads + d.heads) * D;
     const u32 sq = (u32)__cvta_generic_to_shared(shared_memory), sk = sq + C * D * 2;
-    float *sums = (float *)(shared_memory + 2 * C * D * 2), *beta = sums + C, *half = beta + C;
+    float *sums = (float *)(shared_memory + 2 * C * D * 2), *beta = sums + C, *of_q = beta + C, *of_k = of_q + C, *half = of_k + C;
     fetch<D, C>(sq, d.x + (i64)first * ld + k_head * D, ld, n);
     fetch<D, C>(sk, d.x + (i64)first * ld + (d.k_heads + k_head) * D, ld, n);
     copies_end();
@@ -166,6 +197,8 @@ __global__ void __launch_bounds__(128) delta_chunks(Delta d, Gates g) {
             b = sigmoid(f32(g.b[(i64)(first + r) * g.ld + head]));
         }
         beta[r] = b;
+        of_q[r] = r < n ? d.lengths[(i64)k_head * d.rows + first + r] : 0;
+        of_k[r] = r < n ? d.lengths[(i64)(d.k_heads + k_head) * d.rows + first + r] : 0;
 #pragma unroll
         for (int w = 1; w < 32; w *= 2) {
             const float before = __shfl_up_sync(0xffffffff, sum, w);
@@ -193,7 +226,7 @@ __global__ void __launch_bounds__(128) delta_chunks(Delta d, Gates g) {
     __syncthreads();
     // A takes the place of q and k.
     float *matrix = (float *)shared_memory;
-    const i64 to = ((i64)chunk * d.heads + head) * C * C;
+    const i64 to = ((i64)chunk * d.heads + head) * 2 * C * C;
 #pragma unroll
     for (int b = 0; b < 8; b++)
 #pragma unroll
@@ -202,11 +235,13 @@ __global__ void __launch_bounds__(128) delta_chunks(Delta d, Gates g) {
             float p[2];
 #pragma unroll
             for (int x = 0; x < 2; x++) {
-                const float decay = j + x <= i ? expf(sums[i] - sums[j + x]) : 0;
-                p[x] = qk[b][e + x] * decay;
-                matrix[i * C + j + x] = j + x < i ? beta[i] * kk[b][e + x] * decay : 0;
+                const float decay = j + x <= i ? of_k[j + x] * expf(sums[i] - sums[j + x]) : 0;
+                p[x] = of_q[i] * qk[b][e + x] * decay;
+                matrix[i * C + j + x] = j + x < i ? beta[i] * of_k[i] * kk[b][e + x] * decay : 0;
             }
-            *(u32 *)(d.scores + to + i * C + j) = pack(p[0], p[1]);
+            const u32 both = pack(p[0], p[1]);
+            *(u32 *)(d.scores + to + i * C + j) = both;
+            *(u32 *)(d.scores + to + C * C + i * C + j) = pack_rest(both, p[0], p[1]);
         }
     __syncthreads();
     // T by columns: every thread has one, from its first row down.
@@ -219,46 +254,52 @@ __global__ void __launch_bounds__(128) delta_chunks(Delta d, Gates g) {
 #pragma unroll
             for (int k = 0; k < i; k++) x[k & 3] -= matrix[i * C + k] * t[k];
             t[i] = (x[0] + x[1]) + (x[2] + x[3]);
-            d.inverse[to + i * C + j] = pack(t[i], 0) & 0xffff;
+            const u32 whole = pack(t[i], 0);
+            d.inverse[to + i * C + j] = whole & 0xffff;
+            d.inverse[to + C * C + i * C + j] = pack_rest(whole, t[i], 0) & 0xffff;
         }
     }
 }
 }
 
-// What a chunk needs of each kernel that goes chunk by chunk: K, Q, T, P, V or dO, G and beta.
-static const int STAGE = 2 * C * D * 2 + 3 * C * C * 2 + 2 * C * 4;
+// What a chunk needs of each kernel that goes chunk by chunk: K, Q, T, P and V or dO, G, beta and lengths of k and q; and what
+// is left of T and P.
+static const int STAGE = 2 * C * D * 2 + 5 * C * C * 2 + 4 * C * 4;
 
-struct Staged { u32 k, q, t, p, v; const float *sums, *beta; };
+struct Staged { u32 k, q, t, p, v, t_rest, p_rest; const float *sums, *beta, *of_k, *of_q; };
 
 __device__ __forceinline__ Staged staged(int stage) {
-    const u32 base = (u32)__cvta_generic_to_shared(shared_memory) + stage * STAGE;
-    const float *floats = (const float *)(shared_memory + stage * STAGE + 2 * C * D * 2 + 3 * C * C * 2);
-    return Staged{base, base + C * D * 2, base + 2 * C * D * 2, base + 2 * C * D * 2 + C * C * 2, base + 2 * C * D * 2 + 2 * C * C * 2,
-                  floats, floats + C};
+    const u32 base = (u32)__cvta_generic_to_shared(shared_memory) + stage * STAGE, squares = base + 2 * C * D * 2;
+    const float *floats = (const float *)(shared_memory + stage * STAGE + 2 * C * D * 2 + 5 * C * C * 2);
+    return Staged{base, base + C * D * 2, squares, squares + C * C * 2, squares + 2 * C * C * 2, squares + 3 * C * C * 2,
+                  squares + 4 * C * C * 2, floats, floats + C, floats + 2 * C, floats + 3 * C};
 }
 
+// `whole`: with what is left of T and P; `reads`: with what reads from the state.
 __device__ __forceinline__ void stage_chunk(const Delta &d, int stage, int first, int n, int chunk, int head, const bf16 *v, i64 ldv,
-                                            bool reads) {
+                                            bool reads, bool whole) {
     const Staged s = staged(stage);
     const int k_head = head / (d.heads / d.k_heads);
-    const i64 ld = (i64)(2 * d.k_heads + d.heads) * D, square = ((i64)chunk * d.heads + head) * C * C;
+    const i64 ld = (i64)(2 * d.k_heads + d.heads) * D, square = ((i64)chunk * d.heads + head) * 2 * C * C;
     fetch<D, C>(s.k, d.x + (i64)first * ld + (d.k_heads + k_head) * D, ld, n);
     fetch<C, C>(s.t, d.inverse + square, C, C);
+    if (whole) fetch<C, C>(s.t_rest, d.inverse + square + C * C, C, C);
     fetch<C, C>(s.v, v + (i64)first * ldv, ldv, n);
     if (reads) {
         fetch<D, C>(s.q, d.x + (i64)first * ld + k_head * D, ld, n);
         fetch<C, C>(s.p, d.scores + square, C, C);
+        if (whole) fetch<C, C>(s.p_rest, d.scores + square + C * C, C, C);
     }
-    if (threadIdx.x < 2 * C) {
-        const int r = threadIdx.x & (C - 1);
-        const float *from = (threadIdx.x < C ? d.sums : d.beta) + (i64)head * d.rows + first;
-        const u32 to = s.v + C * C * 2 + threadIdx.x * 4;
-        copy4(to, r < n ? from + r : from, r < n);
-    }
+    // 256 threads, 4 C floats.
+    const int r = threadIdx.x & (C - 1), which = threadIdx.x / C;
+    const float *from = (which == 0 ? d.sums + (i64)head * d.rows : which == 1 ? d.beta + (i64)head * d.rows
+                         : d.lengths + (i64)(which == 2 ? d.k_heads + k_head : k_head) * d.rows) + first;
+    copy4(s.v + 3 * C * C * 2 + threadIdx.x * 4, r < n ? from + r : from, r < n);
 }
 
 extern "C" {
-// blockIdx: half of the state's columns, head, sequence; 256 threads; shared memory: two stages, the state, three C x C.
+// blockIdx: half of the state's columns, head, sequence; 256 threads; shared memory: the stages; the state and three C x C, all in
+// two summands.
 __global__ void __launch_bounds__(256, 1) delta_forward(Delta d) {
     const int v0 = blockIdx.x * C, head = blockIdx.y;
     const int *sequence = d.sequences + 5 * blockIdx.z;
@@ -266,11 +307,13 @@ __global__ void __launch_bounds__(256, 1) delta_forward(Delta d) {
     const int warp = threadIdx.x >> 5;
     // Of products of C x C: 16 rows and 32 columns a warp. Of the state: 16 rows and all 64 columns.
     const int m0 = (warp & 3) * 16, n0 = (warp >> 2) * 32, s0 = warp * 16;
-    const u32 ss = (u32)__cvta_generic_to_shared(shared_memory) + 2 * STAGE, sr = ss + D * C * 2, sn = sr + C * C * 2, sw = sn + C * C * 2;
+    const u32 ss = (u32)__cvta_generic_to_shared(shared_memory) + d.stages * STAGE, ss_rest = ss + D * C * 2, sr = ss_rest + D * C * 2,
+              sr_rest = sr + C * C * 2, sn = sr_rest + C * C * 2, sn_rest = sn + C * C * 2, sw = sn_rest + C * C * 2,
+              sw_rest = sw + C * C * 2;
     const bf16 *v = d.x + (2 * d.k_heads + head) * D + v0;
     const i64 ld = (i64)(2 * d.k_heads + d.heads) * D, ldo = (i64)d.heads * D;
     const int count = (end - start + C - 1) / C;
-    const bool reads = d.out != nullptr;
+    const bool reads = d.out != nullptr, two = d.stages == 2;
     float s[8][4];
     const i64 of_head = (i64)D * D;
 #pragma unroll
@@ -282,12 +325,12 @@ __global__ void __launch_bounds__(256, 1) delta_forward(Delta d) {
             s[b][e] = begins < 0 ? 0 : from[0];
             s[b][e + 1] = begins < 0 ? 0 : from[1];
         }
-    auto fetch_chunk = [&](int c) { stage_chunk(d, c & 1, start + c * C, min(C, end - start - c * C), chunk0 + c, head, v, ld, reads); };
+    auto fetch_chunk = [&](int c) { stage_chunk(d, two ? c & 1 : 0, start + c * C, min(C, end - start - c * C), chunk0 + c, head, v, ld, reads, true); };
     if (count > 0) fetch_chunk(0);
     copies_end();
     for (int c = 0; c < count; c++) {
         const int first = start + c * C, n = min(C, end - first);
-        const Staged in = staged(c & 1);
+        const Staged in = staged(two ? c & 1 : 0);
 #pragma unroll
         for (int b = 0; b < 8; b++)
 #pragma unroll
@@ -295,46 +338,56 @@ __global__ void __launch_bounds__(256, 1) delta_forward(Delta d) {
                 const int i = row_in(s0, e), j = column_in(0, b);
                 const u32 both = pack(s[b][e], s[b][e + 1]);
                 store_word(pair_at<C>(ss, i, j), both);
+                store_word(pair_at<C>(ss_rest, i, j), pack_rest(both, s[b][e], s[b][e + 1]));
                 if (d.states) *(u32 *)(d.states + ((i64)(chunk0 + c) * d.heads + head) * of_head + i * D + v0 + j) = both;
             }
-        if (c + 1 < count) fetch_chunk(c + 1);
+        if (two && c + 1 < count) fetch_chunk(c + 1);
         copies_end();
         copies_wait<1>();
         __syncthreads();
         float ks[4][4], o[4][4];
         clear(ks);
         clear(o);
-        product<D, false, C, false, D>(ks, in.k, m0, ss, n0);
-        if (reads) product<D, false, C, false, D>(o, in.q, m0, ss, n0);
+        product_of_two<D, false, C, D>(ks, in.k, m0, ss, ss_rest, n0);
+        if (reads) product_of_two<D, false, C, D>(o, in.q, m0, ss, ss_rest, n0);
 #pragma unroll
         for (int b = 0; b < 4; b++)
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
                 const int i = row_in(m0, e), j = column_in(n0, b);
-                const float kept = expf(in.sums[i]), beta = in.beta[i];
+                const float kept = expf(in.sums[i]), beta = in.beta[i], by_k = kept * in.of_k[i], by_q = kept * in.of_q[i];
                 const u32 value = load_word(pair_at<C>(in.v, i, j));
-                store_word(pair_at<C>(sr, i, j), pack(beta * (low(value) - kept * ks[b][e]), beta * (high(value) - kept * ks[b][e + 1])));
-                o[b][e] *= kept;
-                o[b][e + 1] *= kept;
+                const float x = beta * (low(value) - by_k * ks[b][e]), y = beta * (high(value) - by_k * ks[b][e + 1]);
+                const u32 both = pack(x, y);
+                store_word(pair_at<C>(sr, i, j), both);
+                store_word(pair_at<C>(sr_rest, i, j), pack_rest(both, x, y));
+                o[b][e] *= by_q;
+                o[b][e + 1] *= by_q;
             }
         __syncthreads();
         clear(ks);
-        product<C, false, C, false, C>(ks, in.t, m0, sr, n0);
+        product_of_two<C, false, C, C>(ks, in.t, m0, sr, sr_rest, n0);
+        product<C, false, C, false, C>(ks, in.t_rest, m0, sr, n0);
         const float last = in.sums[n - 1];
 #pragma unroll
         for (int b = 0; b < 4; b++)
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
                 const int i = row_in(m0, e), j = column_in(n0, b);
-                const float rest = expf(last - in.sums[i]);
-                const u32 both = pack(ks[b][e], ks[b][e + 1]);
-                store_word(pair_at<C>(sn, i, j), both);
-                store_word(pair_at<C>(sw, i, j), pack(rest * ks[b][e], rest * ks[b][e + 1]));
+                const float rest = in.of_k[i] * expf(last - in.sums[i]), x = rest * ks[b][e], y = rest * ks[b][e + 1];
+                const u32 both = pack(ks[b][e], ks[b][e + 1]), scaled = pack(x, y);
+                if (reads) {
+                    store_word(pair_at<C>(sn, i, j), both);
+                    store_word(pair_at<C>(sn_rest, i, j), pack_rest(both, ks[b][e], ks[b][e + 1]));
+                }
+                store_word(pair_at<C>(sw, i, j), scaled);
+                store_word(pair_at<C>(sw_rest, i, j), pack_rest(scaled, x, y));
                 if (d.news && i < n) *(u32 *)(d.news + (i64)(first + i) * ldo + head * D + v0 + j) = both;
             }
         __syncthreads();
         if (reads) {
-            product<C, false, C, false, C>(o, in.p, m0, sn, n0);
+            product_of_two<C, false, C, C>(o, in.p, m0, sn, sn_rest, n0);
+            product<C, false, C, false, C>(o, in.p_rest, m0, sn, n0);
 #pragma unroll
             for (int b = 0; b < 4; b++)
 #pragma unroll
@@ -348,9 +401,11 @@ __global__ void __launch_bounds__(256, 1) delta_forward(Delta d) {
         for (int b = 0; b < 8; b++)
 #pragma unroll
             for (int e = 0; e < 4; e++) s[b][e] *= whole;
-        product<D, true, C, false, C>(s, in.k, s0, sw, 0);
+        product_of_two<D, true, C, C>(s, in.k, s0, sw, sw_rest, 0);
         // What this chunk read is overwritten from here on.
         __syncthreads();
+        if (!two && c + 1 < count) fetch_chunk(c + 1);
+        copies_end();
     }
     copies_wait<0>();
     if (ends < 0) return;
@@ -368,18 +423,19 @@ __global__ void __launch_bounds__(256, 1) delta_states(Delta d) {
     const int start = sequence[0], end = sequence[1], chunk0 = sequence[2];
     const int warp = threadIdx.x >> 5;
     const int m0 = (warp & 3) * 16, n0 = (warp >> 2) * 32, s0 = warp * 16;
-    const u32 ss = (u32)__cvta_generic_to_shared(shared_memory) + 2 * STAGE, sr = ss + D * C * 2, sn = sr + C * C * 2, sw = sn + C * C * 2;
+    const u32 ss = (u32)__cvta_generic_to_shared(shared_memory) + d.stages * STAGE, sr = ss + D * C * 2, sn = sr + C * C * 2, sw = sn + C * C * 2;
     const i64 ldo = (i64)d.heads * D, of_head = (i64)D * D;
     const bf16 *dout = d.dout + head * D + v0;
     const int count = (end - start + C - 1) / C;
+    const bool two = d.stages == 2;
     float s[8][4];
     clear(s);
-    auto fetch_chunk = [&](int c) { stage_chunk(d, c & 1, start + c * C, min(C, end - start - c * C), chunk0 + c, head, dout, ldo, true); };
+    auto fetch_chunk = [&](int c) { stage_chunk(d, two ? c & 1 : 0, start + c * C, min(C, end - start - c * C), chunk0 + c, head, dout, ldo, true, false); };
     if (count > 0) fetch_chunk(count - 1);
     copies_end();
     for (int c = count - 1; c >= 0; c--) {
         const int first = start + c * C, n = min(C, end - first);
-        const Staged in = staged(c & 1);
+        const Staged in = staged(two ? c & 1 : 0);
 #pragma unroll
         for (int b = 0; b < 8; b++)
 #pragma unroll
@@ -389,7 +445,7 @@ __global__ void __launch_bounds__(256, 1) delta_states(Delta d) {
                 store_word(pair_at<C>(ss, i, j), both);
                 *(u32 *)(d.dstates + ((i64)(chunk0 + c) * d.heads + head) * of_head + i * D + v0 + j) = both;
             }
-        if (c > 0) fetch_chunk(c - 1);
+        if (two && c > 0) fetch_chunk(c - 1);
         copies_end();
         copies_wait<1>();
         __syncthreads();
@@ -400,14 +456,14 @@ __global__ void __launch_bounds__(256, 1) delta_states(Delta d) {
 #pragma unroll
         for (int b = 0; b < 4; b++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) x[b][e] *= expf(last - in.sums[row_in(m0, e)]);
+            for (int e = 0; e < 4; e++) x[b][e] *= in.of_k[row_in(m0, e)] * expf(last - in.sums[row_in(m0, e)]);
         product<C, true, C, false, C>(x, in.p, m0, in.v, n0);
 #pragma unroll
         for (int b = 0; b < 4; b++)
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
                 const int i = row_in(m0, e), j = column_in(n0, b);
-                const float kept = expf(in.sums[i]);
+                const float kept = in.of_q[i] * expf(in.sums[i]);
                 const u32 value = load_word(pair_at<C>(in.v, i, j));
                 store_word(pair_at<C>(sr, i, j), pack(x[b][e], x[b][e + 1]));
                 store_word(pair_at<C>(sw, i, j), pack(kept * low(value), kept * high(value)));
@@ -420,7 +476,7 @@ __global__ void __launch_bounds__(256, 1) delta_states(Delta d) {
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
                 const int i = row_in(m0, e), j = column_in(n0, b);
-                const float factor = -in.beta[i] * expf(in.sums[i]);
+                const float factor = -in.beta[i] * in.of_k[i] * expf(in.sums[i]);
                 store_word(pair_at<C>(sn, i, j), pack(factor * x[b][e], factor * x[b][e + 1]));
                 if (i < n) *(u32 *)(d.solved + (i64)(first + i) * ldo + head * D + v0 + j) = pack(x[b][e], x[b][e + 1]);
             }
@@ -433,6 +489,8 @@ __global__ void __launch_bounds__(256, 1) delta_states(Delta d) {
         product<D, true, C, false, C>(s, in.q, s0, sw, 0);
         product<D, true, C, false, C>(s, in.k, s0, sn, 0);
         __syncthreads();
+        if (!two && c > 0) fetch_chunk(c - 1);
+        copies_end();
     }
     copies_wait<0>();
 }
@@ -446,9 +504,9 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
     const i64 ld = (i64)(2 * d.k_heads + d.heads) * D, ldo = (i64)d.heads * D, of_head = (i64)D * D;
     const u32 sq = (u32)__cvta_generic_to_shared(shared_memory), sk = sq + C * D * 2, sn = sk + C * D * 2, sx = sn + C * C * 2,
               so = sx + C * C * 2, ss = so + C * C * 2, sd = ss + D * C * 2;
-    float *sums = (float *)(shared_memory + 2 * C * D * 2 + 3 * C * C * 2 + 2 * D * C * 2), *beta = sums + C;
+    float *sums = (float *)(shared_memory + 2 * C * D * 2 + 3 * C * C * 2 + 2 * D * C * 2), *beta = sums + C, *lq = beta + C, *lk = lq + C;
     // By half: q's share of dG, what goes through r, k (X S^T), and of squares: rows of dG and of dbeta. By 16 rows: columns.
-    float *of_q = beta + C, *of_r = of_q + 2 * C, *of_k = of_r + 2 * C, *of_rows = of_k + 2 * C, *of_beta = of_rows + 2 * C,
+    float *of_q = lk + C, *of_r = of_q + 2 * C, *of_k = of_r + 2 * C, *of_rows = of_k + 2 * C, *of_beta = of_rows + 2 * C,
           *of_columns = of_beta + 2 * C, *of_v = of_columns + 4 * C, *of_states = of_v + C, *dsums = of_states + 8;
     fetch<D, C>(sq, d.x + (i64)first * ld + k_head * D, ld, n);
     fetch<D, C>(sk, d.x + (i64)first * ld + (d.k_heads + k_head) * D, ld, n);
@@ -456,7 +514,10 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
         // Rows that are not there go on as the last one is: differences of sums must not overflow.
         const i64 i = (i64)head * d.rows + first;
         sums[threadIdx.x] = d.sums[i + min((int)threadIdx.x, n - 1)];
+        const i64 row = first + threadIdx.x;
         beta[threadIdx.x] = threadIdx.x < n ? d.beta[i + threadIdx.x] : 0;
+        lq[threadIdx.x] = threadIdx.x < n ? d.lengths[(i64)k_head * d.rows + row] : 0;
+        lk[threadIdx.x] = threadIdx.x < n ? d.lengths[(i64)(d.k_heads + k_head) * d.rows + row] : 0;
     }
     float dp[4][4], xn[4][4], dq[8][4], dk[8][4], xs[8][4], states = 0, of_value = 0;
     clear(dp);
@@ -507,7 +568,8 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
     clear(qk);
     product<D, false, D, true, D>(kk, sk, m0, sk, n0);
     product<D, false, D, true, D>(qk, sq, m0, sk, n0);
-    // dP * D and -beta X N^T * D below the diagonal take the states' place.
+    // dP * D and -beta X N^T * D below the diagonal take the states' place, times both rows' lengths: so they give gradients of q
+    // and k times their lengths, which is what is wanted.
     const u32 sp = ss, sa = sd;
     float by_row[2] = {0, 0}, by_beta[2] = {0, 0};
 #pragma unroll
@@ -519,9 +581,9 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
             float p[2], a[2];
 #pragma unroll
             for (int x = 0; x < 2; x++) {
-                const float decay = j + x <= i ? expf(sums[i] - sums[j + x]) : 0;
-                p[x] = dp[b][e + x] * decay;
-                const float da = j + x < i ? -xn[b][e + x] * decay : 0, through_beta = da * kk[b][e + x];
+                const float decay = j + x <= i ? lk[j + x] * expf(sums[i] - sums[j + x]) : 0;
+                p[x] = lq[i] * dp[b][e + x] * decay;
+                const float da = j + x < i ? -lk[i] * xn[b][e + x] * decay : 0, through_beta = da * kk[b][e + x];
                 a[x] = beta[i] * da;
                 const float through = p[x] * qk[b][e + x] + beta[i] * through_beta;
                 by_row[e >> 1] += through;
@@ -542,7 +604,7 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int i = row_in(m0, 2 * h);
-        const float kept = expf(sums[i]), rest = expf(last - sums[i]);
+        const float kept = expf(sums[i]), rest = lk[i] * expf(last - sums[i]), by_q = lq[i] * kept, by_k = lk[i] * kept;
         float q_share = 0, r_share = 0, k_share = 0;
 #pragma unroll
         for (int b = 0; b < 8; b++) {
@@ -551,12 +613,12 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
             for (int x = 0; x < 2; x++) {
                 const int e = 2 * h + x;
                 const float kx = x ? high(k) : low(k);
-                dq[b][e] *= kept;
+                dq[b][e] *= by_q;
                 dk[b][e] *= rest;
                 q_share += (x ? high(q) : low(q)) * dq[b][e];
                 r_share += kx * dk[b][e];
                 k_share += kx * xs[b][e];
-                dk[b][e] -= kept * beta[i] * xs[b][e];
+                dk[b][e] -= by_k * beta[i] * xs[b][e];
             }
         }
         q_share = quad_sum(q_share), r_share = quad_sum(r_share), k_share = quad_sum(k_share);
@@ -569,7 +631,7 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
     __syncthreads();
     if (threadIdx.x < C) {
         const int i = threadIdx.x;
-        const float kept = expf(sums[i]), through = of_r[i] + of_r[C + i], ks = kept * (of_k[i] + of_k[C + i]);
+        const float kept = expf(sums[i]), through = of_r[i] + of_r[C + i], ks = kept * lk[i] * (of_k[i] + of_k[C + i]);
         float sum = of_q[i] + of_q[C + i] - through - beta[i] * ks + of_rows[i] + of_rows[C + i];
         for (int w = 0; w < 4; w++) sum -= of_columns[w * C + i];
         dsums[i] = sum;
