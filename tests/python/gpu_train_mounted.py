@@ -159,6 +159,17 @@ def main():
     first = owner.tell("digest")["digest"]
     check("the checkpoint is the engine's weights", digest_of(model) == first)
 
+    if not a.cpu:
+        # With no library named, the engine's own are found.
+        named = os.environ.pop("WEIGHTFS_CUDA_LIBRARY_PATH", None)
+        with mounted(model, point, "--weights", owner.facts["manifest"], "--view", "live"):
+            one = job(os.path.join(a.scratch, "one.json"), vocabulary, 1, samples=1, trainable=["model.norm.weight"])
+            said = weightfs("train", point, one, "--follow", check=False)
+            print("with the engine's libraries:", (said.stdout + said.stderr).strip()[-160:], flush=True)
+            ctl(point, "rollback 0")
+        if named:
+            os.environ["WEIGHTFS_CUDA_LIBRARY_PATH"] = named
+
     with mounted(model, point, "--weights", owner.facts["manifest"], "--log-file", os.path.join(a.scratch, "log")):
         print("weights on", status(point)["source"]["device"], flush=True)
         since = owner.tell("rate")
