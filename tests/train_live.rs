@@ -41,6 +41,17 @@ proptest! {
             let width = t.homes[0][0].width;
             let rows = t.shape.first().copied().unwrap_or(1);
             let row = t.disk.len() / rows;
+            // What is said of where it lies in one piece holds for every element, and no other place has one.
+            if let Ok(even) = image.tensor(&t.name).unwrap().even_rows() {
+                let columns = even.columns as usize;
+                prop_assert_eq!(columns, if t.shape.len() > 1 { row } else { t.disk.len() });
+                let source = image.source();
+                for (n, homes) in t.homes.iter().enumerate() {
+                    let at = even.offset + ((n / columns) as u64 * even.stride + (n % columns) as u64) * even.element;
+                    prop_assert_eq!((homes.len(), homes[0].at as u64), (1, at), "element {} of {}", n, t.name);
+                    prop_assert!(Arc::ptr_eq(&even.memory, &source.memories[homes[0].memory]));
+                }
+            }
             let from = random.below(rows);
             let to = from + 1 + random.below(rows - from);
             let mut seen = vec![0; (to - from) * row * width];
@@ -101,6 +112,13 @@ fn a_step_is_told_while_others_are_out_and_torn_when_it_is_not_finished() {
     let mut step = weights.begin_step().unwrap();
     step.begin_update().unwrap();
     drop(step);
+    assert_eq!(*told.lock().unwrap(), [StepEnd::Taken, StepEnd::Torn]);
+    drop(image.hold().unwrap());
+
+    // Taken back before anything was written, nothing happened and nobody is kept out.
+    let mut step = weights.begin_step().unwrap();
+    step.begin_update().unwrap();
+    step.withdraw();
     assert_eq!(*told.lock().unwrap(), [StepEnd::Taken, StepEnd::Torn]);
     drop(image.hold().unwrap());
 }

@@ -125,6 +125,8 @@ impl Step for WatchedStep<'_> {
         self.0.note("finish");
         Ok(())
     }
+
+    fn withdraw(self: Box<Self>) {}
 }
 
 fn trainer(fail_write: Option<usize>, change: impl Fn(&InMemory)) -> (Trainer, Arc<Mutex<Vec<&'static str>>>) {

@@ -30,6 +30,8 @@ pub enum CommitError {
     /// The live weights could not be read or written.
     #[error("the live weights could not be reached: {0}")]
     Image(#[from] ImageError),
+    #[error("the optimizer's state could not be reached: {0}")]
+    Optimizer(String),
     /// Somebody else wrote the weights files since the newest commit.
     #[error(
         "{path} was changed by another program since commit {commit} ({why}), so nothing was written: put the committed file back, or remove .weightfs beside it to begin a new history from the files as they are"
@@ -88,6 +90,7 @@ impl CommitError {
             }
             CommitError::Io { .. }
             | CommitError::Image(_)
+            | CommitError::Optimizer(_)
             | CommitError::Foreign { .. }
             | CommitError::Corrupt { .. } => libc::EIO,
         }

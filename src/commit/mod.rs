@@ -111,8 +111,8 @@ pub struct CommitRequest<'a> {
     /// Committed with the weights; without, the state of the commit before stands.
     pub optimizer: Option<&'a OptimizerState>,
     /// Called once the weights are held still, for what goes with them at that moment, instead of `step` and
-    /// `optimizer`: while a trainer runs nobody can say before. It must not ask for a hold.
-    pub moment: Option<&'a (dyn Fn() -> Moment + Sync)>,
+    /// `optimizer`: while a trainer runs nobody can say before. It must not ask for a hold. An error ends the commit.
+    pub moment: Option<&'a (dyn Fn() -> Result<Moment, CommitError> + Sync)>,
     /// Called from any thread.
     pub progress: Option<&'a (dyn Fn(Progress) + Sync)>,
 }

@@ -53,7 +53,7 @@ impl Committer {
         tell(Phase::Finding, 0, layout.shards.iter().map(|s| s.bytes).sum());
         let mut hold = Some(live.hold()?);
         let held = Instant::now();
-        let moment = wanted.request.moment.map(|take| take());
+        let moment = wanted.request.moment.map(|take| take()).transpose()?;
         let request = match &moment {
             Some(m) => CommitRequest { step: m.step, optimizer: m.optimizer.as_ref(), ..wanted.request },
             None => wanted.request,

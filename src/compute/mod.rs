@@ -4,9 +4,10 @@
 //! `T` rows (tokens), `H` features, `D` head dimension, `V` vocabulary. Matrices are row-major. Which outputs are
 //! written (`=`) and which are added to (`+=`) is said at each operation, since the residual stream lives by it.
 //!
-//! [`cpu`] holds the only implementation so far; a CUDA twin takes the same sizes and device slices. What both must
-//! agree on to the bit is apart from them: the random numbers ([`rng`]) and how they round a weight ([`rounding`]).
+//! [`cpu`] is the reference, in f32; [`cuda`] its twin in bf16. What both must agree on to the bit is apart from them: the
+//! random numbers ([`rng`]) and how they round a weight ([`rounding`]).
 
 pub mod cpu;
+pub mod cuda;
 pub mod rng;
 pub mod rounding;

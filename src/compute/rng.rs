@@ -30,6 +30,11 @@ impl Stream {
         Stream { key: [seed as u32, (seed >> 32) as u32], tensor: name, purpose, when: when as u32 }
     }
 
+    /// What a GPU needs to draw from it: key, tensor, purpose and when.
+    pub fn words(&self) -> [u32; 5] {
+        [self.key[0], self.key[1], self.tensor, self.purpose, self.when]
+    }
+
     /// Four 32-bit words; block `b` holds words `4b..4b+4` of the stream. Blocks count to 2^32: 2^35 weights a tensor.
     #[inline(always)]
     pub fn block(&self, b: u32) -> [u32; 4] {

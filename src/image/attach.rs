@@ -1,6 +1,7 @@
 //! The image as everybody holds it: it stays the same when the engine behind it is another one.
 
 use super::shard::Attached;
+use super::tensor::EvenRows;
 use super::{ImageError, Part, ShardBytes, StepHold};
 use crate::memory::{Accelerator, Hash};
 use crate::model::{Dtype, ModelDirectory};
@@ -70,6 +71,22 @@ impl TensorRef {
 
     pub fn shape(&self) -> &[u64] {
         &self.shape
+    }
+
+    /// Whether any of it is on a device.
+    pub fn is_on_devices(&self) -> bool {
+        self.live().is_on_devices()
+    }
+
+    /// Where it lies, as rows of the elements that its first dimension counts (a vector is one row), if those are whole and
+    /// evenly apart in one memory; else why not, as the end of a sentence about it.
+    pub fn even_rows(&self) -> Result<EvenRows, &'static str> {
+        let columns: u64 = match &self.shape[..] {
+            [] => 1,
+            [n] => *n,
+            [_, rest @ ..] => rest.iter().product(),
+        };
+        self.live().even_rows(columns)
     }
 
     /// Copies elements, row-major from number `first` on, into `dst`.

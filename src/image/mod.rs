@@ -7,6 +7,7 @@ mod tensor;
 mod wide;
 
 pub use attach::{Image, TensorRef};
+pub use tensor::EvenRows;
 
 use crate::memory::{Accelerator, BLOCK, Hash, MemoryError};
 use rayon::prelude::*;

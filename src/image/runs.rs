@@ -66,6 +66,20 @@ impl Walk {
         self.first..self.end
     }
 
+    /// If the box is whole rows of a matrix of `columns` columns, each with its elements side by side in memory: the first
+    /// row, how many there are, and how many elements apart. Rows of a single one are as far apart as they are long.
+    pub fn rows(&self, columns: u64) -> Option<(u64, u64, u64)> {
+        let whole = self.first.is_multiple_of(columns) && self.end.is_multiple_of(columns);
+        let stride = match &self.outer[..] {
+            [] if columns == 1 => self.inner.memory,
+            [] if self.inner.memory == 1 => columns,
+            [rows] if rows.tensor == columns && self.inner.size == columns && self.inner.memory == 1 => rows.memory,
+            _ => return None,
+        };
+        let rows = (self.end - self.first) / columns;
+        (whole && stride >= columns).then_some((self.first / columns, rows, stride))
+    }
+
     /// Calls `each` for the parts of the box that lie in elements `from..to` of the tensor, in order.
     pub fn runs<E>(&self, from: u64, to: u64, mut each: impl FnMut(Run) -> Result<(), E>) -> Result<(), E> {
         if from >= self.end || to <= self.first {

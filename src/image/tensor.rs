@@ -24,6 +24,27 @@ pub(super) fn copy(_: usize, memory: &dyn Memory, run: Strided, dst: &mut [u8]) 
     }
 }
 
+/// Rows of a tensor that lie evenly apart in one memory: row i at `offset + i * stride` elements.
+#[derive(Debug, Clone)]
+pub struct EvenRows {
+    pub memory: Arc<dyn Memory>,
+    /// Bytes from the start of the memory.
+    pub offset: u64,
+    pub columns: u64,
+    pub rows: u64,
+    /// In elements of the engine's dtype.
+    pub stride: u64,
+    /// Bytes of one element.
+    pub element: u64,
+}
+
+impl EvenRows {
+    /// From the first row's start to the last one's end.
+    pub fn bytes(&self) -> u64 {
+        if self.rows == 0 { 0 } else { ((self.rows - 1) * self.stride + self.columns) * self.element }
+    }
+}
+
 /// A tensor whose bytes are in engine memory.
 #[derive(Debug)]
 pub(super) struct LiveTensor {
@@ -130,6 +151,53 @@ impl LiveTensor {
     /// What the engine keeps the tensor in: of its first piece, and so of all unless ranks differ.
     pub fn live_dtype(&self) -> Dtype {
         self.pieces.first().map_or(self.dtype, |p| p.dtype)
+    }
+
+    /// Whether any piece is on a device.
+    pub fn is_on_devices(&self) -> bool {
+        self.pieces.iter().any(|p| p.memory.device().is_some())
+    }
+
+    /// The tensor as a matrix of rows of `columns` elements, if all of it lies so in one memory; else why not, as the end of
+    /// a sentence about it. Pieces that follow each other as the rows of one matrix do are as good as one.
+    pub fn even_rows(&self, columns: u64) -> Result<EvenRows, &'static str> {
+        let mut whole: Option<(usize, EvenRows)> = None;
+        for piece in &self.pieces {
+            if piece.replica {
+                return Err("is kept by several ranks at once");
+            }
+            let (first, rows, stride) = piece.walk.rows(columns).ok_or("is split or turned within its rows")?;
+            let EvenRows { offset, .. } = match &mut whole {
+                None if first == 0 => {
+                    let (memory, element) = (piece.memory.clone(), piece.element);
+                    let rows = EvenRows { memory, offset: piece.offset, columns, rows, stride, element };
+                    whole = Some((piece.number, rows));
+                    continue;
+                }
+                Some((number, _)) if *number != piece.number => return Err("lies in several memories"),
+                Some((_, w)) if w.rows == first && w.element == piece.element && piece.dtype == self.live_dtype() => w,
+                _ => return Err("lies in pieces that are not one behind the other"),
+            };
+            let offset = *offset;
+            let Some((_, w)) = &mut whole else { unreachable!("found just now") };
+            // A single row has no stride of its own.
+            if w.rows == 1 {
+                let Some(apart) = piece.offset.checked_sub(offset).filter(|d| d.is_multiple_of(w.element)) else {
+                    return Err("lies in pieces that are not one behind the other");
+                };
+                w.stride = apart / w.element;
+            }
+            let follows = piece.offset == offset + w.rows * w.stride * w.element;
+            if !follows || w.stride < columns || (rows > 1 && stride != w.stride) {
+                return Err("lies in pieces that are not one behind the other");
+            }
+            w.rows += rows;
+        }
+        let (_, rows) = whole.ok_or("is held by nobody")?;
+        match rows.rows * columns * self.element == self.file.end - self.file.start {
+            true => Ok(rows),
+            false => Err("is not held whole"),
+        }
     }
 
     /// Copies elements from `first` on as values of [`LiveTensor::live_dtype`], not of the file's dtype.

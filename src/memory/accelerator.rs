@@ -1,6 +1,7 @@
 //! What a GPU does with memory of its own, many blocks at a time: hash them where they are, gather scattered pieces.
 //! Behind a trait, so that everything that plans such work is tested without a GPU.
 
+use super::cuda::Device;
 use super::{Hash, HostBuffer, MemoryError};
 use std::any::Any;
 use std::fmt::{self, Debug};
@@ -20,7 +21,8 @@ impl DeviceRange {
         DeviceRange { address, bytes, held }
     }
 
-    pub(super) fn address(&self) -> u64 {
+    /// Where it begins, on its device: for kernels and library calls.
+    pub fn address(&self) -> u64 {
         self.address
     }
 
@@ -106,6 +108,10 @@ pub trait Accelerator: Send + Sync + Debug {
 
 /// Memory that an accelerator can work on.
 pub trait DeviceMemory {
+    /// The CUDA device that it is on, if it is on one.
+    fn cuda(&self) -> Option<&Arc<Device>> {
+        None
+    }
     fn accelerator(&self) -> Arc<dyn Accelerator>;
     /// Bytes `offset..offset + bytes` of the memory.
     fn range(&self, offset: u64, bytes: u64) -> Result<DeviceRange, MemoryError>;

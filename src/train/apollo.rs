@@ -38,7 +38,8 @@ pub fn moment_elements(form: Form, shape: &[u64]) -> u64 {
 /// Can what is remembered of a tensor go on under these settings?
 pub fn fits(tensor: &TensorState, form: Form, shape: &[u64]) -> bool {
     let elements = moment_elements(form, shape) as usize;
-    tensor.form == form && tensor.m.len() == elements && tensor.v.len() == elements
+    let elsewhere = tensor.m.is_empty() && tensor.v.is_empty();
+    tensor.form == form && (elsewhere || tensor.m.len() == elements && tensor.v.len() == elements)
 }
 
 /// Updates tensors, with buffers that are kept from one to the next.

@@ -6,7 +6,7 @@ use super::pack::{Batch, Tokens};
 use super::sample::{Sample, TextModel, check};
 use super::settings::{Optimizer, Settings};
 use super::state::OptimizerState;
-use super::weights::Weights;
+use super::weights::{Weights, device_of};
 use parking_lot::Mutex;
 use serde_json::{Map, Value};
 use std::collections::HashSet;
@@ -153,7 +153,18 @@ impl Job {
         }) {
             return Err(BadJob(format!("tensor '{name}' is {:?}, which does not train", spec.dtype)));
         }
-        let working = steps.iter().map(|step| batch(&samples, step).memory(model, settings.rank())).max().unwrap_or(0);
+        let on_device = device_of(weights, model.tensors().into_iter().map(|(n, _)| n)).map_err(BadJob)?.is_some();
+        if let Some(why) = super::gpu::refusal(model).filter(|_| on_device) {
+            return Err(BadJob(why));
+        }
+        if on_device {
+            super::gpu::libraries().map_err(BadJob)?;
+        }
+        let needs = |step: &Vec<usize>| match on_device {
+            true => super::gpu::plan::least(model, &batch(&samples, step), &settings),
+            false => batch(&samples, step).memory(model, settings.rank()),
+        };
+        let working = steps.iter().map(needs).max().unwrap_or(0);
         Ok(Plan { settings, samples, steps, notes, memory: working + growth })
     }
 }

@@ -1,7 +1,7 @@
 //! The weights of a mounted model, as training sees them: through the image, in the dtype that the engine keeps them in,
 //! with steps that readers and commits see whole or not at all.
 
-use super::weights::{Step, TensorSpec, Weights};
+use super::weights::{DeviceTensor, Location, Step, TensorSpec, Weights};
 use crate::image::{Image, ImageError, ShardBytes, StepHold};
 use crate::model::element_bytes;
 use std::any::Any;
@@ -65,6 +65,25 @@ impl Weights for LiveWeights {
         tensor.write(rows.start * row, src)
     }
 
+    fn location(&self, name: &str) -> Location {
+        let (tensor, _) = self.rows(name);
+        let scattered = |why: &str| Location::Scattered(why.into());
+        let rows = match tensor.even_rows() {
+            Ok(rows) => rows,
+            Err(_) if !tensor.is_on_devices() => return Location::Host,
+            Err(why) => return scattered(why),
+        };
+        let Some(memory) = rows.memory.device() else { return Location::Host };
+        let Some(device) = memory.cuda() else { return scattered("is on a device that does not train") };
+        match memory.range(rows.offset, rows.bytes()) {
+            Ok(range) => {
+                let (device, address, stride) = (device.clone(), range.address(), rows.stride);
+                Location::Device(DeviceTensor { device, address, stride, held: Arc::new(range) })
+            }
+            Err(e) => scattered(&format!("cannot be reached ({e})")),
+        }
+    }
+
     fn begin_step(&self) -> Result<Box<dyn Step + '_>, ImageError> {
         // The queue takes one step at a time, and nothing else writes while it has jobs.
         self.image.check()?;
@@ -95,6 +114,11 @@ impl Step for LiveStep<'_> {
             drop(alone);
         }
         Ok(())
+    }
+
+    fn withdraw(mut self: Box<Self>) {
+        // Nothing ended: whoever waits reads what was there before.
+        self.alone = None;
     }
 }
 

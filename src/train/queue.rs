@@ -185,7 +185,14 @@ impl Queue {
     pub fn submit(&self, job: &str, source: &str) -> Result<u64, QueueError> {
         let model = &self.model;
         let plan = Job::parse(job)?.prepare(&self.text, &model.architecture, &*model.weights, &self.state)?;
-        let free = (self.free_memory)();
+        // On a GPU, what a running job holds goes back before this one begins.
+        let free = match model.device().map_err(BadJob)? {
+            Some(device) => {
+                let (free, _) = device.memory().map_err(|e| BadJob(e.to_string()))?;
+                free + model.held.load(std::sync::atomic::Ordering::Relaxed)
+            }
+            None => (self.free_memory)(),
+        };
         if plan.memory > free {
             return Err(QueueError::NoMemory { needs: size(plan.memory), free: size(free) });
         }
@@ -304,7 +311,7 @@ impl Shared {
         while let Some((record, plan)) = self.next_job(&trainer) {
             self.tell(&record);
             self.run(&mut trainer, pool, &plan);
-            trainer.model.release_buffers();
+            trainer.release_buffers();
         }
     }
 

@@ -2,10 +2,14 @@
 //! name, and the counters as JSON in its metadata. It goes with the weights: committed and rolled back with them.
 
 use crate::model::Dtype;
+use rayon::prelude::*;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::sync::Arc;
 
 /// Which tensors' moments these are: of the gradient itself, or of its projection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +42,49 @@ pub struct OptimizerState {
     /// Optimizer steps over the life of the model directory.
     pub step: u64,
     pub tensors: BTreeMap<String, TensorState>,
+    /// Where moments are that are not here.
+    pub remote: Elsewhere,
+}
+
+/// m and v of one tensor.
+pub type Moments = (Vec<f32>, Vec<f32>);
+
+/// Whoever has moments on a device. A tensor whose `m` and `v` are empty has them there.
+pub trait Remote: Send + Sync {
+    /// m and v of a tensor, or `None` if it has none there; the error is a sentence.
+    fn moments(&self, name: &str) -> Result<Option<Moments>, String>;
+
+    fn bytes(&self) -> u64;
+}
+
+/// A [`Remote`], or none.
+#[derive(Clone, Default)]
+pub struct Elsewhere(Option<Arc<dyn Remote>>);
+
+impl Elsewhere {
+    pub fn set(&mut self, remote: Arc<dyn Remote>) {
+        self.0 = Some(remote);
+    }
+
+    pub fn is(&self, remote: &Arc<dyn Remote>) -> bool {
+        self.0.as_ref().is_some_and(|r| std::ptr::addr_eq(Arc::as_ptr(r), Arc::as_ptr(remote)))
+    }
+}
+
+impl fmt::Debug for Elsewhere {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "on a device" } else { "here" })
+    }
+}
+
+impl PartialEq for Elsewhere {
+    fn eq(&self, other: &Elsewhere) -> bool {
+        match (&self.0, &other.0) {
+            (None, None) => true,
+            (Some(_), Some(remote)) => self.is(remote),
+            _ => false,
+        }
+    }
 }
 
 /// Why an optimizer file cannot be used.
@@ -66,10 +113,33 @@ struct TensorHeader {
 impl OptimizerState {
     /// Bytes in memory, and nearly in the file.
     pub fn bytes(&self) -> u64 {
-        self.tensors.values().map(|t| 4 * (t.m.len() + t.v.len()) as u64).sum()
+        let here: u64 = self.tensors.values().map(|t| 4 * (t.m.len() + t.v.len()) as u64).sum();
+        here + self.remote.0.as_ref().map_or(0, |r| r.bytes())
     }
 
-    /// The counters as JSON, and the moments by name, as little-endian f32.
+    /// The state with all moments in host memory: itself, or a copy with those of the device. To commit it, say; no step may
+    /// run meanwhile.
+    pub fn at_home(&self) -> Result<Cow<'_, OptimizerState>, BadState> {
+        if self.remote.0.is_none() {
+            return Ok(Cow::Borrowed(self));
+        }
+        let mut copy = self.clone();
+        copy.come_home()?;
+        Ok(Cow::Owned(copy))
+    }
+
+    /// Brings all moments to host memory; what is on the device means nothing from then on.
+    pub fn come_home(&mut self) -> Result<(), BadState> {
+        let Some(remote) = &self.remote.0 else { return Ok(()) };
+        for (name, t) in self.tensors.iter_mut().filter(|(_, t)| t.m.is_empty()) {
+            let found = remote.moments(name).map_err(|why| BadState(format!("moments of {name}: {why}")))?;
+            (t.m, t.v) = found.ok_or_else(|| BadState(format!("the moments of {name} are lost")))?;
+        }
+        self.remote.0 = None;
+        Ok(())
+    }
+
+    /// The counters as JSON, and the moments by name, as little-endian f32. Of a state that is [at home](Self::at_home).
     pub fn to_parts(&self) -> (String, Vec<(String, Vec<u8>)>) {
         let header = Header {
             version: VERSION,
@@ -82,9 +152,10 @@ impl OptimizerState {
                 .collect(),
         };
         let json = serde_json::to_string(&header).expect("maps with text keys, numbers and enums serialise");
-        let moments: Vec<(String, Vec<u8>)> = (self.tensors.iter())
-            .flat_map(|(name, t)| [(format!("{name}.m"), &t.m), (format!("{name}.v"), &t.v)])
-            .map(|(name, values)| (name, values.iter().flat_map(|x| x.to_le_bytes()).collect()))
+        // Gigabytes of a large model, for which a commit holds training up.
+        let moments: Vec<(String, Vec<u8>)> = (self.tensors.par_iter())
+            .flat_map_iter(|(name, t)| [(format!("{name}.m"), &t.m), (format!("{name}.v"), &t.v)])
+            .map(|(name, values)| (name, little_endian(values)))
             .collect();
         (json, moments)
     }
@@ -111,7 +182,7 @@ impl OptimizerState {
             let last_norm = t.last_norm.map(f32::from_bits);
             tensors.insert(name, TensorState { form: t.form, steps: t.steps, last_norm, m, v });
         }
-        Ok(OptimizerState { step: header.step, tensors })
+        Ok(OptimizerState { step: header.step, tensors, remote: Elsewhere::default() })
     }
 
     pub fn to_safetensors(&self) -> Vec<u8> {
@@ -135,6 +206,14 @@ impl OptimizerState {
     }
 }
 
+fn little_endian(values: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0; 4 * values.len()];
+    for (bytes, x) in bytes.chunks_exact_mut(4).zip(values) {
+        bytes.copy_from_slice(&x.to_le_bytes());
+    }
+    bytes
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -147,7 +226,7 @@ mod tests {
             ("lm_head.weight".to_string(), tensor(Form::Channel { rank: 4 }, Some(0.1))),
             ("model.embed_tokens.weight".to_string(), tensor(Form::Tensor { rank: 1 }, Some(1.0 / 3.0))),
         ]);
-        OptimizerState { step: 12, tensors }
+        OptimizerState { step: 12, tensors, remote: Elsewhere::default() }
     }
 
     #[test]

@@ -10,12 +10,15 @@ use super::delta_net;
 use super::families::{Architecture, Attention, Layer, Linear, Mixer};
 use super::gradients::{AttentionGradients, Gradients, LayerGradients, MixerGradients};
 use super::pack::Batch;
-use super::weights::Weights;
+use super::weights::{Weights, device_of};
 use crate::compute::cpu::buffers::{Buffer, Pool};
 use crate::compute::cpu::{self, attention, linear, output_gate, rms_norm, rope, swiglu, weight};
+use crate::compute::cuda::GpuError;
 use crate::image::ImageError;
+use crate::memory::cuda::Device;
 use parking_lot::Mutex;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 /// A gradient above this is taken for overflow: its square, summed, no longer fits f32.
 pub(super) const LARGEST: f64 = 1e15;
@@ -27,6 +30,11 @@ pub enum StepError {
     Image(#[from] ImageError),
     #[error("the {what} of {} is not finite; the weights were left as they were", sample.map_or("a sample".into(), |s| format!("sample {s}")))]
     NotFinite { what: String, sample: Option<usize> },
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    /// On a GPU, where layers are updated one by one for want of memory.
+    #[error("step {step} was cut while weights were being written ({what}): roll back to the last commit")]
+    Cut { step: u64, what: String },
     #[error("step {step} was cut while weights were being written ({source}): roll back to the last commit")]
     Torn {
         step: u64,
@@ -35,9 +43,26 @@ pub enum StepError {
     },
 }
 
+impl StepError {
+    /// What happened, without what became of the weights.
+    pub(super) fn in_short(&self) -> String {
+        match self {
+            StepError::NotFinite { what, .. } => format!("the {what} is not finite"),
+            other => other.to_string(),
+        }
+    }
+
+    /// Whether weights were written and others of the step were not.
+    pub fn is_torn(&self) -> bool {
+        matches!(self, StepError::Torn { .. } | StepError::Cut { .. })
+    }
+}
+
 /// A model whose weights are somewhere alive.
 #[derive(Clone)]
 pub struct Model {
+    /// Bytes that a trainer holds on the device of the weights.
+    pub(super) held: Arc<AtomicU64>,
     pub architecture: Arc<Architecture>,
     pub weights: Arc<dyn Weights>,
     pub(super) pool: Pool,
@@ -94,7 +119,14 @@ impl Model {
     /// Checks that every tensor is there as config.json implies.
     pub fn new(architecture: Architecture, weights: Arc<dyn Weights>) -> Result<Model, Refusal> {
         architecture.check(&*weights)?;
-        Ok(Model { architecture: Arc::new(architecture), weights, pool: Pool::default(), last: Arc::default() })
+        let (pool, last, held) = Default::default();
+        Ok(Model { architecture: Arc::new(architecture), weights, pool, last, held })
+    }
+
+    /// The device that the weights are on and train on; `None` for weights in host memory. The error says, in a sentence, why
+    /// they do not train.
+    pub fn device(&self) -> Result<Option<Arc<Device>>, String> {
+        device_of(&*self.weights, self.architecture.tensors().into_iter().map(|(name, _)| name))
     }
 
     /// Gives the memory that steps share back to the system, when no more are coming.

@@ -1,10 +1,12 @@
 //! One optimizer step, whole or not at all: gradients first, while readers go on, then the update of every tensor.
 
 use super::apollo::Updater;
+use super::gpu::GpuTrainer;
 use super::pack::Batch;
 use super::settings::Settings;
 use super::state::OptimizerState;
 use super::step::{Model, StepError};
+use crate::compute::cuda::GpuError;
 use parking_lot::Mutex;
 use std::sync::Arc;
 
@@ -15,6 +17,8 @@ pub struct Trainer {
     pub model: Model,
     pub state: Arc<Mutex<OptimizerState>>,
     updater: Updater,
+    /// Where the weights are on a GPU: made with the first step.
+    gpu: Option<GpuTrainer>,
 }
 
 /// What a step did.
@@ -34,15 +38,32 @@ pub struct StepReport {
 
 impl Trainer {
     pub fn new(model: Model, state: Arc<Mutex<OptimizerState>>) -> Trainer {
-        Trainer { model, state, updater: Updater::default() }
+        Trainer { model, state, updater: Updater::default(), gpu: None }
     }
 
-    /// One step on `batch` at learning rate `lr`. An error other than [`StepError::Torn`] leaves weights and state as
+    /// Gives the memory that steps share back, when no more are coming.
+    pub fn release_buffers(&self) {
+        self.model.release_buffers();
+        if let Some(gpu) = &self.gpu {
+            gpu.release_buffers();
+        }
+    }
+
+    /// One step on `batch` at learning rate `lr`. An error for which [`StepError::is_torn`] says no leaves weights and state as
     /// they were.
     pub fn step(&mut self, batch: &Batch, settings: &Settings, lr: f64) -> Result<StepReport, StepError> {
+        if let Some(device) = self.model.device().map_err(GpuError::Library)? {
+            let gpu = match &mut self.gpu {
+                Some(gpu) if gpu.gpu().device.id == device.id => gpu,
+                slot => slot.insert(GpuTrainer::new(self.model.clone(), &device)?),
+            };
+            return gpu.step(batch, settings, lr, &self.state);
+        }
         let trainable = |name: &str| settings.trains(name);
         let weights = self.model.weights.clone();
         let mut step = weights.begin_step()?;
+        // Of a life on a GPU.
+        self.state.lock().come_home().map_err(|e| GpuError::Library(e.to_string()))?;
         let (losses, gradients) = self.model.forward_backward(batch, &trainable)?;
         let loss = losses.iter().map(|&l| l as f64).sum::<f64>() / losses.len() as f64;
         let mut report = StepReport {

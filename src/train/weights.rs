@@ -2,10 +2,13 @@
 
 use crate::compute::cpu::weight::Kind;
 use crate::image::ImageError;
+use crate::memory::cuda::Device;
 use crate::model::Dtype;
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Type and shape of a tensor, as its bytes are read and written here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +33,27 @@ impl TensorSpec {
     }
 }
 
+/// A tensor on a device: element (i, j) at `address + (i * stride + j) * bytes of an element`; a vector is one row, and of
+/// more than two dimensions all but the first are columns.
+#[derive(Clone)]
+pub struct DeviceTensor {
+    pub device: Arc<Device>,
+    pub address: u64,
+    pub stride: u64,
+    /// While it lives, the address stays mapped.
+    pub held: Arc<dyn Any + Send + Sync>,
+}
+
+/// Where a tensor is, as far as training cares.
+pub enum Location {
+    /// Its rows are read and written.
+    Host,
+    /// All of it on one device, in whole rows: it trains in place.
+    Device(DeviceTensor),
+    /// On devices, but not so: why, as the end of a sentence about the tensor.
+    Scattered(String),
+}
+
 /// Live weights, trained in place. Rows are indices of a tensor's first dimension; bytes are its row-major elements,
 /// little-endian, of the dtype that [`Weights::tensor`] says.
 pub trait Weights: Send + Sync {
@@ -41,19 +65,63 @@ pub trait Weights: Send + Sync {
     /// Called only between [`Step::begin_update`] and [`Step::finish`].
     fn write_rows(&self, name: &str, rows: Range<u64>, src: &[u8]) -> Result<(), ImageError>;
 
+    /// Where a tensor that [`Weights::tensor`] knows is, in the dtype that it says.
+    fn location(&self, _name: &str) -> Location {
+        Location::Host
+    }
+
     /// Begins an optimizer step: until it is dropped, nobody else writes these weights. Readers may go on.
     fn begin_step(&self) -> Result<Box<dyn Step + '_>, ImageError>;
 }
 
 /// One optimizer step. The forward and backward passes come first and only read; then `begin_update`, after which
 /// nothing but a failing memory can stop the step; then all writes; then `finish`. Dropped before `begin_update`, it
-/// was never there; dropped between the two, the weights are torn and only a rollback mends them.
+/// was never there; dropped between the two, the weights are torn and only a rollback mends them, unless it was
+/// withdrawn.
 pub trait Step {
     /// From here to the end no reader may read and no commit may begin.
     fn begin_update(&mut self) -> Result<(), ImageError>;
 
     /// All is written: the weights are those of step `step`.
     fn finish(self: Box<Self>, step: u64) -> Result<(), ImageError>;
+
+    /// Ends the step after `begin_update` where nothing was written: the weights are those of the step before.
+    fn withdraw(self: Box<Self>);
+}
+
+/// The device that tensors are on, each in a way that trains in place there; `None` for weights in host memory. The error says
+/// in a sentence which tensor keeps them from training, and why.
+pub fn device_of<'a>(
+    weights: &dyn Weights,
+    names: impl IntoIterator<Item = &'a str>,
+) -> Result<Option<Arc<Device>>, String> {
+    let (mut device, mut on_host): (Option<(Arc<Device>, &str)>, Option<&str>) = (None, None);
+    for name in names {
+        match weights.location(name) {
+            Location::Host => on_host = on_host.or(Some(name)),
+            Location::Scattered(why) => {
+                return Err(format!(
+                    "tensor '{name}' {why}: training on a GPU needs every tensor whole, in rows evenly apart, on one GPU"
+                ));
+            }
+            Location::Device(tensor) => match &device {
+                Some((d, other)) if d.id != tensor.device.id => {
+                    return Err(format!(
+                        "tensor '{name}' is on {} and '{other}' on {}: training on a GPU needs the weights on one GPU",
+                        tensor.device.id.uuid, d.id.uuid
+                    ));
+                }
+                Some(_) => {}
+                None => device = Some((tensor.device, name)),
+            },
+        }
+    }
+    match (device, on_host) {
+        (Some((_, name)), Some(other)) => Err(format!(
+            "tensor '{name}' is on a GPU and '{other}' in host memory: training needs the weights in one of them"
+        )),
+        (device, _) => Ok(device.map(|(d, _)| d)),
+    }
 }
 
 /// Weights of our own, for tests, benchmarks and examples.
@@ -139,5 +207,46 @@ impl Step for InMemoryStep<'_> {
     fn finish(self: Box<Self>, step: u64) -> Result<(), ImageError> {
         *self.0.step.lock() = step;
         Ok(())
+    }
+
+    fn withdraw(self: Box<Self>) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Only asked where its tensors are.
+    struct Places(&'static [(&'static str, Option<&'static str>)]);
+
+    impl Weights for Places {
+        fn tensor(&self, _: &str) -> Option<TensorSpec> {
+            None
+        }
+
+        fn read_rows(&self, _: &str, _: Range<u64>, _: &mut [u8]) -> Result<(), ImageError> {
+            unreachable!("nobody reads")
+        }
+
+        fn write_rows(&self, _: &str, _: Range<u64>, _: &[u8]) -> Result<(), ImageError> {
+            unreachable!("nobody writes")
+        }
+
+        fn location(&self, name: &str) -> Location {
+            let (_, why) = self.0.iter().find(|(n, _)| *n == name).expect("one of them");
+            why.map_or(Location::Host, |why| Location::Scattered(why.into()))
+        }
+
+        fn begin_step(&self) -> Result<Box<dyn Step + '_>, ImageError> {
+            unreachable!("nobody trains")
+        }
+    }
+
+    #[test]
+    fn a_tensor_that_keeps_a_model_from_training_is_named_with_the_reason() {
+        let places = Places(&[("a", None), ("b", Some("lies in several memories"))]);
+        assert!(device_of(&places, ["a"]).unwrap().is_none());
+        let why = device_of(&places, ["a", "b"]).unwrap_err();
+        assert!(why.starts_with("tensor 'b' lies in several memories: "), "{why}");
     }
 }

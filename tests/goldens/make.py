@@ -7,6 +7,7 @@ No weights are stored: both sides compute them from the tensor's name (`weights`
 as values that bf16 holds exactly. Each NAME.safetensors holds, for one sequence `ids`:
   plain.logits, plain.loss, plain.grad.TENSOR            the sequence, trained from its second token on
   context.logits, context.loss, context.grad.TENSOR      its first CONTEXT tokens without gradient, the last of them with it
+`bf16_errors.txt` says how far transformers in bfloat16 is from them, which is what a trainer in bfloat16 is measured by.
 The RoPE cases keep the gradients of q_proj and k_proj alone: nothing else about them differs.
 
 Qwen3.5's context: transformers changes the recurrent state in place, so that a cached context cannot be trained after. There the whole
@@ -137,11 +138,10 @@ def build(name, config):
     return model, torch.tensor([ids]), context
 
 
-def make(name, config):
-    model, ids, context = build(name, config)
-    out = {"ids": ids[0].to(torch.int32)}
+def runs(name, model, ids, context):
+    """Logits and targets of both runs."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
-    runs = {"plain": (logits, ids[0, 1:])}
+    yield "plain", logits, ids[0, 1:]
     with torch.no_grad():
         cache = model(input_ids=ids[:, : context - 1], use_cache=True).past_key_values
     if name in LENGTHS:
@@ -152,8 +152,30 @@ def make(name, config):
         assert torch.allclose(logits, cached, atol=2e-5)
     else:
         logits = model(input_ids=ids[:, context - 1 : -1], past_key_values=cache, use_cache=True).logits[0]
-    runs["context"] = (logits, ids[0, context:])
-    for run, (logits, targets) in runs.items():
+    yield "context", logits, ids[0, context:]
+
+
+def bf16_errors(name, config, golden):
+    """By run: the loss's error in bf16, and the largest and the median relative error of a gradient; the larger of those of a
+    model in bf16 and of one in float32 under autocast."""
+    errors = {}
+    for autocast in (False, True):
+        model, ids, context = build(name, config)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            for run, logits, targets in runs(name, model if autocast else model.bfloat16(), ids, context):
+                loss, grads = loss_and_grads(model, logits, targets)
+                start = f"{run}.grad."
+                wants = {k.removeprefix(start): v.double() for k, v in golden.items() if k.startswith(start)}
+                off = sorted(float((grads[n].double() - w).norm() / w.norm()) for n, w in wants.items())
+                here = (abs(float(loss) - float(golden[f"{run}.loss"])), off[-1], off[len(off) // 2])
+                errors[run] = [max(a, b) for a, b in zip(errors.get(run, here), here)]
+    return errors
+
+
+def make(name, config):
+    model, ids, context = build(name, config)
+    out = {"ids": ids[0].to(torch.int32)}
+    for run, logits, targets in runs(name, model, ids, context):
         loss, grads = loss_and_grads(model, logits, targets)
         out[f"{run}.logits"], out[f"{run}.loss"] = logits.detach().clone(), loss.reshape(1)
         for tensor, grad in grads.items():
@@ -163,10 +185,17 @@ def make(name, config):
     text = json.loads(config.to_json_string())
     text["context_length"] = context
     (HERE / f"{name}.json").write_text(json.dumps(text, indent=1) + "\n")
-    print(name, {run: float(out[f"{run}.loss"]) for run in runs}, type(model).__name__)
+    print(name, float(out["plain.loss"]), float(out["context.loss"]), type(model).__name__)
+    # Qwen3.5 does not train on a GPU.
+    if name in LENGTHS:
+        return []
+    return [" ".join([name, run] + [f"{x:.5f}" for x in numbers]) for run, numbers in bf16_errors(name, config, out).items()]
 
 
 if __name__ == "__main__":
+    file = HERE / "bf16_errors.txt"
+    lines = file.read_text().splitlines() if file.exists() else []
     for name, config in CASES.items():
         if len(sys.argv) < 2 or name in sys.argv[1:]:
-            make(name, config)
+            lines = [line for line in lines if line.split()[0] != name] + make(name, config)
+    file.write_text("\n".join(lines) + "\n")

@@ -96,7 +96,7 @@ impl Mounted {
             let now = self.step.load(Ordering::Acquire).max(uncounted);
             step.store(now, Ordering::Release);
             optimizer.store(self.optimizer_step().unwrap_or(0), Ordering::Release);
-            Moment { step: now, optimizer: self.optimizer_to_commit() }
+            Ok(Moment { step: now, optimizer: self.optimizer_to_commit()? })
         };
         let request = CommitRequest { moment: Some(&moment), ..CommitRequest::new(message.unwrap_or_default(), 0) };
         let report = committer.commit(&*self.image, &request)?;

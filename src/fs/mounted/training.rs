@@ -4,6 +4,7 @@ use super::{Event, Mounted};
 use crate::commit::{self, CommitError, Committer};
 use crate::fs::{FsError, job_file};
 use crate::image::Image;
+use crate::memory::cuda::add_search_process;
 use crate::model::ModelDirectory;
 use crate::source::Place;
 use crate::train::queue::{self, QueueError};
@@ -140,6 +141,8 @@ impl Mounted {
             false => job_file::read(job, writer)?,
         };
         let queue = self.queue()?;
+        // Libraries that an engine on a GPU has are those that fit there.
+        self.image.source().engines.iter().filter_map(|e| e.pid).for_each(add_search_process);
         let refused = |e: QueueError| {
             let message = if inline { e.to_string() } else { format!("{source}: {e}") };
             match e {
@@ -187,10 +190,16 @@ impl Mounted {
     }
 
     /// The optimizer's state, for a commit that holds the weights of this moment; `None` when it stands as committed.
-    pub(super) fn optimizer_to_commit(&self) -> Option<commit::OptimizerState> {
-        let state = self.training.queue.get()?.state();
+    pub(super) fn optimizer_to_commit(&self) -> Result<Option<commit::OptimizerState>, CommitError> {
+        let Some(queue) = self.training.queue.get() else { return Ok(None) };
+        let state = queue.state();
         let state = state.lock();
-        (state.step != *self.training.committed.lock()).then(|| committed_form(&state))
+        if state.step == *self.training.committed.lock() {
+            return Ok(None);
+        }
+        // Moments may be on a GPU.
+        let state = state.at_home().map_err(|e| CommitError::Optimizer(e.to_string()))?;
+        Ok(Some(committed_form(&state)))
     }
 
     /// A commit has made the optimizer's state of `step` durable.

@@ -19,6 +19,8 @@ enum Layout {
     Whole,
     Halves,
     Columns,
+    /// A row, and the others behind it, in a wider matrix.
+    Stacked,
     /// Each row of one device apart from the next.
     Padded,
     Transposed,
@@ -89,6 +91,13 @@ fn world(layouts: &[Layout], pad: usize) -> World {
                     segment(1, [0, left], [ROWS, COLUMNS - left], [COLUMNS - left, 1], offset, Dtype::BF16),
                 ]
             }
+            Layout::Stacked => {
+                let wide = COLUMNS + 8;
+                vec![
+                    segment(0, [1, 0], [ROWS - 1, COLUMNS], [wide, 1], offset + 2 * wide, Dtype::BF16),
+                    segment(0, [0, 0], [1, COLUMNS], strides, offset, Dtype::BF16),
+                ]
+            }
             Layout::Padded => vec![segment(1, [0, 0], [ROWS, COLUMNS], [COLUMNS + 3, 1], offset, Dtype::BF16)],
             Layout::Transposed => vec![segment(0, [0, 0], [ROWS, COLUMNS], [1, ROWS], offset, Dtype::BF16)],
             Layout::Cast => vec![whole(1, Dtype::F32)],
@@ -124,7 +133,7 @@ fn live(image: &Attached) -> Blocks {
 
 fn layouts() -> impl Strategy<Value = Vec<Layout>> {
     use Layout::*;
-    let any = prop::sample::select(vec![Whole, Whole, Halves, Columns, Padded, Transposed, Cast, Host, Disk]);
+    let any = prop::sample::select(vec![Whole, Whole, Halves, Columns, Stacked, Padded, Transposed, Cast, Host, Disk]);
     prop::collection::vec(any, 1..8)
 }
 
@@ -172,6 +181,25 @@ proptest! {
         for (cut, buffer) in cuts.iter().zip(&buffers) {
             prop_assert_eq!(&all[cut.clone()], &buffer[..]);
         }
+    }
+}
+
+#[test]
+fn rows_that_lie_evenly_apart_in_one_memory_are_found_and_others_are_told_why() {
+    use Layout::*;
+    let world = world(&[Whole, Padded, Cast, Host, Stacked, Halves, Columns, Transposed], 0);
+    let rows = |i: usize| world.image.tensor(&format!("t{i:03}")).unwrap().0.even_rows(COLUMNS);
+    for (i, memory, stride, element) in
+        [(0, 0, COLUMNS, 2), (1, 1, COLUMNS + 3, 2), (2, 1, COLUMNS, 4), (3, 2, COLUMNS, 2), (4, 0, COLUMNS + 8, 2)]
+    {
+        let found = rows(i).unwrap();
+        assert_eq!((found.rows, found.columns, found.stride, found.element), (ROWS, COLUMNS, stride, element), "{i}");
+        assert!(Arc::ptr_eq(&found.memory, &world.memories[memory]));
+        assert_eq!(found.offset, i as u64 * ROWS * COLUMNS * 2 * 4 + 8);
+        assert_eq!(found.bytes(), ((ROWS - 1) * stride + COLUMNS) * element);
+    }
+    for (i, why) in [(5, "several memories"), (6, "within its rows"), (7, "within its rows")] {
+        assert!(rows(i).unwrap_err().contains(why), "{i}: {:?}", rows(i));
     }
 }
 

@@ -177,6 +177,10 @@ impl Memory for CudaMemory {
 }
 
 impl DeviceMemory for CudaMemory {
+    fn cuda(&self) -> Option<&Arc<Device>> {
+        Some(self.gpu.device())
+    }
+
     fn accelerator(&self) -> Arc<dyn Accelerator> {
         self.gpu.clone()
     }

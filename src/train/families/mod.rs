@@ -263,6 +263,14 @@ impl Architecture {
 }
 
 impl Layer {
+    /// Its attention. Only for models that [`gpu::refusal`](super::gpu::refusal) has nothing against.
+    pub(super) fn attention(&self) -> &Attention {
+        match &self.mixer {
+            Mixer::Attention(attention) => attention,
+            Mixer::DeltaNet(_) => unreachable!("a model with linear attention was refused"),
+        }
+    }
+
     pub fn linears(&self) -> Vec<&Linear> {
         let mut linears = match &self.mixer {
             Mixer::Attention(a) => vec![&a.q, &a.k, &a.v, &a.o],

@@ -1,0 +1,285 @@
+//! The arithmetic of one update (see `cpu::apollo`), with the same random numbers and the same rounding to the bit. Whether
+//! a tensor is touched at all is decided on the device, so that the host never waits in the middle of a step.
+
+use super::rms_norm::sum_partial;
+use super::{Buffer, Gpu, Part, Result, Weight, blocks, kernels, launch};
+use crate::compute::cpu::weight::Kind;
+use crate::compute::rng::Stream;
+
+kernels!("apollo");
+
+const BLOCK: usize = 256;
+/// Rows whose columns' squares one block adds.
+const SPAN: usize = 64;
+
+/// A gradient in bf16 or, where `wide`, f32: `rows x columns`, tight. With `map` (i32, by row of the weight) row i of the
+/// weight has row map[i] of it, or none where that is negative.
+#[derive(Clone, Copy)]
+pub struct Gradient {
+    pub part: Part,
+    pub wide: bool,
+    pub rows: usize,
+    pub columns: usize,
+    pub map: Option<Part>,
+}
+
+impl Gradient {
+    pub fn new(part: Part, wide: bool, rows: usize, columns: usize) -> Gradient {
+        part.holds(rows * columns, if wide { 4 } else { 2 });
+        Gradient { part, wide, rows, columns, map: None }
+    }
+}
+
+/// What becomes of a tensor in this step: `verdict` (i32: 0 update, 1 zero gradient, 2 not finite or too large), and `halted`
+/// (i32), set when any tensor's verdict is 2: no later kernel of the step then changes anything.
+#[derive(Clone, Copy)]
+pub struct Verdict {
+    pub verdict: Part,
+    pub halted: Part,
+}
+
+impl Verdict {
+    fn parts(&self) -> (u64, u64) {
+        (self.verdict.holds(1, 4), self.halted.holds(1, 4))
+    }
+}
+
+/// How weights are rounded, as `cpu::apollo::Apply`.
+pub struct Apply<'a> {
+    pub stochastic: Option<&'a Stream>,
+    pub keep: f32,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Words([u32; 5]);
+
+// SAFETY: five words in C's layout, as `struct Stream` in the kernels.
+unsafe impl cudarc::driver::DeviceRepr for Words {}
+
+fn words(stream: Option<&Stream>) -> Words {
+    Words(stream.map_or([0; 5], |s| s.words()))
+}
+
+/// What multiplies a gradient: by row or by column of the whole matrix (f32), and in all `gain` (f32, one value).
+#[derive(Clone, Copy)]
+pub enum Factors {
+    One,
+    Rows(Part),
+    Columns(Part),
+}
+
+/// The matrix that projects, in the forms that [`project`] takes.
+pub struct Projection {
+    rank: usize,
+    /// Rank 1: f32.
+    single: Option<Buffer>,
+    /// Else bf16 twice: rounded, and what rounding lost.
+    split: Option<Buffer>,
+}
+
+/// Fills a projection of a dimension of `small` to `rank`, in the stream's order (rank x small of a tall matrix, small x rank
+/// of a wide one), variance 1/rank.
+pub fn projection(gpu: &Gpu, stream: &Stream, small: usize, rank: usize, tall: bool) -> Result<Projection> {
+    let (count, scale) = (rank * small, 1.0 / (rank as f32).sqrt());
+    let (single, split) = match rank {
+        1 => (Some(gpu.f32(count)?), None),
+        _ => (None, Some(gpu.bf16(2 * count)?)),
+    };
+    let part = |b: &Option<Buffer>| b.as_ref().map_or(0, |b| b.part().address);
+    // Tall: rows of the rounded matrix, then rows of the rest. Wide: both side by side in every row.
+    let inner = if tall { count } else { rank };
+    launch!(gpu, "projection", (blocks(count.div_ceil(4), BLOCK), 1, 1), (BLOCK as u32, 1, 1), 0;
+        words(Some(stream)), count as i64, scale, part(&single), part(&split), inner as i64);
+    Ok(Projection { rank, single, split })
+}
+
+/// `out (count, bf16)` = normals times `scale`: weights for tests.
+pub fn normals(gpu: &Gpu, stream: &Stream, count: usize, scale: f32, out: Part) -> Result<()> {
+    let split = gpu.bf16(2 * count)?;
+    launch!(gpu, "projection", (blocks(count.div_ceil(4), BLOCK), 1, 1), (BLOCK as u32, 1, 1), 0;
+        words(Some(stream)), count as i64, scale, 0u64, split.part().address, count as i64);
+    gpu.copy(split.part().first(2 * count as u64), out)
+}
+
+/// The first pass over rows `first..` of a gradient of a matrix m x n, of which `g` is a part (all of it, for a wide matrix):
+/// sums of squares by channel into `squares` (f32), the projected gradient into `projected` (f32, twice the size for ranks
+/// above 1: in two summands).
+pub fn measure(
+    gpu: &Gpu,
+    g: &Gradient,
+    tall: bool,
+    first: usize,
+    projection: Option<&Projection>,
+    squares: Part,
+    projected: Part,
+) -> Result<()> {
+    let (rows, n) = (g.rows, g.columns);
+    let single = projection.and_then(|p| p.single.as_ref()).map(Buffer::part);
+    let suffix = match (g.wide, n % 8) {
+        (true, _) => "_f32",
+        (false, 0) => "_wide",
+        _ => "",
+    };
+    let width = if suffix == "_wide" { 8 } else { 1 };
+    if tall {
+        let r = if single.is_some() { projected.from(4 * first as u64).f32(rows) } else { 0 };
+        launch!(gpu, &format!("square_rows{suffix}"), (blocks(rows, 8), 1, 1), (BLOCK as u32, 1, 1), 0;
+            g.part.address, rows as i32, n as i32, single.map_or(0, |p| p.f32(n)), r,
+            squares.from(4 * first as u64).f32(rows));
+    } else {
+        assert_eq!(first, 0);
+        let count = rows.div_ceil(SPAN);
+        let planes = 1 + single.is_some() as usize;
+        let partial = gpu.f32(planes * count * n)?;
+        launch!(gpu, &format!("square_columns{suffix}"), (blocks(n, 128 * width), count as u32, 1), (128, 1, 1), 0;
+            g.part.address, rows as i32, n as i32, SPAN as i32, single.map_or(0, |p| p.f32(rows)), partial.part().address);
+        sum_partial(gpu, partial.part(), count, n, squares)?;
+        if single.is_some() {
+            sum_partial(gpu, partial.from((4 * count * n) as u64), count, n, projected)?;
+        }
+    }
+    let Some(p) = projection.filter(|p| p.single.is_none()) else { return Ok(()) };
+    use super::matmul::{Operand, Output, matmul};
+    // The products want bf16; a gradient in f32 is small.
+    let narrow;
+    let part = match g.wide {
+        false => g.part,
+        true => {
+            narrow = gpu.bf16(rows * n)?;
+            let g = Weight { address: g.part.address, kind: Kind::F32, rows, columns: n, stride: n };
+            super::linear::narrow(gpu, &g, narrow.part())?;
+            narrow.part()
+        }
+    };
+    let split = p.split.as_ref().map_or(Part::NONE, Buffer::part);
+    let width = 2 * p.rank;
+    match tall {
+        true => {
+            let out = projected.from((4 * first * width) as u64);
+            let split = Operand::new(split, n).t();
+            matmul(gpu, Output::f32(out, width), rows, width, n, Operand::new(part, n), split)
+        }
+        false => {
+            let split = Operand::new(split, width).t();
+            matmul(gpu, Output::f32(projected, n), width, n, rows, split, Operand::new(part, n))
+        }
+    }
+}
+
+/// Decides, from all sums of squares (f32, `count`), each of which and their sum may be at most `limit`.
+pub fn judge(gpu: &Gpu, squares: Part, count: usize, limit: f32, verdict: &Verdict) -> Result<()> {
+    let (v, h) = verdict.parts();
+    launch!(gpu, "judge", (1, 1, 1), (1024, 1, 1), 0; squares.f32(count), count as i32, limit, v, h);
+    Ok(())
+}
+
+/// Numbers of the optimizer that a tensor's update takes.
+#[derive(Debug, Clone, Copy)]
+pub struct Rates {
+    pub betas: (f32, f32),
+    pub eps: f32,
+    /// Learning rate with bias correction and scale.
+    pub rate: f32,
+    /// The limiter's, 0 for none.
+    pub growth: f32,
+}
+
+/// Moments, factors and limiter after [`measure`] and [`judge`]: `factors` (f32, channels) and `gain` (f32). `last` (f32) is the
+/// norm of the update before, negative for none.
+#[allow(clippy::too_many_arguments)]
+pub fn factors(
+    gpu: &Gpu,
+    (channels, rank, tall, by_channel): (usize, usize, bool, bool),
+    projected: Part,
+    squares: Part,
+    (m, v): (Part, Part),
+    rates: &Rates,
+    last: Part,
+    (factors, gain): (Part, Part),
+    verdict: &Verdict,
+) -> Result<()> {
+    let (raw, normed) = (gpu.f32(channels)?, gpu.f32(channels)?);
+    let halves = rank > 1;
+    let (name, per) = if tall { ("moments_tall", 8) } else { ("moments_flat", BLOCK) };
+    let (vp, hp) = verdict.parts();
+    let size = rank * channels;
+    launch!(gpu, name, (blocks(channels, per), 1, 1), (BLOCK as u32, 1, 1), 0;
+        projected.f32(if halves { 2 * size } else { size }), halves as i32, channels as i32, rank as i32,
+        rates.betas.0, rates.betas.1, rates.eps, m.f32(size), v.f32(size), raw.part().address, normed.part().address,
+        vp, hp);
+    launch!(gpu, "factors", (1, 1, 1), (1024, 1, 1), 0;
+        raw.part().address, normed.part().address, squares.f32(channels), channels as i32, by_channel as i32,
+        rates.growth, rates.rate, last.f32(1), factors.f32(channels), gain.f32(1), vp, hp);
+    Ok(())
+}
+
+/// The second pass: `w <- round((w - factor g gain) keep)` for the rows `first..` of the weight that `g` has (all, with a map).
+#[allow(clippy::too_many_arguments)]
+pub fn apply(
+    gpu: &Gpu,
+    w: &Weight,
+    g: &Gradient,
+    first: usize,
+    factors: Factors,
+    gain: Part,
+    how: &Apply,
+    verdict: &Verdict,
+) -> Result<()> {
+    let (rows, n) = (if g.map.is_some() { w.rows } else { g.rows }, w.columns);
+    assert!(first + rows <= w.rows && n == g.columns);
+    let (factors, by) = match factors {
+        Factors::One => (0, 0),
+        Factors::Rows(f) => (f.f32(w.rows), 1),
+        Factors::Columns(f) => (f.f32(n), 2),
+    };
+    let map = g.map.map_or(0, |m| m.holds(w.rows, 4));
+    let (vp, hp) = verdict.parts();
+    let stochastic = how.stochastic.is_some() as i32;
+    let aligned = w.kind == Kind::Bf16
+        && n.is_multiple_of(8)
+        && w.stride.is_multiple_of(8)
+        && (w.address | factors).is_multiple_of(16);
+    if aligned && rows * n / 8 < u32::MAX as usize {
+        let name = if g.wide { "apply_wide_f32" } else { "apply_wide" };
+        let grid = blocks(rows * n / 8, BLOCK).min(32 * gpu.device.multiprocessors);
+        launch!(gpu, name, (grid, 1, 1), (BLOCK as u32, 1, 1), 0;
+            w.address, w.stride as i64, g.part.address, rows as i32, n as i32, first as i64, map, factors, by,
+            gain.f32(1), how.keep, stochastic, words(how.stochastic), vp, hp);
+    } else {
+        launch!(gpu, "apply", (blocks(rows * n, BLOCK), 1, 1), (BLOCK as u32, 1, 1), 0;
+            w.address, w.number(), w.stride as i64, g.part.address, g.wide as i32, rows as i32, n as i32, first as i64,
+            map, factors, by, gain.f32(1), how.keep, stochastic, words(how.stochastic), vp, hp);
+    }
+    Ok(())
+}
+
+/// Adam on the rows `first..` of the weight that `g` has, moments of the whole weight.
+#[allow(clippy::too_many_arguments)]
+pub fn adam(
+    gpu: &Gpu,
+    w: &Weight,
+    g: &Gradient,
+    first: usize,
+    (m, v): (Part, Part),
+    rates: &Rates,
+    how: &Apply,
+    verdict: &Verdict,
+) -> Result<()> {
+    let (rows, n) = (if g.map.is_some() { w.rows } else { g.rows }, w.columns);
+    assert!(first + rows <= w.rows && n == g.columns);
+    let size = w.rows * n;
+    let (vp, hp) = verdict.parts();
+    launch!(gpu, "adam", (blocks(rows * n, BLOCK), 1, 1), (BLOCK as u32, 1, 1), 0;
+        w.address, w.number(), w.stride as i64, g.part.address, g.wide as i32, rows as i32, n as i32, first as i64,
+        g.map.map_or(0, |m| m.holds(w.rows, 4)), m.f32(size), v.f32(size), rates.betas.0, rates.betas.1, rates.eps,
+        rates.rate, how.keep, how.stochastic.is_some() as i32, words(how.stochastic), vp, hp);
+    Ok(())
+}
+
+/// Row i of `to (rows x n, f32)` = row map[i] of `from`, or zeros.
+pub fn spread(gpu: &Gpu, from: Part, map: Part, rows: usize, n: usize, to: Part) -> Result<()> {
+    launch!(gpu, "spread", (blocks(rows * n, BLOCK), 1, 1), (BLOCK as u32, 1, 1), 0;
+        from.address, map.holds(rows, 4), rows as i32, n as i32, to.f32(rows * n));
+    Ok(())
+}

@@ -1,0 +1,231 @@
+//! Causal attention over packed sequences (see `cpu::attention`), rows side by side instead of heads apart. The kernels
+//! for head dimensions in multiples of 8 use the tensor cores; others go to plain ones.
+
+use super::rope::{Heads, LARGEST_HEAD};
+use super::{Buffer, Gpu, Part, Result, blocks, kernels, launch};
+use crate::compute::cpu::attention::Span;
+use cudarc::driver::DeviceRepr;
+
+kernels!("attention");
+
+const BLOCK: u32 = 128;
+/// Keys of a tile, and queries in the backward pass.
+const TILE: usize = 64;
+
+/// Arguments of every kernel but `attention_delta`, as `struct Attention` in the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct Arguments {
+    q: u64,
+    k: u64,
+    v: u64,
+    out: u64,
+    log_sums: u64,
+    dout: u64,
+    delta: u64,
+    dq: u64,
+    dk: u64,
+    dv: u64,
+    tiles: u64,
+    ldq: i64,
+    ldk: i64,
+    ldv: i64,
+    ldo: i64,
+    lddq: i64,
+    lddk: i64,
+    log_rows: i32,
+    log_shift: i32,
+    q_shift: i32,
+    group: i32,
+    d: i32,
+    window: i32,
+    scale: f32,
+}
+
+// SAFETY: plain numbers in C's layout, the same fields in the same order as the kernels' struct.
+unsafe impl DeviceRepr for Arguments {}
+
+/// Which kernels a head dimension gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Class {
+    Plain,
+    Tensor(usize),
+}
+
+impl Class {
+    fn of(head_dim: usize) -> Class {
+        assert!(head_dim <= LARGEST_HEAD);
+        match head_dim {
+            d if d % 8 != 0 => Class::Plain,
+            d if d <= 64 => Class::Tensor(64),
+            d if d <= 128 => Class::Tensor(128),
+            _ => Class::Tensor(256),
+        }
+    }
+
+    fn name(self, of: &str) -> String {
+        match self {
+            Class::Plain => format!("attention_{of}_plain"),
+            Class::Tensor(d) => format!("attention_{of}_{d}"),
+        }
+    }
+
+    /// Queries of a tile in the forward pass, and shared memory.
+    fn forward(self) -> (usize, usize) {
+        match self {
+            Class::Plain => (TILE, 0),
+            Class::Tensor(d) => {
+                let rows = if d < 256 { 128 } else { 64 };
+                (rows, (rows + 4 * TILE) * 2 * d)
+            }
+        }
+    }
+
+    fn backward_q(self) -> usize {
+        match self {
+            Class::Plain => 0,
+            Class::Tensor(d) => 6 * TILE * 2 * d,
+        }
+    }
+
+    /// Shared memory, and in how many parts the columns are done.
+    fn backward_kv(self) -> (usize, u32) {
+        match self {
+            Class::Plain => (0, 1),
+            Class::Tensor(d) => {
+                let rows = if d < 256 { 64 } else { 32 };
+                ((2 * TILE + 4 * rows) * 2 * d + 4 * rows * 4, if d < 256 { 1 } else { 2 })
+            }
+        }
+    }
+}
+
+/// Tiles of the spans of a batch, on the device.
+pub struct Tiles {
+    forward: (Buffer, usize),
+    backward: (Buffer, usize),
+    /// Those of rows that train, for a forward pass over them alone.
+    again: (Buffer, usize),
+    rows: usize,
+    frozen: usize,
+}
+
+fn tiles(spans: &[Span], rows: usize) -> Vec<i32> {
+    let mut all: Vec<[usize; 6]> = Vec::new();
+    for s in spans {
+        let tile = |first: usize| {
+            [first, s.rows.end.min(first + rows), s.prefix.start, s.prefix.len(), s.rows.start, s.rows.end]
+        };
+        all.extend(s.rows.clone().step_by(rows).map(tile));
+    }
+    // The longest first: those that see the most keys. Late blocks of a grid should be short ones.
+    all.sort_by_key(|t| std::cmp::Reverse(t[3] + t[1] - t[4]));
+    all.into_iter().flatten().map(|x| x as i32).collect()
+}
+
+impl Tiles {
+    /// Of `spans` over `rows` rows, of which the first `frozen` do not train.
+    pub fn new(gpu: &Gpu, spans: &[Span], rows: usize, frozen: usize, head_dim: usize) -> Result<Tiles> {
+        for s in spans {
+            assert!(s.rows.end <= rows && s.prefix.end <= s.rows.start.max(s.prefix.start));
+        }
+        let own: Vec<Span> = spans.iter().filter(|s| s.rows.start >= frozen).cloned().collect();
+        let upload = |tiles: Vec<i32>| Ok::<_, super::GpuError>((gpu.upload(&tiles)?, tiles.len() / 6));
+        let per = Class::of(head_dim).forward().0;
+        Ok(Tiles {
+            forward: upload(tiles(spans, per))?,
+            backward: upload(tiles(&own, TILE))?,
+            again: upload(tiles(&own, per))?,
+            rows,
+            frozen,
+        })
+    }
+}
+
+/// Sizes of one call.
+#[derive(Clone, Copy)]
+pub struct Shape<'a> {
+    pub heads: &'a Heads,
+    pub tiles: &'a Tiles,
+    pub window: Option<usize>,
+}
+
+impl Shape<'_> {
+    fn arguments(&self, q: Part, q_rows: usize, kv: Part, log_sums: Part) -> Arguments {
+        let (h, t) = (self.heads, self.tiles);
+        let trained = t.rows - t.frozen;
+        let kv_width = 2 * h.kv();
+        Arguments {
+            q: q.bf16(q_rows * h.q()),
+            k: kv.bf16(t.rows * kv_width),
+            v: kv.from(2 * h.kv() as u64).address,
+            log_sums: log_sums.f32(trained * h.heads),
+            ldq: h.q() as i64,
+            ldk: kv_width as i64,
+            ldv: kv_width as i64,
+            ldo: h.q() as i64,
+            lddq: h.q() as i64,
+            lddk: h.q() as i64,
+            log_rows: trained as i32,
+            log_shift: t.frozen as i32,
+            group: (h.heads / h.kv_heads) as i32,
+            d: h.head_dim as i32,
+            window: self.window.unwrap_or(0) as i32,
+            scale: 1.0 / (h.head_dim as f32).sqrt(),
+            ..Arguments::default()
+        }
+    }
+}
+
+/// `out (rows x qD)` of `q (rows x qD)` and `kv (rows x 2 kvD)`; `log_sums (heads, trained rows, f32)`. With `trained`, of the
+/// rows that train alone: q and out are those.
+pub fn forward(gpu: &Gpu, shape: &Shape, q: Part, kv: Part, out: Part, log_sums: Part, trained: bool) -> Result<()> {
+    let (t, class) = (shape.tiles, Class::of(shape.heads.head_dim));
+    let first = if trained { t.frozen } else { 0 };
+    let rows = t.rows - first;
+    let (list, count) = if trained { &t.again } else { &t.forward };
+    let arguments = Arguments {
+        out: out.bf16(rows * shape.heads.q()),
+        tiles: list.part().holds(6 * count, 4),
+        q_shift: first as i32,
+        ..shape.arguments(q, rows, kv, log_sums)
+    };
+    launch!(gpu, &class.name("forward"), (*count as u32, shape.heads.heads as u32, 1), (BLOCK, 1, 1),
+        class.forward().1 as u32; arguments);
+    Ok(())
+}
+
+/// Gradients of the rows that train: `dq`, and `dk` and `dv` by query head, each trained rows x qD. `q`, `out` and `dout` are
+/// of those rows, `kv` of all.
+pub fn backward(
+    gpu: &Gpu,
+    shape: &Shape,
+    (q, kv, out, log_sums): (Part, Part, Part, Part),
+    dout: Part,
+    [dq, dk, dv]: [Part; 3],
+) -> Result<()> {
+    let (t, h, class) = (shape.tiles, shape.heads, Class::of(shape.heads.head_dim));
+    let rows = t.rows - t.frozen;
+    let size = rows * h.q();
+    let delta = gpu.f32(rows * h.heads)?;
+    launch!(gpu, "attention_delta", (blocks(rows * h.heads, 8), 1, 1), (256, 1, 1), 0;
+        dout.bf16(size), out.bf16(size), h.q() as i64, rows as i32, h.heads as i32, h.head_dim as i32,
+        delta.part().address);
+    let (list, count) = &t.backward;
+    let arguments = Arguments {
+        dout: dout.bf16(size),
+        delta: delta.part().address,
+        dq: dq.bf16(size),
+        dk: dk.bf16(size),
+        dv: dv.bf16(size),
+        tiles: list.part().holds(6 * count, 4),
+        q_shift: t.frozen as i32,
+        ..shape.arguments(q, rows, kv, log_sums)
+    };
+    launch!(gpu, &class.name("backward_q"), (*count as u32, h.heads as u32, 1), (BLOCK, 1, 1),
+        class.backward_q() as u32; arguments);
+    let (shared, parts) = class.backward_kv();
+    launch!(gpu, &class.name("backward_kv"), (*count as u32, h.heads as u32, parts), (BLOCK, 1, 1), shared as u32;
+        arguments);
+    Ok(())
+}

@@ -1,0 +1,418 @@
+// archs: 80
+//
+// The arithmetic of one update: APOLLO (Zhu et al., arXiv 2412.05270), and Adam for what is too small to project. The order
+// is that of src/compute/cpu/apollo.rs, and so are the random numbers (src/compute/rng.rs) and the rounding of weights
+// (src/compute/rounding.rs), to the bit: where a kernel draws, every operation is the exactly rounded one, never fused.
+//
+// A gradient is a matrix g in bf16 or f32. A channel is an index of the larger dimension. What decides whether a tensor is
+// touched stays on the device: `verdict` is 0 to go on, 1 where the gradient is zero throughout, 2 where it is not finite or
+// too large; `halted` is set with the latter and holds every later update of the step back too.
+
+typedef unsigned short bf16;
+typedef unsigned int u32;
+typedef long long i64;
+
+__device__ __forceinline__ float f32(bf16 x) { return __uint_as_float((u32)x << 16); }
+__device__ __forceinline__ bf16 to_bf16(float x) {
+    bf16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+// Element i of a weight of kind 0 (bf16), 1 (f16) or 2 (f32).
+__device__ __forceinline__ float weight(const void *w, int kind, i64 i) {
+    if (kind == 0) return f32(((const bf16 *)w)[i]);
+    if (kind == 2) return ((const float *)w)[i];
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(((const bf16 *)w)[i]));
+    return y;
+}
+// W values in one access where W is 8 or 4: the caller knows that the address allows it.
+template <int W> __device__ __forceinline__ void load(const bf16 *from, float (&x)[W]) {
+    if constexpr (W == 8) {
+        uint4 v = *(const uint4 *)from;
+        u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            x[2 * i] = __uint_as_float(w[i] << 16);
+            x[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < W; i++) x[i] = f32(from[i]);
+    }
+}
+template <int W> __device__ __forceinline__ void load(const float *from, float (&x)[W]) {
+    if constexpr (W % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < W; i += 4) {
+            float4 v = *(const float4 *)(from + i);
+            x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < W; i++) x[i] = from[i];
+    }
+}
+template <int W> __device__ __forceinline__ void store(bf16 *to, const float (&x)[W]) {
+    if constexpr (W == 8) {
+        u32 w[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
+        *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < W; i++) to[i] = to_bf16(x[i]);
+    }
+}
+template <int W> __device__ __forceinline__ void store(float *to, const float (&x)[W]) {
+    if constexpr (W % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < W; i += 4) *(float4 *)(to + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < W; i++) to[i] = x[i];
+    }
+}
+
+static const int ZERO = 1, BAD = 2;
+static const double TINY = 1e-8;
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int w = 16; w; w /= 2) x += __shfl_xor_sync(0xffffffff, x, w);
+    return x;
+}
+
+// The sum over a block of 1024 in f64, in one order.
+__device__ __forceinline__ double block_sum(double x, double *scratch) {
+#pragma unroll
+    for (int w = 16; w; w /= 2) x += __shfl_xor_sync(0xffffffff, x, w);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) scratch[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = scratch[threadIdx.x & 31];
+#pragma unroll
+    for (int w = 16; w; w /= 2) x += __shfl_xor_sync(0xffffffff, x, w);
+    return x;
+}
+
+// ---- Random numbers: src/compute/rng.rs
+
+struct Stream { u32 key0, key1, tensor, purpose, when; };
+
+__device__ __forceinline__ uint4 philox(const Stream &s, u32 block) {
+    u32 c0 = block, c1 = s.purpose, c2 = s.tensor, c3 = s.when, k0 = s.key0, k1 = s.key1;
+#pragma unroll
+    for (int i = 0; i < 10; i++) {
+        const u32 a_high = __umulhi(0xD2511F53u, c0), a_low = 0xD2511F53u * c0;
+        const u32 b_high = __umulhi(0xCD9E8D57u, c2), b_low = 0xCD9E8D57u * c2;
+        c0 = b_high ^ c1 ^ k0, c1 = b_low, c2 = a_high ^ c3 ^ k1, c3 = a_low;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    return make_uint4(c0, c1, c2, c3);
+}
+
+__device__ __forceinline__ u32 bits16(const Stream &s, i64 i) {
+    const uint4 b = philox(s, (u32)(i / 8));
+    const u32 w[4] = {b.x, b.y, b.z, b.w};
+    u32 word = w[0];
+    const int at = i % 8 / 2;
+    word = at == 1 ? w[1] : at == 2 ? w[2] : at == 3 ? w[3] : word;
+    return (word >> (16 * (i % 2))) & 0xffff;
+}
+
+#define ADD __fadd_rn
+#define MUL __fmul_rn
+#define DIV __fdiv_rn
+
+__device__ __forceinline__ float exact_ln(float x) {
+    const u32 bits = __float_as_uint(x), shift = (bits - 0x3f3504f3u) & 0xff800000u;
+    const float exponent = (float)((int)shift >> 23), m = __uint_as_float(bits - shift);
+    const float s = DIV(ADD(m, -1.f), ADD(m, 1.f)), z = MUL(s, s);
+    const float c3 = 2.0f / 3.0f, c5 = 2.0f / 5.0f, c7 = 2.0f / 7.0f, c9 = 2.0f / 9.0f;
+    const float series = ADD(2.f, MUL(z, ADD(c3, MUL(z, ADD(c5, MUL(z, ADD(c7, MUL(z, c9))))))));
+    return ADD(MUL(exponent, 0.693147180559945309417232121458f), MUL(s, series));
+}
+
+__device__ __forceinline__ float normal(u32 word) {
+    const float near_[9] = {2.8102264e-8f, 3.4327394e-7f, -3.5233877e-6f, -4.3915065e-6f, 0.00021858087f, -0.001253725f,
+                            -0.0041776816f, 0.24664073f, 1.5014094f};
+    const float far_[9] = {-0.00020021426f, 0.00010095056f, 0.0013493432f, -0.0036734284f, 0.0057395077f, -0.0076224613f,
+                           0.0094388705f, 1.001674f, 2.8329768f};
+    const float u = ADD(MUL(ADD(MUL((float)(word >> 9), 2.f), 1.f), 1.f / 8388608.f), -1.f);
+    const float w = -exact_ln(MUL(ADD(1.f, -u), ADD(1.f, u)));
+    const bool near = w < 5.f;
+    const float x = near ? ADD(w, -2.5f) : ADD(__fsqrt_rn(w), -3.f);
+    float p = near ? near_[0] : far_[0];
+#pragma unroll
+    for (int i = 1; i < 9; i++) p = ADD(MUL(p, x), near ? near_[i] : far_[i]);
+    return MUL(MUL(1.41421356237309504880168872421f, p), u);
+}
+
+// ---- Rounding of weights: src/compute/rounding.rs
+
+__device__ __forceinline__ bf16 stochastic_bf16(float x, u32 random) {
+    const u32 bits = __float_as_uint(x);
+    const bf16 up = (bits + random) >> 16, down = bits >> 16;
+    if ((up & 0x7f80) == 0x7f80) return x != x ? down | 0x40 : down;
+    return up;
+}
+
+__device__ __forceinline__ bf16 nearest_f16(float x) {
+    bf16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ bf16 stochastic_f16(float x, u32 random) {
+    const int exponent = (int)((__float_as_uint(x) >> 23) & 0xff) - 127;
+    if (exponent > 15) return nearest_f16(x); // infinities and NaN too
+    const float spacing = __uint_as_float((u32)(max(exponent, -14) - 10 + 127) << 23);
+    const float scaled = DIV(x, spacing), below = floorf(scaled);
+    const bool up = MUL(ADD(scaled, -below), 65536.f) > (float)random;
+    const bf16 y = nearest_f16(MUL(ADD(below, up ? 1.f : 0.f), spacing));
+    return (y & 0x7fff) == 0x7c00 ? (bf16)((y & 0x8000) | 0x7bff) : y;
+}
+
+__device__ __forceinline__ void put(void *w, int kind, i64 i, float x, int stochastic, u32 random) {
+    if (kind == 2) ((float *)w)[i] = x;
+    else if (kind == 0) ((bf16 *)w)[i] = stochastic ? stochastic_bf16(x, random) : to_bf16(x);
+    else ((bf16 *)w)[i] = stochastic ? stochastic_f16(x, random) : nearest_f16(x);
+}
+
+__device__ __forceinline__ float value(const void *g, int wide, i64 i) {
+    return wide ? ((const float *)g)[i] : f32(((const bf16 *)g)[i]);
+}
+
+extern "C" {
+// `count` normals times `scale` as f32; and for matrix products in bf16, where `split` is given: each as the sum of two bf16,
+// `inner` of the first and then `inner` of the second in turn (inner = count: one after the other).
+__global__ void projection(Stream s, i64 count, float scale, float *p, bf16 *split, i64 inner) {
+    const i64 block = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (block * 4 >= count) return;
+    const uint4 b = philox(s, (u32)block);
+    const u32 w[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const i64 i = block * 4 + e;
+        if (i >= count) return;
+        const float x = MUL(normal(w[e]), scale);
+        if (p) p[i] = x;
+        if (split) {
+            const bf16 high = to_bf16(x);
+            const i64 at = i / inner * 2 * inner + i % inner;
+            split[at] = high;
+            split[at + inner] = to_bf16(x - f32(high));
+        }
+    }
+}
+
+// squares (rows) = sums of squares of the rows of g, a warp each; with `p` (n): r (rows) = g p, the projection to rank 1.
+#define ROWS(NAME, T, W)                                                                                                     \
+    __global__ void square_rows##NAME(const T *g, int rows, int n, const float *p, float *r, float *squares) {               \
+        const i64 row = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;                                              \
+        if (row >= rows) return;                                                                                             \
+        float sum = 0, dot = 0, x[W], y[W];                                                                                  \
+        for (int i = (threadIdx.x & 31) * W; i < n; i += 32 * W) {                                                           \
+            load<W>(g + row * n + i, x);                                                                                     \
+            if (p) load<W>(p + i, y);                                                                                        \
+            _Pragma("unroll") for (int e = 0; e < W; e++) {                                                                  \
+                sum += x[e] * x[e];                                                                                          \
+                if (p) dot += x[e] * y[e];                                                                                   \
+            }                                                                                                                \
+        }                                                                                                                    \
+        sum = warp_sum(sum), dot = warp_sum(dot);                                                                            \
+        if ((threadIdx.x & 31) == 0) {                                                                                       \
+            squares[row] = sum;                                                                                              \
+            if (p) r[row] = dot;                                                                                             \
+        }                                                                                                                    \
+    }                                                                                                                        \
+    /* By column, of the rows blockIdx.y * span ..: row blockIdx.y of `partial` (two planes with p: squares, then g^T p). */ \
+    __global__ void square_columns##NAME(const T *g, int rows, int n, int span, const float *p, float *partial) {            \
+        const i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * W;                                                      \
+        if (i >= n) return;                                                                                                  \
+        float sum[W], dot[W], x[W];                                                                                          \
+        _Pragma("unroll") for (int e = 0; e < W; e++) sum[e] = dot[e] = 0;                                                   \
+        const int end = min(rows, (int)(blockIdx.y + 1) * span);                                                             \
+        _Pragma("unroll 4") for (int row = blockIdx.y * span; row < end; row++) {                                            \
+            load<W>(g + (i64)row * n + i, x);                                                                                \
+            const float f = p ? p[row] : 0;                                                                                  \
+            _Pragma("unroll") for (int e = 0; e < W; e++) sum[e] += x[e] * x[e], dot[e] += x[e] * f;                         \
+        }                                                                                                                    \
+        store<W>(partial + (i64)blockIdx.y * n + i, sum);                                                                    \
+        if (p) store<W>(partial + (i64)(gridDim.y + blockIdx.y) * n + i, dot);                                               \
+    }
+ROWS(, bf16, 1)
+ROWS(_wide, bf16, 8)
+ROWS(_f32, float, 1)
+
+// One block of 1024. Is the gradient to be applied? By its channels' sums of squares.
+__global__ void judge(const float *squares, int channels, float limit, int *verdict, int *halted) {
+    __shared__ double scratch[32];
+    double sum = 0;
+    bool finite = true;
+    for (int i = threadIdx.x; i < channels; i += blockDim.x) {
+        const float x = squares[i];
+        finite = finite && x <= limit; // false for NaN
+        sum += x;
+    }
+    sum = block_sum(sum, scratch);
+    finite = __syncthreads_and(finite);
+    if (threadIdx.x) return;
+    const bool bad = !finite || !(sum <= limit);
+    *verdict = bad ? BAD : sum == 0 ? ZERO : 0;
+    if (bad) *halted = 1;
+}
+
+// Moments after one more projected gradient r, and by channel the sums of squares of r and of m / (sqrt(v) + eps). With
+// `halves` r comes in two summands. Tall: r (channels x rank), the halves side by side in a row; a warp a channel.
+__global__ void moments_tall(const float *r, int halves, int channels, int rank, float b1, float b2, float eps, float *m,
+                             float *v, float *raw, float *normed, const int *verdict, const int *halted) {
+    if (*verdict || *halted) return;
+    const i64 c = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (c >= channels) return;
+    float sum = 0, sum2 = 0;
+    for (int k = threadIdx.x & 31; k < rank; k += 32) {
+        const float x = halves ? r[c * 2 * rank + k] + r[c * 2 * rank + rank + k] : r[c * rank + k];
+        const i64 i = c * rank + k;
+        const float mi = ADD(MUL(b1, m[i]), MUL(1.f - b1, x)), vi = ADD(MUL(b2, v[i]), MUL(1.f - b2, MUL(x, x)));
+        m[i] = mi, v[i] = vi;
+        const float y = DIV(mi, ADD(__fsqrt_rn(vi), eps));
+        sum += x * x, sum2 += y * y;
+    }
+    sum = warp_sum(sum), sum2 = warp_sum(sum2);
+    if ((threadIdx.x & 31) == 0) raw[c] = sum, normed[c] = sum2;
+}
+
+// Not tall: r (rank x channels), the halves one below the other; a thread a channel.
+__global__ void moments_flat(const float *r, int halves, int channels, int rank, float b1, float b2, float eps, float *m,
+                             float *v, float *raw, float *normed, const int *verdict, const int *halted) {
+    if (*verdict || *halted) return;
+    const i64 c = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= channels) return;
+    float sum = 0, sum2 = 0;
+    for (int k = 0; k < rank; k++) {
+        const i64 i = (i64)k * channels + c;
+        const float x = halves ? r[i] + r[i + (i64)rank * channels] : r[i];
+        const float mi = ADD(MUL(b1, m[i]), MUL(1.f - b1, x)), vi = ADD(MUL(b2, v[i]), MUL(1.f - b2, MUL(x, x)));
+        m[i] = mi, v[i] = vi;
+        const float y = DIV(mi, ADD(__fsqrt_rn(vi), eps));
+        sum += x * x, sum2 += y * y;
+    }
+    raw[c] = sum, normed[c] = sum2;
+}
+
+// One block of 1024. factors (channels) from the sums of the above, or one for all; `last`: norm of the last update, negative
+// before the first; `growth`: the limit, 0 for none. gain = rate (with its scale) over what the limiter takes.
+__global__ void factors(const float *raw, const float *normed, const float *squares, int channels, int by_channel,
+                        float growth, float rate, float *last, float *factors, float *gain, const int *verdict,
+                        const int *halted) {
+    __shared__ double scratch[32];
+    if (*verdict || *halted) return;
+    double sum_raw = 0, sum_normed = 0, one = 0, total = 0;
+    if (!by_channel) {
+        for (int i = threadIdx.x; i < channels; i += blockDim.x) sum_raw += raw[i], sum_normed += normed[i];
+        sum_raw = block_sum(sum_raw, scratch);
+        sum_normed = block_sum(sum_normed, scratch);
+        one = sqrt(sum_normed) / (sqrt(sum_raw) + TINY);
+    }
+    for (int i = threadIdx.x; i < channels; i += blockDim.x) {
+        const double f = by_channel ? sqrt((double)normed[i]) / (sqrt((double)raw[i]) + TINY) : one;
+        total += f * f * squares[i];
+        factors[i] = (float)f;
+    }
+    total = block_sum(total, scratch);
+    if (threadIdx.x) return;
+    const double norm = sqrt(total);
+    double shrink = 1;
+    if (growth > 0) {
+        if (*last >= 0) {
+            shrink = fmax(norm / ((double)*last + TINY), (double)growth) / (double)growth;
+        }
+        *last = (float)(norm / shrink);
+    }
+    *gain = (float)(rate / shrink);
+}
+
+// w <- round((w - factor g) keep) for rows first .. of a matrix of n columns, its rows ld apart. Factors by row (1), by
+// column (2) or none (0), times gain. With `map`, row i of the matrix has row map[i] of g, or none where that is negative.
+__global__ void apply(void *w, int kind, i64 ld, const void *g, int wide, int rows, int n, i64 first, const int *map,
+                      const float *factors, int by, const float *gain, float keep, int stochastic, Stream s,
+                      const int *verdict, const int *halted) {
+    if (*verdict || *halted) return;
+    const i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= (i64)rows * n) return;
+    const i64 row = at / n, column = at % n, i = first * n + at;
+    const i64 from = map ? map[first + row] : row;
+    const float x = from < 0 ? 0.f : value(g, wide, from * n + column);
+    const float f = MUL(by == 0 ? 1.f : by == 1 ? factors[first + row] : factors[column], *gain);
+    const i64 to = (first + row) * ld + column;
+    const u32 random = stochastic && kind != 2 ? bits16(s, i) : 0;
+    put(w, kind, to, MUL(ADD(weight(w, kind, to), -MUL(f, x)), keep), stochastic, random);
+}
+
+// The same for bf16 weights, eight elements a thread: n, ld and the addresses in multiples of 8 elements.
+#define APPLY(NAME, T)                                                                                                       \
+    __global__ void __launch_bounds__(256) apply_wide##NAME(                                                                 \
+        bf16 *w, i64 ld, const T *g, int rows, int n, i64 first, const int *map, const float *factors, int by,               \
+        const float *gain, float keep, int stochastic, Stream s, const int *verdict, const int *halted) {                    \
+        if (*verdict || *halted) return;                                                                                     \
+        const u32 eighths = n / 8;                                                                                           \
+        const u32 total = (u32)rows * eighths, step = gridDim.x * blockDim.x;                                                \
+        const float all = *gain;                                                                                             \
+        for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < total; at += step) {                                       \
+            const u32 row = at / eighths, column = (at - row * eighths) * 8;                                                 \
+            /* Not the type that C finds common to both: that is unsigned, and -1 none of it. */                             \
+            const i64 from = map ? (i64)map[first + row] : (i64)row;                                                         \
+            float x[8], old[8], f[8];                                                                                        \
+            bf16 *to = w + (first + row) * ld + column;                                                                      \
+            if (from < 0) {                                                                                                  \
+                _Pragma("unroll") for (int e = 0; e < 8; e++) x[e] = 0;                                                      \
+            } else load<8>(g + from * n + column, x);                                                                        \
+            load<8>(to, old);                                                                                                \
+            if (by == 2) load<8>(factors + column, f);                                                                       \
+            else {                                                                                                           \
+                const float one = by == 1 ? factors[first + row] : 1.f;                                                      \
+                _Pragma("unroll") for (int e = 0; e < 8; e++) f[e] = one;                                                    \
+            }                                                                                                                \
+            _Pragma("unroll") for (int e = 0; e < 8; e++) old[e] = MUL(ADD(old[e], -MUL(MUL(f[e], all), x[e])), keep);       \
+            if (stochastic) {                                                                                                \
+                const uint4 b = philox(s, (u32)((first * n + (i64)row * n + column) / 8));                                   \
+                const u32 words[4] = {b.x, b.y, b.z, b.w};                                                                   \
+                u32 y[4];                                                                                                    \
+                _Pragma("unroll") for (int e = 0; e < 4; e++)                                                                \
+                    y[e] = stochastic_bf16(old[2 * e], words[e] & 0xffff)                                                    \
+                         | (u32)stochastic_bf16(old[2 * e + 1], words[e] >> 16) << 16;                                       \
+                *(uint4 *)to = make_uint4(y[0], y[1], y[2], y[3]);                                                           \
+            } else store<8>(to, old);                                                                                        \
+        }                                                                                                                    \
+    }
+APPLY(, bf16)
+APPLY(_f32, float)
+
+// Adam, whose moments are of the gradient itself: elements first n .. of m and v.
+__global__ void adam(void *w, int kind, i64 ld, const void *g, int wide, int rows, int n, i64 first, const int *map, float *m,
+                     float *v, float b1, float b2, float eps, float rate, float keep, int stochastic, Stream s,
+                     const int *verdict, const int *halted) {
+    if (*verdict || *halted) return;
+    const i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= (i64)rows * n) return;
+    const i64 row = at / n, column = at % n, i = first * n + at;
+    const i64 from = map ? map[first + row] : row;
+    const float x = from < 0 ? 0.f : value(g, wide, from * n + column);
+    const float mi = ADD(MUL(b1, m[i]), MUL(1.f - b1, x)), vi = ADD(MUL(b2, v[i]), MUL(1.f - b2, MUL(x, x)));
+    m[i] = mi, v[i] = vi;
+    const float y = DIV(mi, ADD(__fsqrt_rn(vi), eps));
+    const i64 to = (first + row) * ld + column;
+    const u32 random = stochastic && kind != 2 ? bits16(s, i) : 0;
+    put(w, kind, to, MUL(ADD(weight(w, kind, to), -MUL(rate, y)), keep), stochastic, random);
+}
+
+// Row i of `to` (n wide) = row map[i] of `from`, or zeros.
+__global__ void spread(const float *from, const int *map, int rows, int n, float *to) {
+    const i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= (i64)rows * n) return;
+    const int row = map[at / n];
+    to[at] = row < 0 ? 0.f : from[(i64)row * n + at % n];
+}
+}

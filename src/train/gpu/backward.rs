@@ -1,0 +1,191 @@
+//! The way back through a layer: gradients of everything that its weights' gradients are products of.
+
+use super::forward::{Attended, Saved};
+use super::head::{Head, Stream};
+use super::{Context, Result};
+use crate::compute::cuda::{Buffer, Part, attention, linear, rms_norm, rope, swiglu};
+use crate::train::step::{LARGEST, StepError};
+
+/// Inputs and gradients of one layer's linears, side by side where they share their input; gradients of its norms.
+pub(super) struct LayerGradients {
+    pub layer: usize,
+    pub x_in: Buffer,
+    pub rstd_in: Buffer,
+    pub d_qkv: Buffer,
+    pub attended: Buffer,
+    /// The stream's gradient after attention.
+    pub d_mid: Buffer,
+    pub x_mid: Buffer,
+    pub rstd_mid: Buffer,
+    pub d_gate_up: Buffer,
+    pub act: Buffer,
+    /// The stream's gradient after the layer.
+    pub d_out: Buffer,
+    /// f32: H, H, and two times D for the norms of heads.
+    pub d_input_norm: Buffer,
+    pub d_post_norm: Buffer,
+    pub d_qk_norm: Option<Buffer>,
+}
+
+/// Largest values that are looked at for each layer (see [`Context::peaks_of_layer`]).
+pub(super) const PEAKS: usize = 12;
+
+impl Context<'_> {
+    /// `dx` becomes the gradient of the stream before layer `i`.
+    pub fn layer_backward(&self, i: usize, saved: Saved, dx: &mut Stream) -> Result<LayerGradients> {
+        let (gpu, a, layer) = (self.gpu, self.a, &self.a.layers[i]);
+        let (n, h, inner) = (self.rows.trained, a.hidden, a.intermediate);
+        let heads = self.heads(layer);
+        let mut saved = saved;
+        let attention = match saved.attention.take() {
+            Some(kept) => kept,
+            None => self.attend_again(layer, &saved)?,
+        };
+        let Saved { x_in, rstd_in, kv, gate_up, .. } = saved;
+        let Attended { q, log_sums, attended, x_mid, rstd_mid } = attention;
+
+        // Feed-forward. `act` starts as its own gradient.
+        let d_normed = gpu.bf16(n * h)?;
+        let gate_up = match gate_up {
+            Some(kept) => kept,
+            None => {
+                let w = self.weight(&layer.post_norm);
+                rms_norm::again(gpu, x_mid.part(), rstd_mid.part(), &w, n, d_normed.part())?;
+                let gate_up = gpu.bf16(n * 2 * inner)?;
+                self.linears(&[&layer.gate, &layer.up], d_normed.part(), n, gate_up.part())?;
+                gate_up
+            }
+        };
+        let act = gpu.bf16(n * inner)?;
+        self.back(&[&layer.down], dx.narrow.part(), n, act.part())?;
+        swiglu::backward(gpu, act.part(), gate_up.part(), n, inner)?;
+        self.back(&[&layer.gate, &layer.up], gate_up.part(), n, d_normed.part())?;
+        let d_out = std::mem::replace(&mut dx.narrow, gpu.bf16(n * h)?);
+        let d_post_norm = gpu.f32(h)?;
+        let w = self.weight(&layer.post_norm);
+        let narrow = dx.narrow.part();
+        let wide = dx.wide.part();
+        let dw = d_post_norm.part();
+        rms_norm::backward(gpu, d_normed.part(), x_mid.part(), rstd_mid.part(), &w, n, None, wide, narrow, dw)?;
+        let d_mid = std::mem::replace(&mut dx.narrow, gpu.bf16(n * h)?);
+
+        // Attention.
+        let d_attended = gpu.bf16(n * heads.q())?;
+        self.back(&[&layer.attention().o], d_mid.part(), n, d_attended.part())?;
+        let angles = self.rows.angles.from(self.rows.frozen, a.head_dim);
+        let turned = match heads.norms {
+            Some(_) => {
+                let turned = gpu.bf16(n * heads.q())?;
+                rope::again(gpu, q.part(), n, &heads, &angles, turned.part())?;
+                Some(turned)
+            }
+            None => None,
+        };
+        let turned_q = turned.as_ref().unwrap_or(&q).part();
+        let [dq, dk, dv] = [gpu.bf16(n * heads.q())?, gpu.bf16(n * heads.q())?, gpu.bf16(n * heads.q())?];
+        let shape = self.shape(&heads, layer);
+        let forward = (turned_q, kv.part(), attended.part(), log_sums.part());
+        let by_head = [dq.part(), dk.part(), dv.part()];
+        attention::backward(gpu, &shape, forward, d_attended.part(), by_head)?;
+        drop((kv, log_sums, d_attended, turned));
+        let d_qkv = gpu.bf16(n * (heads.q() + 2 * heads.kv()))?;
+        let d_qk_norm = heads.norms.map(|_| gpu.f32(2 * a.head_dim)).transpose()?;
+        let dw = d_qk_norm.as_ref().map_or(Part::NONE, Buffer::part);
+        let before = if heads.norms.is_some() { q.part() } else { Part::NONE };
+        rope::backward(gpu, by_head, n, &heads, &angles, before, d_qkv.part(), dw)?;
+        drop((q, dq, dk, dv));
+        self.back(
+            &[&layer.attention().q, &layer.attention().k, &layer.attention().v],
+            d_qkv.part(),
+            n,
+            d_normed.part(),
+        )?;
+        let d_input_norm = gpu.f32(h)?;
+        let w = self.weight(&layer.input_norm);
+        let (narrow, dw) = (dx.narrow.part(), d_input_norm.part());
+        rms_norm::backward(gpu, d_normed.part(), x_in.part(), rstd_in.part(), &w, n, None, wide, narrow, dw)?;
+        Ok(LayerGradients {
+            layer: i,
+            x_in,
+            rstd_in,
+            d_qkv,
+            attended,
+            d_mid,
+            x_mid,
+            rstd_mid,
+            d_gate_up: gate_up,
+            act,
+            d_out,
+            d_input_norm,
+            d_post_norm,
+            d_qk_norm,
+        })
+    }
+
+    /// The largest values of a layer's gradients and inputs into `peaks`: by pairs whose product a weight's gradient is, then
+    /// the stream's gradient below, and the norms'.
+    pub fn peaks_of_layer(&self, g: &LayerGradients, dx: &Stream, peaks: Part) -> Result<()> {
+        let (gpu, a, layer, n) = (self.gpu, self.a, &self.a.layers[g.layer], self.rows.trained);
+        let at = |i: usize| peaks.from(4 * i as u64);
+        let normed = gpu.bf16(n * a.hidden)?;
+        let bf16 = |x: Part, i: usize| linear::largest(gpu, x, false, (x.bytes() / 2) as usize, at(i));
+        let f32 = |x: &Buffer, i: usize| linear::largest(gpu, x.part(), true, (x.bytes() / 4) as usize, at(i));
+        bf16(g.d_qkv.part(), 0)?;
+        rms_norm::again(gpu, g.x_in.part(), g.rstd_in.part(), &self.weight(&layer.input_norm), n, normed.part())?;
+        bf16(normed.part(), 1)?;
+        bf16(g.d_mid.part(), 2)?;
+        bf16(g.attended.part(), 3)?;
+        bf16(g.d_gate_up.part(), 4)?;
+        rms_norm::again(gpu, g.x_mid.part(), g.rstd_mid.part(), &self.weight(&layer.post_norm), n, normed.part())?;
+        bf16(normed.part(), 5)?;
+        bf16(g.d_out.part(), 6)?;
+        bf16(g.act.part(), 7)?;
+        f32(&dx.wide, 8)?;
+        f32(&g.d_input_norm, 9)?;
+        f32(&g.d_post_norm, 10)?;
+        g.d_qk_norm.as_ref().map_or(Ok(()), |d| f32(d, 11))?;
+        Ok(())
+    }
+
+    /// The same of the head, in its place before the layers.
+    pub fn peaks_of_head(&self, head: &Head, dx: &Stream, peaks: Part) -> Result<()> {
+        let at = |i: usize| peaks.from(4 * i as u64);
+        let (gpu, h, count) = (self.gpu, self.a.hidden, self.rows.batch.targets.len());
+        linear::largest(gpu, head.normed.part(), false, count * h, at(1))?;
+        if let Some(d) = &head.d_logits {
+            linear::largest(gpu, d.part(), false, count * self.a.vocabulary, at(0))?;
+        }
+        linear::largest(gpu, dx.wide.part(), true, self.rows.trained * h, at(8))?;
+        linear::largest(gpu, head.d_norm.part(), true, h, at(9))?;
+        Ok(())
+    }
+
+    /// Would every gradient stay finite with certainty, squares included? Else says which may not.
+    pub fn check_peaks(&self, peaks: Vec<u32>) -> Result<()> {
+        // NaN and infinity, by their bits the largest of all, fail every comparison as they should.
+        let value = |bits: u32| f32::from_bits(bits) as f64;
+        for (i, p) in peaks.chunks_exact(PEAKS).enumerate() {
+            let product = |a: usize, b: usize| value(p[a]) * value(p[b]) * self.rows.trained as f64;
+            let place = |what: &str| match i {
+                0 => format!("{what} of the head"),
+                i => format!("{what} of layer {}", i - 1),
+            };
+            let checks = [
+                ("gradient of q_proj, k_proj or v_proj", product(0, 1)),
+                ("gradient of o_proj", product(2, 3)),
+                ("gradient of gate_proj or up_proj", product(4, 5)),
+                ("gradient of down_proj", product(6, 7)),
+                ("gradient of the input", value(p[8])),
+                ("gradient of a norm", value(p[9]).max(value(p[10])).max(value(p[11]))),
+            ];
+            for (k, (what, size)) in checks.into_iter().enumerate() {
+                let finite = size < LARGEST && (k != 5 || p[9..12].iter().all(|&b| value(b) < LARGEST));
+                if !finite {
+                    let what = if i == 0 && k == 0 { "gradient" } else { what };
+                    return Err(StepError::NotFinite { what: place(what), sample: None });
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,475 @@
+//! One optimizer step on a GPU: the twin of `step`, `gradients`, `head` and `apollo` for weights that live there, from the
+//! same descriptions (`families`, `pack`, `settings`, `state`). Matrices are bf16, the stream and all sums f32.
+//!
+//! What differs is when weights are updated ([`plan::Order`]). Where memory allows, as on the CPU: after the whole backward pass,
+//! when everything is known to be finite. Where it does not, each layer right after its own backward pass, so that no more than
+//! one layer's gradients exist; loss and logits are known to be finite then, and a gradient that is not holds back
+//! every update from there on.
+
+mod backward;
+mod forward;
+mod head;
+mod own;
+pub mod plan;
+mod state;
+mod update;
+
+pub use own::OnDevice;
+pub use plan::{Order, Plan};
+
+use super::families::{Architecture, Layer, Linear, Mixer};
+use super::pack::Batch;
+use super::settings::Settings;
+use super::state::OptimizerState;
+use super::step::{Model, StepError};
+use super::trainer::StepReport;
+use super::weights::{Location, Step};
+use crate::compute::cpu::weight::Kind;
+use crate::compute::cuda::attention::{Shape, Tiles};
+use crate::compute::cuda::matmul::{Operand, Output, matmul};
+use crate::compute::cuda::rope::{Angles, Heads, LARGEST_HEAD};
+use crate::compute::cuda::{Buffer, Gpu, GpuError, Part, Weight, linear};
+use crate::memory::cuda::{Device, Library, load};
+use parking_lot::Mutex;
+use std::any::Any;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+type Result<T> = std::result::Result<T, StepError>;
+
+/// Values by tensor.
+pub type ByName = HashMap<String, Vec<f32>>;
+
+/// Trains a model whose weights are on one GPU.
+pub struct GpuTrainer {
+    model: Model,
+    gpu: Arc<Gpu>,
+    moments: Arc<state::Moments>,
+    /// Bytes that steps may hold beyond the weights, optimizer state included; `None`: what is free.
+    pub budget: Option<u64>,
+    /// How the last step was laid out.
+    pub plan: Option<Plan>,
+    /// Host milliseconds and device milliseconds of the parts of the last step, where asked for.
+    pub timed: Option<Vec<(&'static str, f32)>>,
+}
+
+/// A batch on the device.
+struct Rows<'a> {
+    batch: &'a Batch,
+    rows: usize,
+    frozen: usize,
+    trained: usize,
+    ids: Buffer,
+    angles: Angles,
+    _angles: [Buffer; 2],
+    tiles: Tiles,
+}
+
+/// What a step works with.
+struct Context<'a> {
+    gpu: &'a Gpu,
+    a: &'a Architecture,
+    /// Where each weight is.
+    weights: HashMap<&'a str, Weight>,
+    rows: Rows<'a>,
+    plan: &'a Plan,
+    settings: &'a Settings,
+    /// Keeps the weights mapped.
+    _held: Vec<Arc<dyn Any + Send + Sync>>,
+}
+
+impl Drop for Context<'_> {
+    /// After an error work may be under way that reads the weights, which others may unmap or write from here on.
+    fn drop(&mut self) {
+        let _ = self.gpu.wait();
+    }
+}
+
+/// Why a model does not train on a GPU, in one sentence; `None` for one that does where its weights allow it.
+pub fn refusal(a: &Architecture) -> Option<String> {
+    let what = if a.layers.iter().any(|l| matches!(l.mixer, Mixer::DeltaNet(_))) {
+        "linear attention (Gated DeltaNet)".to_string()
+    } else if a.layers.iter().any(|l| matches!(&l.mixer, Mixer::Attention(a) if a.output_gate)) {
+        "a gate on the output of attention".to_string()
+    } else if a.norm_offset != 0.0 {
+        "norms whose weights are distances from 1".to_string()
+    } else if a.rope.inverse_frequencies.len() != a.head_dim / 2 {
+        "rotary embedding of a part of each head".to_string()
+    } else if a.head_dim > LARGEST_HEAD {
+        format!("head_dim {} (at most {LARGEST_HEAD} does)", a.head_dim)
+    } else {
+        return None;
+    };
+    Some(format!("{} does not train on a GPU yet: {what}; weights in shared memory train on the CPU", a.family))
+}
+
+/// Loads what steps on a GPU need beside the driver, or says where it was looked for.
+pub fn libraries() -> std::result::Result<(), String> {
+    load(Library::CublasLt).map(drop).map_err(|why| format!("training on a GPU needs cuBLASLt: {why}"))
+}
+
+impl GpuTrainer {
+    /// Why a model cannot train on `device`, or its trainer.
+    pub fn new(model: Model, device: &Arc<Device>) -> std::result::Result<GpuTrainer, GpuError> {
+        let a = &model.architecture;
+        if let Some(why) = refusal(a) {
+            return Err(GpuError::Library(why));
+        }
+        match model.device().map_err(GpuError::Library)? {
+            Some(on) if on.id == device.id => {}
+            Some(on) => return Err(GpuError::Library(format!("the weights are on {}", on.id.uuid))),
+            None => return Err(GpuError::Library("the weights are in host memory".into())),
+        }
+        let gpu = Arc::new(Gpu::new(device)?);
+        let moments = Arc::new(state::Moments::new(gpu.clone()));
+        Ok(GpuTrainer { model, gpu, moments, budget: None, plan: None, timed: None })
+    }
+
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// Gives memory of passing values back, when no steps are coming.
+    pub fn release_buffers(&self) {
+        self.gpu.release();
+        self.model.held.store(0, Ordering::Relaxed);
+    }
+
+    /// Bytes that steps of these batches take at their peak beyond the weights, the growth of the optimizer's state not
+    /// included; or that there is not enough, with what is needed and free.
+    pub fn plan(&self, batch: &Batch, settings: &Settings) -> std::result::Result<Plan, GpuError> {
+        let held = self.gpu.held().0;
+        let state = self.moments.bytes();
+        let budget = match self.budget {
+            Some(budget) => budget.saturating_sub(state),
+            None => {
+                let (free, _) = self.gpu.device.memory()?;
+                // What others on the device, an engine above all, may come to need between two steps.
+                (free + held - state).saturating_sub(plan::RESERVE)
+            }
+        };
+        let missing = plan::missing_state(&self.model.architecture, settings, &self.moments);
+        Plan::choose(&self.model.architecture, batch, settings, budget.saturating_sub(missing))
+    }
+
+    fn context<'a>(&'a self, batch: &'a Batch, settings: &'a Settings, plan: &'a Plan) -> Result<Context<'a>> {
+        let (a, gpu) = (&*self.model.architecture, &*self.gpu);
+        let (mut weights, mut held) = (HashMap::new(), Vec::new());
+        for (name, shape) in a.tensors() {
+            let spec = self.model.weights.tensor(name).expect("every tensor was found when the model was made");
+            let Location::Device(place) = self.model.weights.location(name) else {
+                return Err(GpuError::Library(format!("{name} is no longer on the GPU")).into());
+            };
+            if place.device.id != gpu.device.id {
+                return Err(GpuError::Library(format!("{name} is on another GPU now")).into());
+            }
+            let kind = spec.kind().expect("its dtype was checked when the model was made");
+            let (rows, columns) = if shape.len() == 1 { (1, shape[0]) } else { (shape[0], shape[1]) };
+            let (rows, columns, stride) = (rows as usize, columns as usize, place.stride as usize);
+            weights.insert(name, Weight { address: place.address, kind, rows, columns, stride });
+            held.push(place.held);
+        }
+        let half = a.head_dim / 2;
+        let angle = |f: fn(f32) -> f32| -> Vec<f32> {
+            let of = |&p: &u32| a.rope.inverse_frequencies.iter().map(move |w| p as f32 * w);
+            batch.positions.iter().flat_map(of).map(|x| f(x) * a.rope.factor).collect()
+        };
+        debug_assert_eq!(a.rope.inverse_frequencies.len(), half);
+        let angles = [gpu.upload(&angle(f32::cos))?, gpu.upload(&angle(f32::sin))?];
+        let ids: Vec<i32> = batch.ids.iter().map(|&id| id as i32).collect();
+        let rows = Rows {
+            batch,
+            rows: batch.rows(),
+            frozen: batch.frozen,
+            trained: batch.trained(),
+            ids: gpu.upload(&ids)?,
+            angles: Angles { cosines: angles[0].part(), sines: angles[1].part() },
+            _angles: angles,
+            tiles: Tiles::new(gpu, &batch.spans, batch.rows(), batch.frozen, a.head_dim)?,
+        };
+        Ok(Context { gpu, a, weights, rows, plan, settings, _held: held })
+    }
+
+    /// Losses of the batch's targets, in their order. Changes nothing.
+    pub fn losses(&self, batch: &Batch) -> Result<Vec<f32>> {
+        let settings = Settings::default();
+        let plan = Plan::forward_only(&self.model.architecture);
+        let c = self.context(batch, &settings, &plan)?;
+        let (x, _) = c.forward(false)?;
+        let head = c.head(&x, false)?;
+        Ok(self.gpu.download(head.losses.part(), batch.targets.len())?)
+    }
+
+    /// Losses and the gradient of every tensor that trains, as f32 by name. For tests: all of them at once.
+    pub fn gradients(&self, batch: &Batch, settings: &Settings) -> Result<(Vec<f32>, ByName)> {
+        let plan = Plan { order: Order::After, ..Plan::forward_only(&self.model.architecture) };
+        let c = self.context(batch, settings, &plan)?;
+        let (x, saved) = c.forward(true)?;
+        let head = c.head(&x, true)?;
+        let losses: Vec<f32> = self.gpu.download(head.losses.part(), batch.targets.len())?;
+        let mut all = HashMap::new();
+        let mut keep = |name: &str, values: Vec<f32>| {
+            all.insert(name.to_string(), values);
+        };
+        c.collect(head, x, saved, &mut keep)?;
+        Ok((losses, all))
+    }
+
+    /// One step, as [`Trainer::step`](super::Trainer::step).
+    pub fn step(
+        &mut self,
+        batch: &Batch,
+        settings: &Settings,
+        lr: f64,
+        state: &Arc<Mutex<OptimizerState>>,
+    ) -> Result<StepReport> {
+        let weights = self.model.weights.clone();
+        let step = weights.begin_step()?;
+        self.moments.adopt(&mut state.lock(), settings, &self.model)?;
+        let plan = self.plan(batch, settings)?;
+        // Nothing may be missing once weights change.
+        self.gpu.reserve(plan.bytes)?;
+        self.moments.prepare(&self.model.architecture, settings)?;
+        let mut marks = Marks::new(self.timed.is_some());
+        marks.add(&self.gpu, "start")?;
+        let c = self.context(batch, settings, &plan)?;
+        let (x, mut saved) = c.forward(true)?;
+        marks.add(&self.gpu, "forward")?;
+        let head = c.head(&x, true)?;
+        marks.add(&self.gpu, "head")?;
+
+        // The device goes on with the head's way back while the host waits for the losses alone.
+        let losses: Vec<f32> = self.gpu.download(head.losses.part(), batch.targets.len())?;
+        if let Some(bad) = losses.iter().position(|l| !l.is_finite()) {
+            let sample = batch.sample_of(batch.targets[bad].0);
+            return Err(StepError::NotFinite { what: "loss".into(), sample });
+        }
+        let loss = losses.iter().map(|&l| l as f64).sum::<f64>() / losses.len() as f64;
+        let taken = loss >= settings.min_loss;
+        let mut report = StepReport { loss, targets: losses.len(), rows: batch.rows(), taken, untouched: 0 };
+        if !taken {
+            return Ok(report);
+        }
+        let mut dx = c.head_backward(&head, &x)?;
+        drop(x);
+        let lowest = c.lowest();
+        match plan.order {
+            Order::After => {
+                let mut layers = Vec::new();
+                let peaks = self.gpu.zeros(4 * backward::PEAKS as u64 * (c.a.layers.len() + 1) as u64)?;
+                c.peaks_of_head(&head, &dx, peaks.part())?;
+                for i in (lowest..c.a.layers.len()).rev() {
+                    let kept = saved.pop().expect("one was kept of every layer");
+                    let g = c.layer_backward(i, kept, &mut dx)?;
+                    c.peaks_of_layer(&g, &dx, peaks.from(4 * backward::PEAKS as u64 * (i + 1) as u64))?;
+                    layers.push(g);
+                }
+                marks.add(&self.gpu, "backward")?;
+                c.check_peaks(self.gpu.download(peaks.part(), backward::PEAKS * (c.a.layers.len() + 1))?)?;
+                self.update(&c, step, lr, &mut report, state, |u| {
+                    u.norm(&head)?;
+                    for g in layers {
+                        u.layer(g)?;
+                    }
+                    u.vocabulary(head, &dx)
+                })?;
+                marks.add(&self.gpu, "update")?;
+            }
+            Order::Layerwise => {
+                self.update(&c, step, lr, &mut report, state, |u| {
+                    u.norm(&head)?;
+                    // A head of its own is done with; a tied one waits for the embedding.
+                    let mut head = Some(head);
+                    if c.a.head.is_some() {
+                        u.own_head(head.take().expect("it was put there"))?;
+                    }
+                    for i in (lowest..c.a.layers.len()).rev() {
+                        let kept = saved.pop().expect("one was kept of every layer");
+                        let g = c.layer_backward(i, kept, &mut dx)?;
+                        u.layer(g)?;
+                    }
+                    match head {
+                        Some(head) => u.vocabulary(head, &dx),
+                        None => u.own_embedding(&dx),
+                    }
+                })?;
+                marks.add(&self.gpu, "backward and update")?;
+            }
+        }
+        drop(c);
+        if self.timed.is_some() {
+            self.timed = Some(marks.times(&self.gpu)?);
+        }
+        self.plan = Some(plan);
+        self.model.held.store(self.gpu.held().0 - self.moments.bytes(), Ordering::Relaxed);
+        Ok(report)
+    }
+
+    /// The part of a step that writes: all of it, or none, or weights that are said to be torn.
+    fn update(
+        &self,
+        c: &Context,
+        mut step: Box<dyn Step + '_>,
+        lr: f64,
+        report: &mut StepReport,
+        state: &Mutex<OptimizerState>,
+        work: impl FnOnce(&mut update::Updater) -> Result<()>,
+    ) -> Result<()> {
+        step.begin_update()?;
+        let mut state = state.lock();
+        let number = state.step + 1;
+        let mut u = match update::Updater::new(c, &self.moments, &mut state, lr) {
+            Ok(u) => u,
+            Err(e) => {
+                step.withdraw();
+                return Err(e);
+            }
+        };
+        match work(&mut u).and_then(|()| u.finish()) {
+            Ok(untouched) => report.untouched = untouched,
+            Err(e) if u.wrote() => return Err(StepError::Cut { step: number, what: e.in_short() }),
+            Err(e) => {
+                step.withdraw();
+                return Err(e);
+            }
+        }
+        state.step = number;
+        step.finish(number).map_err(|source| StepError::Torn { step: number, source })
+    }
+}
+
+/// Times on the device between parts of a step.
+struct Marks(Option<Vec<(&'static str, cudarc::driver::CudaEvent)>>);
+
+impl Marks {
+    fn new(on: bool) -> Marks {
+        Marks(on.then(Vec::new))
+    }
+
+    fn add(&mut self, gpu: &Gpu, name: &'static str) -> Result<()> {
+        if let Some(marks) = &mut self.0 {
+            marks.push((name, gpu.mark()?));
+        }
+        Ok(())
+    }
+
+    fn times(&self, gpu: &Gpu) -> Result<Vec<(&'static str, f32)>> {
+        let marks = self.0.as_deref().unwrap_or_default();
+        let time = |pair: &[(&'static str, _)]| Ok((pair[1].0, gpu.between(&pair[0].1, &pair[1].1)?));
+        marks.windows(2).map(time).collect::<std::result::Result<_, GpuError>>().map_err(Into::into)
+    }
+}
+
+impl<'a> Context<'a> {
+    fn weight(&self, name: &str) -> Weight {
+        self.weights[name]
+    }
+
+    fn heads(&self, layer: &Layer) -> Heads {
+        let a = self.a;
+        let norms = layer.attention().qk_norm.as_ref().map(|(q, k)| (self.weight(q), self.weight(k)));
+        Heads { heads: a.heads, kv_heads: a.kv_heads, head_dim: a.head_dim, norms, eps: a.eps }
+    }
+
+    fn shape<'s>(&'s self, heads: &'s Heads, layer: &Layer) -> Shape<'s> {
+        Shape { heads, tiles: &self.rows.tiles, window: layer.attention().window }
+    }
+
+    fn trains(&self, name: &str) -> bool {
+        self.settings.trains(name)
+    }
+
+    /// The lowest layer that a gradient must reach.
+    fn lowest(&self) -> usize {
+        let trains = |layer: &Layer| layer.tensors().into_iter().any(|name| self.trains(name));
+        match self.trains(&self.a.embedding) {
+            true => 0,
+            false => self.a.layers.iter().position(trains).unwrap_or(self.a.layers.len()),
+        }
+    }
+
+    /// A weight as an operand: where it lives, or as bf16 in `scratch`.
+    fn operand(&self, w: &Weight, scratch: &mut Option<Buffer>) -> Result<Operand> {
+        if w.kind == Kind::Bf16 {
+            return Ok(Operand::weight(w));
+        }
+        let narrow = self.gpu.bf16(w.rows * w.columns)?;
+        linear::narrow(self.gpu, w, narrow.part())?;
+        let operand = Operand::new(narrow.part(), w.columns);
+        *scratch = Some(narrow);
+        Ok(operand)
+    }
+
+    /// The weights of linears with the same input, those that lie one behind the other as one, with their first output.
+    fn joined(&self, linears: &[&Linear]) -> Vec<(Weight, usize)> {
+        let mut all: Vec<(Weight, usize)> = Vec::new();
+        let mut at = 0;
+        for l in linears {
+            let w = self.weight(&l.weight);
+            match all.last_mut().and_then(|(last, first)| Some((last.join(&w)?, *first))) {
+                Some(joined) => *all.last_mut().expect("one was joined") = joined,
+                None => all.push((w, at)),
+            }
+            at += w.rows;
+        }
+        all
+    }
+
+    /// `y (rows x all outputs, bf16) = x W^T + b` of linears side by side.
+    fn linears(&self, linears: &[&Linear], x: Part, rows: usize, y: Part) -> Result<()> {
+        let width: usize = linears.iter().map(|l| l.outputs).sum();
+        for (w, first) in self.joined(linears) {
+            let mut scratch = None;
+            let operand = self.operand(&w, &mut scratch)?.t();
+            let out = Output::bf16(y.from(2 * first as u64), width);
+            matmul(self.gpu, out, rows, w.rows, w.columns, Operand::new(x, w.columns), operand)?;
+        }
+        let mut at = 0;
+        for l in linears {
+            if let Some(bias) = &l.bias {
+                linear::add_bias(self.gpu, y.from(2 * at as u64), false, width, rows, &self.weight(bias))?;
+            }
+            at += l.outputs;
+        }
+        Ok(())
+    }
+
+    /// `stream (rows x H, f32) += x W^T + b`.
+    fn onto_stream(&self, l: &Linear, x: Part, rows: usize, stream: Part) -> Result<()> {
+        let w = self.weight(&l.weight);
+        let mut scratch = None;
+        let operand = self.operand(&w, &mut scratch)?.t();
+        let out = Output::f32(stream, w.rows).added();
+        matmul(self.gpu, out, rows, w.rows, w.columns, Operand::new(x, w.columns), operand)?;
+        if let Some(bias) = &l.bias {
+            linear::add_bias(self.gpu, stream, true, w.rows, rows, &self.weight(bias))?;
+        }
+        Ok(())
+    }
+
+    /// `dx (rows x inputs, bf16) = dy W`, summed over linears side by side in dy. Where these do not lie one behind the other
+    /// their parts are added in f32 and rounded once, as one product does: where weights lie is no reason to be less exact.
+    fn back(&self, linears: &[&Linear], dy: Part, rows: usize, dx: Part) -> Result<()> {
+        let width: usize = linears.iter().map(|l| l.outputs).sum();
+        let joined = self.joined(linears);
+        let columns = joined[0].0.columns;
+        let sums = if joined.len() > 1 { Some(self.gpu.f32(rows * columns)?) } else { None };
+        for (i, (w, first)) in joined.into_iter().enumerate() {
+            let mut scratch = None;
+            let operand = self.operand(&w, &mut scratch)?;
+            let out = match &sums {
+                Some(sums) => Output { add: i > 0, ..Output::f32(sums.part(), columns) },
+                None => Output::bf16(dx, columns),
+            };
+            let dy = Operand::new(dy.from(2 * first as u64), width);
+            matmul(self.gpu, out, rows, columns, w.rows, dy, operand)?;
+        }
+        if let Some(sums) = sums {
+            let address = sums.part().address();
+            let sums = Weight { address, kind: Kind::F32, rows, columns, stride: columns };
+            linear::narrow(self.gpu, &sums, dx)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,252 @@
+//! How a step is laid out in the memory that there is: when weights are updated, and what of the forward pass is kept for the
+//! way back and what is made again. The rule: rather whole than cheap in memory, rather fast than cheap, as far as it fits.
+
+use super::state::Moments;
+use crate::compute::cuda::GpuError;
+use crate::train::apollo::{form, moment_elements};
+use crate::train::families::Architecture;
+use crate::train::pack::Batch;
+use crate::train::settings::Settings;
+
+/// Bytes of the device's free memory that are left alone: an engine beside us may need some at any time.
+pub const RESERVE: u64 = 512 << 20;
+
+/// When weights are updated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// After the backward pass, when every gradient is known to be finite: the gradients' factors of all layers are kept.
+    After,
+    /// Each layer after its own backward pass.
+    Layerwise,
+}
+
+/// What is kept of a layer's forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
+pub enum Keep {
+    /// The stream before it, and keys and values: a layer more to compute.
+    Stream,
+    /// All but gate and up: about half a layer more.
+    Attention,
+    All,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    pub order: Order,
+    /// By layer.
+    pub keep: Vec<Keep>,
+    /// Bytes at the peak, beyond the weights and the optimizer's state.
+    pub bytes: u64,
+}
+
+/// Sizes that memory follows from.
+struct Sizes {
+    rows: u64,
+    trained: u64,
+    targets: u64,
+    h: u64,
+    q: u64,
+    kv: u64,
+    inner: u64,
+    vocabulary: u64,
+    layers: u64,
+    /// Of what is kept of q.
+    q_kept: u64,
+    heads: u64,
+    tied: bool,
+    head_trains: bool,
+    narrow: u64,
+}
+
+impl Sizes {
+    fn new(a: &Architecture, batch: &Batch, settings: &Settings) -> Sizes {
+        let (q, kv) = ((a.heads * a.head_dim) as u64, (a.kv_heads * a.head_dim) as u64);
+        let normed = a.layers.iter().any(|l| l.attention().qk_norm.is_some());
+        let head = a.head.as_ref().unwrap_or(&a.embedding);
+        Sizes {
+            rows: batch.rows() as u64,
+            trained: batch.trained() as u64,
+            targets: batch.targets.len() as u64,
+            h: a.hidden as u64,
+            q,
+            kv,
+            inner: a.intermediate as u64,
+            vocabulary: a.vocabulary as u64,
+            layers: a.layers.len() as u64,
+            q_kept: if normed { q + kv } else { q },
+            heads: a.heads as u64,
+            tied: a.head.is_none(),
+            head_trains: settings.trains(head),
+            // A matrix of another type as bf16; the largest may be the head.
+            narrow: 0,
+        }
+    }
+
+    fn kept(&self, keep: Keep) -> u64 {
+        let (n, rows) = (self.trained, self.rows);
+        let stream = 2 * n * self.h + 4 * n + 4 * rows * self.kv;
+        let attention = 2 * n * (self.q_kept + self.q + self.h) + 4 * n * (self.heads + 1);
+        match keep {
+            Keep::Stream => stream,
+            Keep::Attention => stream + attention,
+            Keep::All => stream + attention + 4 * n * self.inner,
+        }
+    }
+
+    /// Of one layer's backward pass: what its weights' gradients are made from, beyond what was kept of its forward pass
+    /// (whose gate and up, and inputs, become part of it).
+    fn factors(&self) -> u64 {
+        2 * self.trained * (2 * self.h + self.inner + self.q + 2 * self.kv)
+    }
+
+    /// What only passes through in one layer's backward pass, and an update's scratch.
+    fn passing_backward(&self, rank: u64) -> u64 {
+        let n = self.trained;
+        // The last: gradients of linears with one input, added in f32 where these do not lie one behind the other.
+        let attention = 2 * n * (5 * self.q + self.h) + 4 * n * self.heads + 4 * n * self.h;
+        let matrix = self.h * self.inner.max(self.q);
+        let update = 2 * matrix + 8 * rank.max(1) * self.inner.max(self.q).max(self.h) + 2 * n * self.h;
+        attention.max(update) + self.kept(Keep::All) + 4 * self.h * 600
+    }
+
+    fn passing_forward(&self) -> u64 {
+        let attention = 2 * self.rows * (self.h + 3 * self.q + 2 * self.kv);
+        let feed_forward = 2 * self.rows * (self.h + 3 * self.inner);
+        attention.max(feed_forward)
+    }
+
+    /// Of the head while it works, and what of it waits for its update.
+    fn head(&self, rank: u64) -> (u64, u64) {
+        let l = self.targets;
+        let rows = 2 * l * (3 * self.h);
+        let d_logits = if self.head_trains { 2 * l * self.vocabulary } else { 0 };
+        let block = (super::head::LOGITS as u64).min(4 * l * self.vocabulary);
+        let chunk = 2 * (super::update::VOCABULARY as u64).min(self.vocabulary * self.h)
+            + 8 * rank.max(1) * self.vocabulary
+            + 24 * self.vocabulary;
+        (rows + d_logits + block.max(chunk), rows + d_logits)
+    }
+
+    fn stream(&self) -> u64 {
+        // The stream of all rows, or the gradient of those that train, in f32 and twice in bf16; rotary angles.
+        (4 * self.rows * self.h).max(8 * self.trained * self.h) + self.narrow
+    }
+
+    fn peak(&self, order: Order, keep: &[Keep], rank: u64) -> u64 {
+        let kept: u64 = keep.iter().map(|&k| self.kept(k)).sum();
+        let (head, waiting) = self.head(rank);
+        let layerwise = order == Order::Layerwise && !self.tied;
+        let stays = if layerwise { 0 } else { waiting };
+        let backward = match order {
+            Order::Layerwise => kept + self.factors() + self.passing_backward(rank) + stays,
+            Order::After => {
+                let all = self.kept(Keep::All) + self.factors();
+                (self.layers * all).max(kept) + self.passing_backward(rank) + waiting
+            }
+        };
+        let forward = kept + self.passing_forward();
+        // The plans' workspace, and what cutting memory into pieces wastes.
+        let wasted = 96 << 20;
+        self.stream() + forward.max(backward).max(kept + head) + wasted
+    }
+}
+
+impl Plan {
+    pub(super) fn forward_only(a: &Architecture) -> Plan {
+        Plan { order: Order::Layerwise, keep: vec![Keep::All; a.layers.len()], bytes: 0 }
+    }
+
+    /// The first of these that fits `budget`: everything kept and updated after; everything kept and updated layer by layer;
+    /// ever more layers without gate and up; ever more with the stream alone.
+    pub fn choose(a: &Architecture, batch: &Batch, settings: &Settings, budget: u64) -> Result<Plan, GpuError> {
+        let (sizes, layers, rank) = (Sizes::new(a, batch, settings), a.layers.len(), settings.rank() as u64);
+        let keep = |less: Keep, count: usize, more: Keep| -> Vec<Keep> {
+            // The last layers' are used first: those that stay longest keep least.
+            (0..layers).map(|i| if i < count { less } else { more }).collect()
+        };
+        let plans = std::iter::once((Order::After, keep(Keep::All, 0, Keep::All)))
+            .chain((0..=layers).map(|n| (Order::Layerwise, keep(Keep::Attention, n, Keep::All))))
+            .chain((0..=layers).map(|n| (Order::Layerwise, keep(Keep::Stream, n, Keep::Attention))));
+        let mut least = u64::MAX;
+        for (order, keep) in plans {
+            let bytes = sizes.peak(order, &keep, rank);
+            if bytes <= budget {
+                return Ok(Plan { order, keep, bytes });
+            }
+            least = least.min(bytes);
+        }
+        Err(GpuError::Memory(least.saturating_sub(budget)))
+    }
+}
+
+/// Free bytes that a step of `batch` takes at the least, the growth of the optimizer's state not included.
+pub fn least(a: &Architecture, batch: &Batch, settings: &Settings) -> u64 {
+    let keep = vec![Keep::Stream; a.layers.len()];
+    Sizes::new(a, batch, settings).peak(Order::Layerwise, &keep, settings.rank() as u64) + RESERVE
+}
+
+/// Bytes by which the optimizer's state on the device will grow.
+pub(super) fn missing_state(a: &Architecture, settings: &Settings, moments: &Moments) -> u64 {
+    let trained = a.tensors().into_iter().filter(|(name, _)| settings.trains(name));
+    let grows = |(name, shape): (&str, Vec<u64>)| match moments.has(name) {
+        true => 0,
+        false => 8 * moment_elements(form(settings, &shape), &shape),
+    };
+    trained.map(grows).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::{Config, Tokens};
+
+    fn qwen3_8b() -> Architecture {
+        let config = r#"{"model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936,
+            "max_position_embeddings": 40960, "tie_word_embeddings": false}"#;
+        Architecture::from_config(&Config::parse(config).unwrap()).unwrap()
+    }
+
+    fn batch(context: usize, trained: usize) -> Batch {
+        Batch::pack([(0, &Tokens::new(vec![1; context], vec![2; trained]))])
+    }
+
+    #[test]
+    fn less_memory_costs_atomic_updates_first_then_time_and_then_the_job() {
+        let (a, settings, batch) = (qwen3_8b(), Settings::default(), batch(1024, 1024));
+        let plan = |gb: f64| Plan::choose(&a, &batch, &settings, (gb * 1e9) as u64);
+        let all = plan(100.0).unwrap();
+        assert_eq!((all.order, all.keep[0]), (Order::After, Keep::All));
+        let mut last = all.bytes;
+        for gb in [6.0, 4.0, 3.0, 2.6, 2.0] {
+            let Ok(less) = plan(gb) else { continue };
+            assert!(less.bytes <= (gb * 1e9) as u64 && less.bytes <= last);
+            assert!(less.keep.is_sorted(), "the last layers keep most");
+            last = less.bytes;
+        }
+        assert_eq!(plan(5.5).unwrap().order, Order::Layerwise);
+        assert!(plan(0.3).is_err());
+    }
+
+    #[test]
+    fn the_shapes_that_must_fit_do() {
+        // The limits of docs/training.md less the optimizer's state (rank 64).
+        let (a, settings) = (qwen3_8b(), Settings::default());
+        let state = missing(&a, &settings);
+        for (context, trained, gb) in [(1024, 1024, 4.0), (0, 4096, 8.0), (2048, 256, 4.0)] {
+            let budget = (gb * 1e9) as u64 - state;
+            let plan = Plan::choose(&a, &batch(context, trained), &settings, budget);
+            let count = |k| plan.as_ref().map_or(0, |p| p.keep.iter().filter(|x| **x == k).count());
+            let counts = [Keep::All, Keep::Attention, Keep::Stream].map(count);
+            println!(
+                "{context}+{trained} in {gb} GB, {state} of them state: {counts:?}, {:?}",
+                plan.as_ref().map(|p| p.bytes)
+            );
+            assert!(plan.is_ok());
+        }
+    }
+
+    fn missing(a: &Architecture, settings: &Settings) -> u64 {
+        a.tensors().iter().map(|(_, s)| 8 * moment_elements(form(settings, s), s)).sum()
+    }
+}

@@ -1,0 +1,121 @@
+//! The optimizer's moments on the device. They stay there from step to step: what the host knows of a tensor's state has no
+//! moments meanwhile, and whoever wants them asks ([`OptimizerState::at_home`]).
+
+use crate::compute::cuda::{Buffer, Gpu, GpuError};
+use crate::train::apollo::{fits, form, moment_elements};
+use crate::train::families::Architecture;
+use crate::train::settings::Settings;
+use crate::train::state::{OptimizerState, Remote};
+use crate::train::step::{Model, StepError};
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Moments by tensor.
+pub struct Moments {
+    gpu: Arc<Gpu>,
+    held: Mutex<HashMap<String, Arc<Pair>>>,
+}
+
+/// m and v of one tensor, f32.
+pub(super) struct Pair {
+    pub m: Buffer,
+    pub v: Buffer,
+}
+
+impl Moments {
+    pub(super) fn new(gpu: Arc<Gpu>) -> Moments {
+        Moments { gpu, held: Mutex::default() }
+    }
+
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.held.lock().contains_key(name)
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.held.lock().values().map(|p| p.m.bytes() + p.v.bytes()).sum()
+    }
+
+    /// Takes a state over: moments that the host has go to the device, and those of tensors whose state does not go on under
+    /// these settings are dropped. Does nothing for the state that is here already.
+    pub(super) fn adopt(
+        self: &Arc<Self>,
+        state: &mut OptimizerState,
+        settings: &Settings,
+        model: &Model,
+    ) -> Result<(), StepError> {
+        let remote: Arc<dyn Remote> = self.clone();
+        if !state.remote.is(&remote) {
+            state.come_home().map_err(|e| GpuError::Library(e.to_string()))?;
+            self.held.lock().clear();
+        }
+        let mut uploaded = false;
+        for (name, shape) in model.architecture.tensors() {
+            let Some(tensor) = state.tensors.get_mut(name) else {
+                self.held.lock().remove(name);
+                continue;
+            };
+            if settings.trains(name) && !fits(tensor, form(settings, &shape), &shape) {
+                state.tensors.remove(name);
+                self.held.lock().remove(name);
+            } else if !tensor.m.is_empty() {
+                let upload = |x: &[f32]| {
+                    let buffer = self.gpu.keep(size_of_val(x) as u64)?;
+                    self.gpu.write(buffer.part(), x)?;
+                    Ok::<_, GpuError>(buffer)
+                };
+                let pair = Pair { m: upload(&tensor.m)?, v: upload(&tensor.v)? };
+                self.held.lock().insert(name.to_string(), Arc::new(pair));
+                (tensor.m, tensor.v) = (Vec::new(), Vec::new());
+                uploaded = true;
+            }
+        }
+        if uploaded {
+            // They may be asked for from here on, past the stream that they came by.
+            self.gpu.wait()?;
+        }
+        state.remote.set(remote);
+        Ok(())
+    }
+
+    /// A tensor's moments, zeros where it has none.
+    pub(super) fn of(&self, name: &str, elements: usize) -> Result<Arc<Pair>, GpuError> {
+        let mut held = self.held.lock();
+        if let Some(pair) = held.get(name) {
+            return Ok(pair.clone());
+        }
+        let zeros = || {
+            let buffer = self.gpu.keep(4 * elements as u64)?;
+            self.gpu.clear(buffer.part())?;
+            Ok::<_, GpuError>(buffer)
+        };
+        let pair = Arc::new(Pair { m: zeros()?, v: zeros()? });
+        held.insert(name.to_string(), pair.clone());
+        Ok(pair)
+    }
+
+    /// Makes what is missing of every tensor that trains, zeros.
+    pub(super) fn prepare(&self, a: &Architecture, settings: &Settings) -> Result<(), GpuError> {
+        for (name, shape) in a.tensors().into_iter().filter(|(name, _)| settings.trains(name)) {
+            self.of(name, moment_elements(form(settings, &shape), &shape) as usize)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn forget(&self, name: &str) {
+        self.held.lock().remove(name);
+    }
+}
+
+impl Remote for Moments {
+    fn moments(&self, name: &str) -> Result<Option<crate::train::state::Moments>, String> {
+        let Some(pair) = self.held.lock().get(name).cloned() else { return Ok(None) };
+        // Whoever asks holds the weights still, and so the moments: of a step that has begun only what reads runs.
+        let values = |b: &Buffer| self.gpu.download_beside(b.part(), b.bytes() as usize / 4).map_err(|e| e.to_string());
+        Ok(Some((values(&pair.m)?, values(&pair.v)?)))
+    }
+
+    fn bytes(&self) -> u64 {
+        Moments::bytes(self)
+    }
+}

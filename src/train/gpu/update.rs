@@ -1,0 +1,437 @@
+//! Gradients tensor by tensor from what the backward pass left, and the update of each, in stream order and without a word
+//! from the device until the end: what becomes of a tensor is decided there (`compute::cuda::apollo`).
+
+use super::backward::LayerGradients;
+use super::head::{Head, Stream};
+use super::state::Moments;
+use super::{Context, Result};
+use crate::compute::cuda::apollo::{self, Apply, Factors, Gradient, Rates, Verdict};
+use crate::compute::cuda::embedding::{self, Lookups};
+use crate::compute::cuda::matmul::{Operand, Output, matmul};
+use crate::compute::cuda::{Buffer, Part, Weight, linear, rms_norm};
+use crate::compute::rng::{Purpose, Stream as Random};
+use crate::train::apollo::{form, moment_elements};
+use crate::train::settings::Rounding;
+use crate::train::state::{Form, OptimizerState, TensorState};
+use crate::train::step::{LARGEST, StepError};
+use std::collections::HashMap;
+
+/// Elements of the embedding's or the head's gradient that are in memory at once.
+pub(super) const VOCABULARY: usize = 32 << 20;
+
+/// A gradient: all there, or made some rows at a time (bf16; `fill(first, rows, to)`).
+pub(super) enum Source<'s> {
+    Whole(Gradient),
+    Parts { at_once: usize, fill: &'s mut dyn FnMut(usize, usize, Part) -> Result<()> },
+}
+
+/// Who takes gradients.
+pub(super) trait Sink {
+    fn take(&mut self, name: &str, w: &Weight, source: Source) -> Result<()>;
+}
+
+impl Context<'_> {
+    fn give(&self, sink: &mut dyn Sink, name: &str, source: Source) -> Result<()> {
+        if self.trains(name) { sink.take(name, &self.weight(name), source) } else { Ok(()) }
+    }
+
+    fn give_vector(&self, sink: &mut dyn Sink, name: &str, values: Part) -> Result<()> {
+        let n = self.weight(name).columns;
+        self.give(sink, name, Source::Whole(Gradient::new(values.first(4 * n as u64), true, 1, n)))
+    }
+
+    pub(super) fn give_norm(&self, head: &Head, sink: &mut dyn Sink) -> Result<()> {
+        self.give_vector(sink, &self.a.norm, head.d_norm.part())
+    }
+
+    pub(super) fn give_layer(&self, g: LayerGradients, sink: &mut dyn Sink) -> Result<()> {
+        let (gpu, a, layer, n) = (self.gpu, self.a, &self.a.layers[g.layer], self.rows.trained);
+        let normed = gpu.bf16(n * a.hidden)?;
+        let mut together = |linears: &[&crate::train::families::Linear], dy: &Buffer, x: Part| -> Result<()> {
+            let width: usize = linears.iter().map(|l| l.outputs).sum();
+            let mut at = 0;
+            for l in linears {
+                let dy = dy.from(2 * at as u64);
+                let mut fill = |first: usize, rows: usize, to: Part| -> Result<()> {
+                    let dy = Operand::new(dy.from(2 * first as u64), width).t();
+                    Ok(matmul(gpu, Output::bf16(to, l.inputs), rows, l.inputs, n, dy, Operand::new(x, l.inputs))?)
+                };
+                self.give(sink, &l.weight, Source::Parts { at_once: l.outputs, fill: &mut fill })?;
+                if let Some(bias) = l.bias.as_ref().filter(|b| self.trains(b)) {
+                    let sums = gpu.f32(l.outputs)?;
+                    linear::column_sums(gpu, dy, width, n, l.outputs, sums.part())?;
+                    self.give_vector(sink, bias, sums.part())?;
+                }
+                at += l.outputs;
+            }
+            Ok(())
+        };
+        together(&[&layer.down], &g.d_out, g.act.part())?;
+        rms_norm::again(gpu, g.x_mid.part(), g.rstd_mid.part(), &self.weight(&layer.post_norm), n, normed.part())?;
+        // Weights of the norms are read above and below, before they change.
+        together(&[&layer.gate, &layer.up], &g.d_gate_up, normed.part())?;
+        together(&[&layer.attention().o], &g.d_mid, g.attended.part())?;
+        rms_norm::again(gpu, g.x_in.part(), g.rstd_in.part(), &self.weight(&layer.input_norm), n, normed.part())?;
+        together(&[&layer.attention().q, &layer.attention().k, &layer.attention().v], &g.d_qkv, normed.part())?;
+        self.give_vector(sink, &layer.input_norm, g.d_input_norm.part())?;
+        self.give_vector(sink, &layer.post_norm, g.d_post_norm.part())?;
+        if let (Some((q, k)), Some(d)) = (&layer.attention().qk_norm, &g.d_qk_norm) {
+            self.give_vector(sink, q, d.part())?;
+            self.give_vector(sink, k, d.from(4 * a.head_dim as u64))?;
+        }
+        Ok(())
+    }
+
+    /// Rows of a part of the vocabulary's gradient; all of a matrix that is wider than tall.
+    fn vocabulary_part(&self) -> usize {
+        let (v, h) = (self.a.vocabulary, self.a.hidden);
+        // Whole blocks of rows, so that the library's operands stay aligned.
+        if v < h { v } else { (VOCABULARY / h).next_multiple_of(64).min(v) }
+    }
+
+    fn head_part(&self, head: &Head, first: usize, rows: usize, to: Part) -> Result<()> {
+        let (h, v, count) = (self.a.hidden, self.a.vocabulary, self.rows.batch.targets.len());
+        let d_logits = head.d_logits.as_ref().expect("kept, since the head trains");
+        let dy = Operand::new(d_logits.from(2 * first as u64), v).t();
+        Ok(matmul(self.gpu, Output::bf16(to, h), rows, h, count, dy, Operand::new(head.normed.part(), h))?)
+    }
+
+    pub(super) fn give_own_head(&self, head: Head, sink: &mut dyn Sink) -> Result<()> {
+        let mut fill = |first: usize, rows: usize, to: Part| self.head_part(&head, first, rows, to);
+        let name = self.a.head.as_ref().expect("asked where the head is a tensor of its own");
+        self.give(sink, name, Source::Parts { at_once: self.vocabulary_part(), fill: &mut fill })
+    }
+
+    /// Sums of the gradient's rows by token.
+    fn token_sums(&self, dx: &Stream) -> Result<(Lookups, Buffer)> {
+        let lookups = Lookups::new(&self.rows.batch.ids[self.rows.frozen..]);
+        let sums = self.gpu.f32(lookups.ids.len() * self.a.hidden)?;
+        embedding::backward(self.gpu, dx.wide.part(), &lookups, self.a.hidden, sums.part())?;
+        Ok((lookups, sums))
+    }
+
+    pub(super) fn give_own_embedding(&self, dx: &Stream, sink: &mut dyn Sink) -> Result<()> {
+        if !self.trains(&self.a.embedding) {
+            return Ok(());
+        }
+        let (h, v) = (self.a.hidden, self.a.vocabulary);
+        let (lookups, sums) = self.token_sums(dx)?;
+        let mut map = vec![-1i32; v];
+        lookups.ids.iter().enumerate().for_each(|(i, &id)| map[id as usize] = i as i32);
+        let map = self.gpu.upload(&map)?;
+        if v >= h {
+            let g = Gradient::new(sums.part(), true, lookups.ids.len(), h);
+            return self.give(sink, &self.a.embedding, Source::Whole(Gradient { map: Some(map.part()), ..g }));
+        }
+        // Channels are columns: the rows that are zero count as little as they would add.
+        let whole = self.gpu.f32(v * h)?;
+        apollo::spread(self.gpu, sums.part(), map.part(), v, h, whole.part())?;
+        self.give(sink, &self.a.embedding, Source::Whole(Gradient::new(whole.part(), true, v, h)))
+    }
+
+    /// Embedding and head, tied or not.
+    pub(super) fn give_vocabulary(&self, head: Head, dx: &Stream, sink: &mut dyn Sink) -> Result<()> {
+        if self.a.head.is_some() {
+            self.give_own_head(head, sink)?;
+            return self.give_own_embedding(dx, sink);
+        }
+        if !self.trains(&self.a.embedding) {
+            return Ok(());
+        }
+        let (lookups, sums) = self.token_sums(dx)?;
+        let ids = self.gpu.upload(&lookups.ids)?;
+        let mut fill = |first: usize, rows: usize, to: Part| {
+            self.head_part(&head, first, rows, to)?;
+            let (tokens, h) = (lookups.ids.len(), self.a.hidden);
+            Ok(embedding::add(self.gpu, sums.part(), ids.part(), tokens, h, first, rows, to)?)
+        };
+        self.give(sink, &self.a.embedding, Source::Parts { at_once: self.vocabulary_part(), fill: &mut fill })
+    }
+
+    /// Every gradient as f32, for tests.
+    pub(super) fn collect(
+        &self,
+        head: Head,
+        x: Buffer,
+        mut saved: Vec<super::forward::Saved>,
+        keep: &mut dyn FnMut(&str, Vec<f32>),
+    ) -> Result<()> {
+        let mut dx = self.head_backward(&head, &x)?;
+        let mut sink = Collector { c: self, keep };
+        self.give_norm(&head, &mut sink)?;
+        for i in (self.lowest()..self.a.layers.len()).rev() {
+            let kept = saved.pop().expect("one was kept of every layer");
+            let g = self.layer_backward(i, kept, &mut dx)?;
+            self.give_layer(g, &mut sink)?;
+        }
+        self.give_vocabulary(head, &dx, &mut sink)
+    }
+}
+
+struct Collector<'c, 'a> {
+    c: &'c Context<'a>,
+    keep: &'c mut dyn FnMut(&str, Vec<f32>),
+}
+
+impl Sink for Collector<'_, '_> {
+    fn take(&mut self, name: &str, w: &Weight, source: Source) -> Result<()> {
+        let gpu = self.c.gpu;
+        let narrow =
+            |values: Vec<u16>| -> Vec<f32> { values.into_iter().map(|x| half::bf16::from_bits(x).to_f32()).collect() };
+        let values = match source {
+            Source::Parts { at_once, fill } => {
+                let mut all = Vec::new();
+                for first in (0..w.rows).step_by(at_once) {
+                    let rows = at_once.min(w.rows - first);
+                    let g = gpu.bf16(rows * w.columns)?;
+                    fill(first, rows, g.part())?;
+                    all.extend(narrow(gpu.download(g.part(), rows * w.columns)?));
+                }
+                all
+            }
+            Source::Whole(g) => {
+                let all: Vec<f32> = match g.wide {
+                    true => gpu.download(g.part, g.rows * g.columns)?,
+                    false => narrow(gpu.download(g.part, g.rows * g.columns)?),
+                };
+                match g.map {
+                    None => all,
+                    Some(map) => {
+                        let row = |&i: &i32| match usize::try_from(i) {
+                            Ok(i) => all[i * g.columns..(i + 1) * g.columns].to_vec(),
+                            Err(_) => vec![0.0; g.columns],
+                        };
+                        gpu.download::<i32>(map, w.rows)?.iter().flat_map(row).collect()
+                    }
+                }
+            }
+        };
+        (self.keep)(name, values);
+        Ok(())
+    }
+}
+
+/// Updates tensors in the order in which they come.
+pub(super) struct Updater<'u, 'a> {
+    c: &'u Context<'a>,
+    moments: &'u Moments,
+    state: &'u mut OptimizerState,
+    lr: f64,
+    /// Place of each tensor in `verdicts` and `lasts`.
+    places: HashMap<&'a str, (usize, Vec<u64>)>,
+    verdicts: Buffer,
+    lasts: Buffer,
+    halted: Buffer,
+    done: Vec<(String, Form, usize)>,
+    /// How many of them may have changed their moments or weights, where their verdict lets them.
+    begun: usize,
+}
+
+impl<'u, 'a> Updater<'u, 'a> {
+    pub fn new(c: &'u Context<'a>, moments: &'u Moments, state: &'u mut OptimizerState, lr: f64) -> Result<Self> {
+        let tensors = c.a.tensors();
+        let last = |name: &str| state.tensors.get(name).and_then(|t| t.last_norm).unwrap_or(-1.0);
+        let lasts: Vec<f32> = tensors.iter().map(|(name, _)| last(name)).collect();
+        let verdicts = c.gpu.zeros(4 * tensors.len() as u64)?;
+        let (lasts, halted) = (c.gpu.upload(&lasts)?, c.gpu.zeros(4)?);
+        let places = tensors.into_iter().enumerate().map(|(i, (name, shape))| (name, (i, shape))).collect();
+        Ok(Updater { c, moments, state, lr, places, verdicts, lasts, halted, done: Vec::new(), begun: 0 })
+    }
+
+    pub fn norm(&mut self, head: &Head) -> Result<()> {
+        self.c.give_norm(head, self)
+    }
+
+    pub fn layer(&mut self, g: LayerGradients) -> Result<()> {
+        self.c.give_layer(g, self)
+    }
+
+    pub fn own_head(&mut self, head: Head) -> Result<()> {
+        self.c.give_own_head(head, self)
+    }
+
+    pub fn own_embedding(&mut self, dx: &Stream) -> Result<()> {
+        self.c.give_own_embedding(dx, self)
+    }
+
+    pub fn vocabulary(&mut self, head: Head, dx: &Stream) -> Result<()> {
+        self.c.give_vocabulary(head, dx, self)
+    }
+
+    /// After an error: has anything been written, or may it have been? Waits for all.
+    pub fn wrote(&self) -> bool {
+        if self.begun == 0 {
+            return false;
+        }
+        match self.c.gpu.download::<i32>(self.verdicts.part(), self.places.len()) {
+            Ok(verdicts) => {
+                // A gradient that is not finite holds all later ones back.
+                let verdicts = self.done[..self.begun].iter().map(|(.., place)| verdicts[*place]);
+                verdicts.take_while(|&v| v <= 1).any(|v| v == 0)
+            }
+            Err(_) => true,
+        }
+    }
+
+    /// Waits for all, and notes what became of each tensor. Returns how many were left alone for a gradient of zeros.
+    pub fn finish(&mut self) -> Result<usize> {
+        let gpu = self.c.gpu;
+        let count = self.places.len();
+        let verdicts: Vec<i32> = gpu.download(self.verdicts.part(), count)?;
+        let lasts: Vec<f32> = gpu.download(self.lasts.part(), count)?;
+        if let Some((name, ..)) = self.done.iter().find(|(.., place)| verdicts[*place] > 1) {
+            return Err(StepError::NotFinite { what: format!("gradient of {name}"), sample: None });
+        }
+        let mut untouched = 0;
+        for (name, form, place) in self.done.drain(..) {
+            if verdicts[place] == 0 {
+                let fresh = || TensorState { form, steps: 0, last_norm: None, m: Vec::new(), v: Vec::new() };
+                let tensor = self.state.tensors.entry(name).or_insert_with(fresh);
+                tensor.steps += 1;
+                tensor.last_norm = Some(lasts[place]).filter(|&x| x >= 0.0);
+            } else {
+                if !self.state.tensors.contains_key(&name) {
+                    self.moments.forget(&name);
+                }
+                untouched += 1;
+            }
+        }
+        self.begun = 0;
+        Ok(untouched)
+    }
+}
+
+impl Sink for Updater<'_, '_> {
+    fn take(&mut self, name: &str, w: &Weight, source: Source) -> Result<()> {
+        let (gpu, settings) = (self.c.gpu, self.c.settings);
+        let (place, shape) = self.places[name].clone();
+        let form = form(settings, &shape);
+        let steps = self.state.tensors.get(name).map_or(0, |t| t.steps);
+        self.done.push((name.to_string(), form, place));
+        let pair = self.moments.of(name, moment_elements(form, &shape) as usize)?;
+        let moments = (pair.m.part(), pair.v.part());
+        let at = 4 * place as u64;
+        let verdict = Verdict { verdict: self.verdicts.from(at), halted: self.halted.part() };
+        let random = Random::new(settings.seed, Purpose::Rounding, name, self.state.step);
+        let how = Apply {
+            stochastic: (settings.rounding == Rounding::Stochastic).then_some(&random),
+            keep: (1.0 - self.lr * settings.weight_decay) as f32,
+        };
+        // Bias correction, after everything else.
+        let power = |beta: f64| 1.0 - beta.powf((steps + 1) as f64);
+        let rate = self.lr * power(settings.betas[1]).sqrt() / power(settings.betas[0]);
+        let rates = Rates {
+            betas: (settings.betas[0] as f32, settings.betas[1] as f32),
+            eps: settings.eps as f32,
+            rate: rate as f32,
+            growth: settings.norm_growth_limit.unwrap_or(0.0) as f32,
+        };
+        let limit = (LARGEST * LARGEST) as f32;
+        let (m, n) = (w.rows, w.columns);
+        let mut pass = Pass::new(self.c, w, source)?;
+
+        let (rank, by_channel) = match form {
+            Form::Adam => {
+                // A vector is measured as a matrix, for more than one warp to do it.
+                let vector = m == 1 && n % 64 == 0;
+                let (rows, columns) = if vector { (n / 64, 64) } else { (m, n) };
+                let squares = pass.squares(rows)?;
+                pass.each(|g, first| {
+                    let g = if vector { Gradient { rows, columns, ..*g } } else { *g };
+                    Ok(apollo::measure(gpu, &g, true, first, None, squares.part(), Part::NONE)?)
+                })?;
+                apollo::judge(gpu, squares.part(), pass.channels(rows), limit, &verdict)?;
+                self.begun = self.done.len();
+                return pass.each(|g, first| Ok(apollo::adam(gpu, w, g, first, moments, &rates, &how, &verdict)?));
+            }
+            Form::Channel { rank } => (rank, true),
+            Form::Tensor { rank } => (rank, false),
+        };
+
+        let (tall, channels) = (m >= n, m.max(n));
+        let random_p = Random::new(settings.seed, Purpose::Projection, name, steps / settings.proj_refresh);
+        let projection = apollo::projection(gpu, &random_p, m.min(n), rank, tall)?;
+        let width = if rank > 1 { 2 * rank } else { 1 };
+        let (mut squares, mut projected) = (pass.squares(channels)?, gpu.f32(width * pass.channels(channels))?);
+        pass.each(|g, first| {
+            let (s, r) = (squares.part(), projected.part());
+            Ok(apollo::measure(gpu, g, tall, first, Some(&projection), s, r)?)
+        })?;
+        if let Some(map) = pass.map() {
+            // Measured by the rows that there are; channels without one have zeros.
+            let (s, r) = (gpu.f32(m)?, gpu.f32(m * width)?);
+            apollo::spread(gpu, squares.part(), map, m, 1, s.part())?;
+            apollo::spread(gpu, projected.part(), map, m, width, r.part())?;
+            (squares, projected) = (s, r);
+        }
+        apollo::judge(gpu, squares.part(), channels, limit, &verdict)?;
+        self.begun = self.done.len();
+        let rates = Rates { rate: (rate * settings.scale(m, n)) as f32, ..rates };
+        let (factors, gain) = (gpu.f32(channels)?, gpu.f32(1)?);
+        let sizes = (channels, rank, tall, by_channel);
+        let results = (factors.part(), gain.part());
+        let last = self.lasts.from(at);
+        apollo::factors(gpu, sizes, projected.part(), squares.part(), moments, &rates, last, results, &verdict)?;
+        drop((squares, projected, projection));
+        let factors = if tall { Factors::Rows(factors.part()) } else { Factors::Columns(factors.part()) };
+        pass.each(|g, first| Ok(apollo::apply(gpu, w, g, first, factors, gain.part(), &how, &verdict)?))
+    }
+}
+
+/// Passes over one tensor's gradient, some rows at a time.
+struct Pass<'p, 's> {
+    c: &'p Context<'p>,
+    w: Weight,
+    source: Source<'s>,
+    buffer: Option<Buffer>,
+    filled: bool,
+}
+
+impl<'p, 's> Pass<'p, 's> {
+    fn new(c: &'p Context<'_>, w: &Weight, source: Source<'s>) -> Result<Pass<'p, 's>> {
+        let buffer = match &source {
+            Source::Whole(_) => None,
+            Source::Parts { at_once, .. } => Some(c.gpu.bf16((*at_once).min(w.rows) * w.columns)?),
+        };
+        Ok(Pass { c, w: *w, source, buffer, filled: false })
+    }
+
+    fn map(&self) -> Option<Part> {
+        match &self.source {
+            Source::Whole(g) => g.map,
+            Source::Parts { .. } => None,
+        }
+    }
+
+    /// How many of `channels` are measured: with a map, those that have a row.
+    fn channels(&self, channels: usize) -> usize {
+        match &self.source {
+            Source::Whole(g) if g.map.is_some() => g.rows,
+            _ => channels,
+        }
+    }
+
+    fn squares(&self, channels: usize) -> Result<Buffer> {
+        Ok(self.c.gpu.f32(self.channels(channels))?)
+    }
+
+    /// Calls `f` with each part and its first row. A gradient in one part is made once.
+    fn each(&mut self, mut f: impl FnMut(&Gradient, usize) -> Result<()>) -> Result<()> {
+        match (&mut self.source, &self.buffer) {
+            (Source::Parts { at_once, fill }, Some(buffer)) => {
+                let one = *at_once >= self.w.rows;
+                for first in (0..self.w.rows).step_by(*at_once) {
+                    let rows = (*at_once).min(self.w.rows - first);
+                    if !(one && self.filled) {
+                        fill(first, rows, buffer.part())?;
+                    }
+                    f(&Gradient::new(buffer.part(), false, rows, self.w.columns), first)?;
+                }
+                self.filled = true;
+                Ok(())
+            }
+            (Source::Whole(g), _) => f(g, 0),
+            (Source::Parts { .. }, None) => unreachable!("made with a buffer"),
+        }
+    }
+}

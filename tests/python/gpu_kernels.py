@@ -1,0 +1,549 @@
+#!/usr/bin/env python3
+"""Every kernel of training against PyTorch, on a GPU: random values, ragged and odd sizes, packed sequences, windows.
+
+    python tests/python/gpu_kernels.py [--time]      # needs torch with CUDA; the PTX is that of the repository
+
+A reference is PyTorch's own operation (or its autograd) in float32 or float64 on the same bf16 inputs. Random numbers and
+projections are compared to the bit with a Philox written here.
+"""
+
+import argparse
+import ctypes
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+KERNELS = Path(__file__).resolve().parents[2] / "src/compute/cuda/kernels"
+cuda = ctypes.CDLL("libcuda.so.1")
+torch.cuda.init()
+torch.zeros(1, device="cuda")
+torch.backends.cuda.matmul.allow_tf32 = False
+P, I, L, F = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
+DEV = "cuda"
+failures = []
+
+
+def ok(code):
+    if code:
+        text = ctypes.c_char_p()
+        cuda.cuGetErrorString(code, ctypes.byref(text))
+        raise RuntimeError(text.value.decode())
+
+
+class Module:
+    def __init__(self, name):
+        self.handle = P()
+        ok(cuda.cuModuleLoadData(ctypes.byref(self.handle), (KERNELS / f"{name}.ptx").read_bytes() + b"\0"))
+        self.functions = {}
+
+    def __call__(self, name, grid, block, *args, shared=0):
+        if name not in self.functions:
+            f = P()
+            ok(cuda.cuModuleGetFunction(ctypes.byref(f), self.handle, name.encode()))
+            self.functions[name] = f
+        if shared > 48 << 10:
+            ok(cuda.cuFuncSetAttribute(self.functions[name], 8, I(shared)))
+        args = [P(a.data_ptr()) if isinstance(a, torch.Tensor) else P(0) if a is None else a for a in args]
+        array = (P * len(args))(*[ctypes.cast(ctypes.pointer(a), P) for a in args])
+        grid = tuple(grid) + (1,) * (3 - len(grid))
+        stream = P(torch.cuda.current_stream().cuda_stream)
+        ok(cuda.cuLaunchKernel(self.functions[name], *grid, block if isinstance(block, int) else block[0],
+                               1 if isinstance(block, int) else block[1], 1, shared, stream, array, None))
+
+
+def check(what, got, want, limit, least=1e-30):
+    """Norm of the difference over that of what is wanted, which counts as `least` at the least."""
+    got, want = got.detach().double(), want.detach().double()
+    error = float((got - want).norm() / want.norm().clamp_min(least))
+    bad = not error <= limit
+    if bad:
+        failures.append(what)
+    check.worst[what.split(" ")[0]] = max(check.worst.get(what.split(" ")[0], 0), error if error == error else math.inf)
+    if bad:
+        print(f"FAIL {what}: {error:.2e}, limit {limit:.0e}")
+
+
+check.worst = {}
+
+
+def random(*shape, dtype=torch.bfloat16, scale=1.0):
+    return (torch.randn(*shape, device=DEV) * scale).to(dtype)
+
+
+def poison(*shape, dtype=torch.bfloat16):
+    return torch.full(shape, float("nan"), device=DEV, dtype=dtype)
+
+
+KIND = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+# ---- attention
+
+class Attention(ctypes.Structure):
+    _fields_ = [(n, P) for n in "q k v out log_sums dout delta dq dk dv tiles".split()] + \
+        [(n, L) for n in "ldq ldk ldv ldo lddq lddk".split()] + \
+        [(n, I) for n in "log_rows log_shift q_shift group d window".split()] + [("scale", F)]
+
+
+attention = Module("attention")
+
+
+def size_class(d):
+    return "plain" if d % 8 else 64 if d <= 64 else 128 if d <= 128 else 256
+
+
+def attention_bytes(which, d):
+    """Shared memory, as src/compute/cuda/attention.rs asks for it, and the rows of a tile."""
+    if d == "plain":
+        return 0, 64
+    if which == "forward":
+        rows = 128 if d < 256 else 64
+        return (rows + 4 * 64) * d * 2, rows
+    if which == "q":
+        return (2 * 64 + 4 * 64) * d * 2, 64
+    rows = 64 if d < 256 else 32
+    return (2 * 64 + 4 * rows) * d * 2 + 4 * rows * 4, 64
+
+
+def tiles(spans, rows):
+    out = []
+    for first, end, prefix, length in spans:
+        for t in range(first, end, rows):
+            out += [t, min(end, t + rows), prefix, length, first, end]
+    return torch.tensor(out, dtype=torch.int32, device=DEV), len(out) // 6
+
+
+def attention_reference(q, k, v, spans, window, scale):
+    """q (T, heads, d), k and v (T, kv, d) in float32; differentiable."""
+    group = q.shape[1] // k.shape[1]
+    out = torch.zeros_like(q)
+    for first, end, prefix, length in spans:
+        rows = list(range(prefix, prefix + length)) + list(range(first, end))
+        rows = torch.tensor(rows, device=DEV)
+        kk, vv = k[rows].repeat_interleave(group, 1), v[rows].repeat_interleave(group, 1)
+        s = torch.einsum("qhd,khd->hqk", q[first:end], kk) * scale
+        position = torch.arange(length, length + end - first, device=DEV)[:, None]
+        key = torch.arange(len(rows), device=DEV)[None]
+        see = (key <= position) & ((key > position - window) if window else True)
+        p = torch.softmax(s.masked_fill(~see, -math.inf), -1)
+        o = torch.einsum("hqk,khd->qhd", p, vv)
+        out = torch.cat([out[:first], o, out[end:]])
+    return out
+
+
+def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, plain=False):
+    total = max(s[1] for s in spans)
+    trained = total - frozen
+    extra = 8 if d % 8 == 0 else 3
+    width_q, width_kv = heads * d + extra, 2 * kv * d + extra - extra % 8 if d % 8 == 0 else 2 * kv * d + extra
+    q = random(total, width_q)
+    kvs = random(total, width_kv)
+    k, v = kvs[:, : kv * d], kvs[:, kv * d : 2 * kv * d]
+    out = poison(total, heads * d)
+    logs = poison(heads, trained, dtype=torch.float32)
+    dout = random(trained, heads * d)
+    delta = poison(heads, trained, dtype=torch.float32)
+    dq, dk, dv = (poison(trained, heads * d) for _ in range(3))
+    scale = d ** -0.5
+    kind = "plain" if plain else size_class(d)
+    what = f"attention d={d} {kind} heads={heads}/{kv} window={window} spans={spans}"
+
+    def launch(which, spans, grid_z=1, **fields):
+        shared, rows = attention_bytes(which, kind)
+        t, count = tiles(spans, rows)
+        a = Attention(tiles=t.data_ptr(), ldq=width_q, ldk=width_kv, ldv=width_kv, ldo=heads * d, lddq=heads * d,
+                      lddk=heads * d, log_rows=trained, log_shift=frozen, group=heads // kv, d=d, window=window,
+                      scale=scale, **{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in fields.items()})
+        name = "attention_forward" if which == "forward" else f"attention_backward_{which}"
+        run = lambda: attention(f"{name}_{kind}", (count, heads, grid_z), 128, a, shared=shared)
+        run()
+        if not timed:
+            return t
+        torch.cuda.synchronize()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(10):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        pairs = sum((e - f) * l + (e - f) * (e - f + 1) // 2 for f, e, _, l in spans)
+        if which == "kv":
+            pairs = sum((e - f) * (e - f + 1) // 2 for f, e, _, l in spans)
+        flops = {"forward": 4, "q": 6, "kv": 8}[which] * pairs * d * heads
+        ms = start.elapsed_time(end) / 10
+        print(f"time {name} d={d} {[(e - f, l) for f, e, _, l in spans]}: {ms:.3f} ms, {flops / ms / 1e9:.0f} TFLOP/s")
+        return t
+
+    keep = [launch("forward", spans, q=q, k=k, v=v, out=out, log_sums=logs, q_shift=0)]
+    own = [s for s in spans if s[0] >= frozen]
+    attention("attention_delta", ((trained * heads + 3) // 4,), 128, dout, out[frozen:], L(heads * d), I(trained), I(heads),
+              I(d), delta)
+    back = dict(q=q[frozen:], k=k, v=v, log_sums=logs, dout=dout, delta=delta, q_shift=frozen)
+    keep.append(launch("q", own, dq=dq, **back))
+    keep.append(launch("kv", own, grid_z=2 if kind == 256 else 1, dk=dk, dv=dv, **back))
+    torch.cuda.synchronize()
+    if timed:
+        return
+    qf = q[:, : heads * d].float().reshape(total, heads, d).requires_grad_()
+    kf = k.float().reshape(total, kv, d).requires_grad_()
+    vf = v.float().reshape(total, kv, d).requires_grad_()
+    want = attention_reference(qf, kf, vf, spans, window, scale)
+    check(what + " out", out, want.reshape(total, -1), 6e-3)
+    up = torch.cat([torch.zeros(frozen, heads, d, device=DEV), dout.float().reshape(trained, heads, d)])
+    want.backward(up)
+    group = heads // kv
+    gathered = lambda x: x.float().reshape(trained, kv, group, d).sum(2)
+    # A row that sees itself alone has no gradient: what is left of dP - delta is measured by dP.
+    least = 1e-2 * float(dout.float().norm())
+    check(what + " dq", dq, qf.grad[frozen:].reshape(trained, -1), 1.5e-2, least)
+    check(what + " dk", gathered(dk), kf.grad[frozen:], 1.5e-2, least)
+    check(what + " dv", gathered(dv), vf.grad[frozen:], 1.5e-2)
+
+
+def attentions():
+    packed = [(0, 70, 0, 0), (70, 75, 0, 0), (75, 240, 0, 70), (240, 241, 70, 5), (241, 400, 70, 5), (400, 463, 0, 0)]
+    for d in (64, 128, 256, 96, 8, 80, 6, 20):
+        for window in (0, 3, 100):
+            attention_case(packed, 4, 2, d, window, frozen=75)
+    for d in (64, 128, 256):
+        attention_case([(0, 1, 0, 0)], 2, 1, d)
+        attention_case([(0, 64, 0, 0)], 2, 2, d)
+        attention_case([(0, 129, 0, 0)], 8, 1, d)
+        attention_case([(0, 300, 0, 0), (300, 777, 0, 300)], 6, 2, d, frozen=300)
+        attention_case(packed, 4, 2, d, 17, frozen=75, plain=True)
+
+
+# ---- norms, rope, swiglu, loss
+
+norm, rope, swiglu, loss, embedding, linear, apollo = map(
+    Module, ["rms_norm", "rope", "swiglu", "cross_entropy", "embedding", "linear", "apollo"])
+
+
+def norms():
+    for t, h, kind in [(5, 16, torch.bfloat16), (37, 4096, torch.bfloat16), (300, 5120, torch.float32), (9, 77, torch.float16),
+                       (3, 20, torch.float32), (700, 8, torch.bfloat16), (2, 12296, torch.float16)]:
+        wide = "_wide" if h % 8 == 0 else ""
+        x, w, first = random(t, h, dtype=torch.float32), random(h, dtype=kind), t // 3
+        y, rstd, kept = poison(t, h), poison(t - first, dtype=torch.float32), poison(t - first, h)
+        norm("rms_norm_forward" + wide, (t,), 256, x, None, w, I(KIND[kind]), F(1e-5), I(h), y, rstd, kept, I(first))
+        want = torch.nn.functional.rms_norm(x, (h,), w.float(), 1e-5)
+        check(f"rms_norm forward {t}x{h} {kind}", y, want, 3e-3)
+        check("rms_norm kept", kept, x[first:], 3e-3)
+        check("rms_norm rstd", rstd, (x[first:].double().pow(2).mean(1) + 1e-5).rsqrt(), 1e-5)
+        again = poison(t - first, h)
+        norm("rms_norm_again" + wide, (t - first,), 256, kept, rstd, w, I(KIND[kind]), I(h), again)
+        check("rms_norm again", again, want[first:], 6e-3)
+        n = t - first
+        dy, dx, index = random(n, h), random(t, h, dtype=torch.float32), torch.randperm(t, device=DEV)[:n].int()
+        before, copy = dx.clone(), poison(t, h)
+        blocks = min(n, 40)
+        partial, dw = poison(blocks, h, dtype=torch.float32), poison(h, dtype=torch.float32)
+        step = 256 * (8 if wide else 1)
+        norm("rms_norm_backward" + wide, (blocks,), 256, dy, kept, rstd, w, I(KIND[kind]), I(n), I(h), index, dx, copy, partial,
+             shared=-(-h // step) * step * 4)
+        norm("sum_partial", ((h + 255) // 256,), 256, partial, I(blocks), I(h), dw)
+        xf, wf = kept.float().requires_grad_(), w.float().requires_grad_()
+        torch.nn.functional.rms_norm(xf, (h,), wf, 1e-5).backward(dy.float())
+        want = before.clone()
+        want[index.long()] += xf.grad
+        check(f"rms_norm dx {t}x{h}", dx, want, 1e-3)
+        check("rms_norm copy", copy[index.long()], want[index.long()], 3e-3)
+        # The way back has the rstd of the rows before they were rounded; autograd that of the rounded ones.
+        check(f"rms_norm dw {t}x{h} {kind}", dw, (dy.double() * kept.double() * rstd[:, None].double()).sum(0), 1e-5)
+        check(f"rms_norm dw as autograd {t}x{h} {kind}", dw, wf.grad, 4e-3)
+        gathered = poison(n, h)
+        norm("rms_norm_forward" + wide, (n,), 256, x, index, w, I(KIND[kind]), F(1e-5), I(h), gathered, None, None, I(0))
+        check("rms_norm gathered", gathered, torch.nn.functional.rms_norm(x[index.long()], (h,), w.float(), 1e-5), 3e-3)
+
+
+def turn(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    c, s = cos[:, None], sin[:, None]
+    return torch.cat([a * c - b * s, b * c + a * s], -1)
+
+
+def ropes():
+    for t, heads, kv, d, normed in [(50, 4, 2, 6, False), (300, 32, 8, 128, True), (41, 6, 3, 64, True), (70, 4, 4, 256, False),
+                                    (33, 4, 2, 80, True), (20, 4, 1, 4, True)]:
+        first, eps, half, all_ = t // 3, 1e-6, d // 2, heads + 2 * kv
+        n = t - first
+        x = random(t, all_ * d)
+        angle = torch.rand(t, half, device=DEV) * 6
+        cos, sin = angle.cos() * 1.1, angle.sin() * 1.1
+        qn, kn = (random(d), random(d, dtype=torch.float32)) if normed else (None, None)
+        q, kvs, before, kept = poison(t, heads * d), poison(t, 2 * kv * d), poison(n, (heads + kv) * d), poison(n, heads * d)
+        rope("rope_forward", ((t * all_ + 7) // 8,), 256, x, L(all_ * d), I(t), I(heads), I(kv), I(d), cos, sin, qn, I(0), kn,
+             I(2), F(eps), q, kvs, before if normed else None, kept, I(first))
+        xf = x.float().reshape(t, all_, d)
+        qf, kf, vf = [y.clone().requires_grad_() for y in xf.split([heads, kv, kv], 1)]
+        wq, wk = (qn.float().requires_grad_(), kn.clone().requires_grad_()) if normed else (None, None)
+        rms = torch.nn.functional.rms_norm
+        yq = turn(rms(qf, (d,), wq, eps) if normed else qf, cos, sin)
+        yk = turn(rms(kf, (d,), wk, eps) if normed else kf, cos, sin)
+        what = f"rope {t} {heads}/{kv}x{d} {normed}"
+        check(what + " q", q, yq.reshape(t, -1), 4e-3)
+        check(what + " k", kvs[:, : kv * d], yk.reshape(t, -1), 4e-3)
+        check(what + " v", kvs[:, kv * d :], vf.reshape(t, -1), 0)
+        check(what + " kept", kept, q[first:], 0)
+        if normed:
+            check(what + " before", before, x[first:, : (heads + kv) * d], 0)
+            again = poison(n, heads * d)
+            rope("rope_again", ((n * heads + 7) // 8,), 256, before, I(n), I(heads), I(kv), I(d), cos[first:], sin[first:], qn,
+                 I(0), F(eps), again)
+            check(what + " again", again, kept, 0)
+        dq, dk, dv = (random(n, heads * d) for _ in range(3))
+        out, blocks = poison(n, all_ * d), 5
+        partial = poison(2 * blocks, d, dtype=torch.float32)
+        rope("rope_backward", (blocks, 3), 256, dq, dk, dv, I(n), I(heads), I(kv), I(d), cos[first:], sin[first:], qn, I(0), kn,
+             I(2), F(eps), before if normed else None, out, partial)
+        g = heads // kv
+        pad = lambda y: torch.cat([torch.zeros(first, *y.shape[1:], device=DEV), y])
+        group = lambda y: y.float().reshape(n, kv, g, d).sum(2)
+        torch.autograd.backward([yq, yk], [pad(dq.float().reshape(n, heads, d)), pad(group(dk))])
+        want = torch.cat([qf.grad, kf.grad, pad(group(dv))], 1)[first:]
+        check(what + " backward", out, want.reshape(n, -1), 5e-3)
+        if normed:
+            check(what + " dwq", partial[:blocks].sum(0), wq.grad, 2e-3)
+            check(what + " dwk", partial[blocks:].sum(0), wk.grad, 2e-3)
+
+
+def others():
+    for t, n in [(7, 20), (100, 12288), (33, 1001), (64, 8)]:
+        wide = "_wide" if n % 8 == 0 else ""
+        per = 256 * (8 if wide else 1)
+        both, out, d = random(t, 2 * n), poison(t, n), random(t, n)
+        blocks = (-(-t * n // per),)
+        swiglu("swiglu_forward" + wide, blocks, 256, both, L(t), I(n), out)
+        f = both.float().requires_grad_()
+        y = torch.nn.functional.silu(f[:, :n]) * f[:, n:]
+        check(f"swiglu {t}x{n}", out, y, 4e-3)
+        y.backward(d.float())
+        swiglu("swiglu_backward" + wide, blocks, 256, d, both, L(t), I(n))
+        check("swiglu act", d, y, 4e-3)
+        check("swiglu gradient", both, f.grad, 4e-3)
+    for t, n, ld in [(5, 32, 40), (77, 1001, 1001), (30, 151936, 151936)]:
+        logits, losses, d = random(t, ld, dtype=torch.float32, scale=3), poison(t, dtype=torch.float32), poison(t, n)
+        target = torch.randint(0, n, (t,), device=DEV)
+        f = logits[:, :n].clone().requires_grad_()
+        want = torch.nn.functional.cross_entropy(f, target, reduction="none")
+        (want * 0.3).sum().backward()
+        loss("cross_entropy", (t,), 1024, logits, L(ld), I(n), target.int(), F(0.3), losses, d)
+        check(f"cross_entropy {t}x{n}", losses, want, 1e-5)
+        check("cross_entropy gradient", d, f.grad, 4e-3)
+        for bad in (math.nan, math.inf):
+            spoilt = logits.clone()
+            spoilt[t // 2, n // 2] = bad
+            loss("cross_entropy", (t,), 1024, spoilt, L(ld), I(n), target.int(), F(0.3), losses, None)
+            if torch.isfinite(losses).sum() != t - 1:
+                failures.append(f"cross_entropy {bad}")
+    v, h, t = 50, 24, 33
+    table, ids = random(v, h + 5, dtype=torch.float16), torch.randint(0, v, (t,), device=DEV).int()
+    x = poison(t, h, dtype=torch.float32)
+    embedding("embedding_forward", (t,), 128, table, I(1), L(h + 5), ids, I(h), x)
+    check("embedding forward", x, table[ids.long(), :h], 0)
+    unique, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+    rows = torch.sort(inverse, stable=True).indices.int()
+    starts = torch.cat([torch.zeros(1, device=DEV), counts.cumsum(0)]).int()
+    dx, sums = random(t, h, dtype=torch.float32), poison(len(unique), h, dtype=torch.float32)
+    embedding("embedding_backward", (len(unique),), 128, dx, starts, rows, I(h), sums)
+    want = torch.zeros(v, h, device=DEV).index_add_(0, ids.long(), dx)
+    check("embedding backward", sums, want[unique.long()], 1e-6)
+    g = random(20, h)
+    before = g.float()
+    embedding("embedding_add", (len(unique),), 128, sums, unique.int(), I(10), I(20), I(h), g)
+    check("embedding add", g, before + want[10:30], 3e-3)
+    for m, n, k in [(5, 7, 3), (130, 70, 200), (64, 64, 64)]:
+        for ta in (0, 1):
+            for tb in (0, 1):
+                a, b = random(*((k, m) if ta else (m, k))), random(*((n, k) if tb else (k, n)))
+                want = (a.float().T if ta else a.float()) @ (b.float().T if tb else b.float())
+                strides = [L(1 if ta else k), L(m if ta else 1), L(1 if tb else n), L(k if tb else 1)]
+                for dtype in (torch.float32, torch.bfloat16):
+                    c = random(m, n + 3, dtype=dtype)
+                    start = c.float().clone()  # float() of f32 is the same memory
+                    linear("matmul_plain", (-(-n // 16), -(-m // 16)), (16, 16), a, *strides[:2], b, *strides[2:], c, L(n + 3),
+                           I(dtype == torch.float32), I(m), I(n), I(k), I(1))
+                    check("matmul", c[:, :n], start[:, :n] + want, 4e-3 if dtype == torch.bfloat16 else 1e-5)
+                    check("matmul beside", c[:, n:], start[:, n:], 0)
+    x, partial = random(100, 77), poison(7, 70, dtype=torch.float32)
+    linear("column_sums", (1, 7), 128, x, L(77), I(100), I(70), partial)
+    check("column_sums", partial.sum(0), x[:, :70].float().sum(0), 1e-5)
+    y, b = random(9, 30), random(25, dtype=torch.float32)
+    want = y.float()
+    want[:, :25] += b
+    linear("add_bias", (1, 4), 128, y, I(0), L(30), I(9), I(25), b, I(2))
+    check("add_bias", y, want, 3e-3)
+    w, out = random(11, 30, dtype=torch.float16), poison(11, 25)
+    linear("narrow", (1, 4), 128, w, I(1), L(30), I(11), I(25), out)
+    check("narrow", out, w[:, :25], 4e-3)
+    top = torch.zeros(1, device=DEV)
+    linear("largest", (4,), 128, x, I(0), L(x.numel()), top)
+    check("largest", top, x.abs().max().float()[None], 0)
+
+
+# ---- the optimizer
+
+def philox(counter, key):
+    c, k = [np.asarray(x, dtype=np.uint64) for x in counter], [np.uint64(x) for x in key]
+    m = np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        a, b = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [(b >> np.uint64(32)) ^ c[1] ^ k[0], b & m, (a >> np.uint64(32)) ^ c[3] ^ k[1], a & m]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & m, (k[1] + np.uint64(0xBB67AE85)) & m]
+    return np.stack(c, -1)
+
+
+class Stream(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_uint32) for n in "key0 key1 tensor purpose when".split()]
+
+
+STREAM = Stream(5, 6, 7, 2, 9)
+
+
+def random16(count):
+    words = philox([np.arange((count + 7) // 8), 2, 7, 9], (5, 6)).reshape(-1)
+    return np.stack([words & 0xFFFF, words >> 16], -1).reshape(-1)[:count].astype(np.uint32)
+
+
+def stochastic(x, bits):
+    return ((x.view(np.uint32) + bits) >> 16).astype(np.uint16)
+
+
+def optimizer():
+    f32 = torch.float32
+    # Normals: the words' quantiles by torch in f64; to the bit against the CPU's goldens in tests/gpu_train.rs.
+    count = 10001
+    p, split = poison(count, dtype=f32), poison(2 * count)
+    apollo("projection", ((count + 1023) // 1024,), 256, STREAM, L(count), F(0.25), p, split, L(count))
+    words = philox([np.arange((count + 3) // 4), 2, 7, 9], (5, 6)).reshape(-1)[:count]
+    u = ((words >> np.uint64(9)).astype(np.float64) * 2 + 1) / 8388608 - 1
+    want = torch.special.ndtri(torch.tensor((u + 1) / 2, device=DEV)) * 0.25
+    check("projection", p, want, 1e-5)
+    check("projection halves", split[:count].float() + split[count:].float(), p, 2e-5)
+    rows = poison(2 * 9996)
+    apollo("projection", ((9996 + 1023) // 1024,), 256, STREAM, L(9996), F(0.25), None, rows, L(4))
+    check("projection rows", rows.reshape(-1, 2, 4).float().sum(1).reshape(-1), p[:9996], 2e-5)
+    verdict, halted = torch.zeros(1, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32)
+    for m, n in [(24, 10), (10, 24), (129, 77), (4096, 1024), (1024, 4096), (16, 4104)]:
+        for dtype in (torch.bfloat16, f32):
+            g, pn, pm = random(m, n, dtype=dtype), random(n, dtype=f32), random(m, dtype=f32)
+            name = "_f32" if dtype == f32 else "_wide" if n % 8 == 0 else ""
+            wide = 8 if name == "_wide" else 1
+            s, r = poison(m, dtype=f32), poison(m, dtype=f32)
+            apollo("square_rows" + name, (-(-m // 8),), 256, g, I(m), I(n), pn, r, s)
+            check("square_rows", s, g.float().pow(2).sum(1), 1e-5)
+            check("square_rows dot", r, g.double() @ pn.double(), 1e-4)
+            span = 20
+            count = -(-m // span)
+            partial = poison(2 * count, n, dtype=f32)
+            apollo("square_columns" + name, (-(-n // (128 * wide)), count), 128, g, I(m), I(n), I(span), pm, partial)
+            check("square_columns", partial[:count].sum(0), g.float().pow(2).sum(0), 1e-5)
+            check("square_columns dot", partial[count:].sum(0), g.double().T @ pm.double(), 1e-4)
+            tall, channels = m >= n, max(m, n)
+            squares = s if tall else partial[:count].sum(0)
+            apollo("judge", (1,), 1024, squares, I(channels), F(1e30), verdict, halted)
+            for kind in (torch.bfloat16, torch.float16, f32):
+                for by in (0, 1, 2):
+                    w, f = random(m + 3, n + (8 if n % 8 == 0 else 3), dtype=kind, scale=0.02), random(channels, dtype=f32)
+                    f = random([1, m, n][by], dtype=f32)
+                    gain, old = torch.tensor([1e-3], device=DEV), w.clone()
+                    flat = [I(m - 2), I(n), L(2), None, f, I(by), gain, F(0.999), I(1), STREAM, verdict, halted]
+                    if kind == torch.bfloat16 and n % 8 == 0:
+                        apollo("apply_wide" + ("_f32" if dtype == f32 else ""), (64,), 256, w, L(w.stride(0)), g, *flat)
+                    else:
+                        apollo("apply", (-(-(m - 2) * n // 256),), 256, w, I(KIND[kind]), L(w.stride(0)), g, I(dtype == f32), *flat)
+                    factor = [torch.ones(1, 1, device=DEV), f[2:m, None] if by == 1 else None, f[None] if by == 2 else None][by]
+                    x = (old[2:m, :n].float() - (factor * gain) * g[: m - 2].float()) * torch.tensor(0.999, device=DEV)
+                    got = w[2:m, :n]
+                    if kind == torch.bfloat16:
+                        bits = random16(m * n)[2 * n :].reshape(m - 2, n)
+                        want = stochastic(x.cpu().numpy(), bits).view(np.int16)
+                        same = (got.cpu().view(torch.int16).numpy() == want).mean()
+                        if same != 1:
+                            failures.append("apply bits")
+                            print(f"FAIL apply {m}x{n} by {by}: {same:.6f} of the bits are the same")
+                    else:
+                        check(f"apply {kind}", got, x, 1e-3)
+                    beside = torch.ones_like(w, dtype=torch.bool)
+                    beside[2:m, :n] = False
+                    check("apply beside", w[beside], old[beside], 0)
+            for rank in (1, 3, 64):
+                for halves in (0, 1):
+                    shape = (channels, (1 + halves) * rank) if tall else ((1 + halves) * rank, channels)
+                    r = random(*shape, dtype=f32)
+                    full = r if not halves else (r[:, :rank] + r[:, rank:] if tall else r[:rank] + r[rank:])
+                    mm, vv = random(*full.shape, dtype=f32), random(*full.shape, dtype=f32).abs()
+                    wm, wv = 0.9 * mm + 0.1 * full, 0.99 * vv + 0.01 * full * full
+                    raw, normed = poison(channels, dtype=f32), poison(channels, dtype=f32)
+                    if tall:
+                        apollo("moments_tall", (-(-channels // 8),), 256, r, I(halves), I(channels), I(rank), F(0.9), F(0.99),
+                               F(1e-8), mm, vv, raw, normed, verdict, halted)
+                    else:
+                        apollo("moments_flat", (-(-channels // 256),), 256, r, I(halves), I(channels), I(rank), F(0.9), F(0.99),
+                               F(1e-8), mm, vv, raw, normed, verdict, halted)
+                    along = 1 if tall else 0
+                    check("moments m", mm, wm, 1e-6)
+                    check("moments v", vv, wv, 1e-6)
+                    check("moments raw", raw, full.pow(2).sum(along), 1e-5)
+                    check("moments normed", normed, (wm / (wv.sqrt() + 1e-8)).pow(2).sum(along), 1e-5)
+                    for by in (0, 1):
+                        for before in (-1.0, 0.5):
+                            last, fs, gain = torch.tensor([before], device=DEV), poison(channels, dtype=f32), poison(1, dtype=f32)
+                            apollo("factors", (1,), 1024, raw, normed, squares, I(channels), I(by), F(1.01), F(0.25), last, fs, gain,
+                                   verdict, halted)
+                            f = (normed.double().sqrt() / (raw.double().sqrt() + 1e-8)) if by else \
+                                (normed.double().sum().sqrt() / (raw.double().sum().sqrt() + 1e-8)).expand(channels)
+                            length = (f * f * squares.double()).sum().sqrt()
+                            shrink = 1 if before < 0 else max(float(length) / (before + 1e-8), 1.01) / 1.01
+                            check("factors", fs, f, 1e-6)
+                            check("factors gain", gain, torch.tensor([0.25 / shrink], device=DEV), 1e-6)
+                            check("factors last", last, length[None] / shrink, 1e-6)
+            # A gradient of zeros, and one that is not finite, touch nothing.
+            for bad, code in ((0.0, 1), (math.nan, 2), (math.inf, 2), (1e38, 2)):
+                w = random(m, n)
+                old, one, two = w.clone(), torch.zeros(1, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32)
+                squares2 = torch.zeros(channels, device=DEV)
+                squares2[channels // 2] = bad
+                apollo("judge", (1,), 1024, squares2, I(channels), F(1e30), one, two)
+                apollo("apply", (-(-m * n // 256),), 256, w, I(0), L(n), g, I(dtype == f32), I(m), I(n), L(0), None, None, I(0),
+                       torch.ones(1, device=DEV), F(0.9), I(1), STREAM, one, two)
+                if int(one) != code or int(two) != (code == 2) or not torch.equal(w, old):
+                    failures.append(f"judge {bad}")
+    m, n = 40, 24
+    g, w = random(7, n, dtype=f32), random(m, n, dtype=f32)
+    rows = torch.full((m,), -1, device=DEV, dtype=torch.int32)
+    rows[torch.randperm(m, device=DEV)[:7]] = torch.arange(7, device=DEV, dtype=torch.int32)
+    full = torch.where(rows[:, None] >= 0, g[rows.clamp_min(0).long()], 0)
+    out = poison(m, n, dtype=f32)
+    apollo("spread", (-(-m * n // 256),), 256, g, rows, I(m), I(n), out)
+    check("spread", out, full, 0)
+    mm, vv, old = torch.zeros(m, n, device=DEV), torch.zeros(m, n, device=DEV), w.clone()
+    zero = torch.zeros(1, device=DEV, dtype=torch.int32)
+    apollo("adam", (-(-m * n // 256),), 256, w, I(2), L(n), g, I(1), I(m), I(n), L(0), rows, mm, vv, F(0.9), F(0.999), F(1e-8),
+           F(1e-2), F(0.99), I(1), STREAM, zero, zero)
+    a, b = 0.1 * full, 0.001 * full * full
+    check("adam", w, (old - 1e-2 * a / (b.sqrt() + 1e-8)) * 0.99, 1e-6)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--time", action="store_true")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    for part in (attentions, norms, ropes, others, optimizer):
+        try:
+            part()
+            torch.cuda.synchronize()
+        except RuntimeError as e:
+            failures.append(part.__name__)
+            print(f"FAIL {part.__name__}: {e}")
+            break
+    print(" ".join(f"{name} {error:.1e}" for name, error in check.worst.items()))
+    if args.time:
+        for d, heads, kv in ((128, 32, 8), (64, 32, 8), (256, 24, 4)):
+            attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True)
+            attention_case([(0, 1024, 0, 0), (1024, 2048, 0, 1024)], heads, kv, d, frozen=1024, timed=True)
+    print("all agree" if not failures else f"{len(failures)} FAILED: {sorted(set(failures))[:20]}")
+    raise SystemExit(bool(failures))
