@@ -112,7 +112,8 @@ fn values(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
 
 fn check(device: &Arc<Device>, goldens: &Path, only: &[String]) -> Outcome {
     let mut report = Report::default();
-    let parts: [(&str, &dyn Fn(&mut Report) -> Outcome); 6] = [
+    type Check<'a> = &'a dyn Fn(&mut Report) -> Outcome;
+    let parts: [(&str, Check); 6] = [
         ("goldens", &|r| check_goldens(device, goldens, r)),
         ("gradients", &|r| check_gradients(device, r)),
         ("updates", &|r| check_updates(device, r)),

@@ -7,14 +7,17 @@ mod tree_model;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use reference::Random;
+use reference::{Keep, Random, Recipe, Reference, ShardRecipe, TensorRecipe};
 use rustix::io::Errno;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 use tree_model::{Model, Open};
-use weightfs::fs::{Content, Kind};
+use weightfs::fs::{Content, Kind, Mounted, ViewMode, ViewOptions};
+use weightfs::model::Dtype;
 
 /// Names that are looked up; those from `PLAIN` on are also made in the model directory.
 const NAMES: [&[u8]; 25] = [
@@ -400,4 +403,26 @@ fn links_that_lead_in_a_circle_are_hidden_where_the_circle_closes() {
     };
     assert!(walk("a/x") && walk("b/y"));
     assert!(!walk("a/x/y") && !walk("b/y/x") && !walk("c/up") && !walk("d/self"));
+}
+
+/// The copy may be filled by who opens a file first, before the thread that would have filled it gets to run.
+#[test]
+fn a_late_first_fill_leaves_the_view_to_those_who_hold_it() {
+    let cuts = || Keep::Live { cuts: vec![], dtype: None, strided: false, replicas: false };
+    let tensors = vec![TensorRecipe { dtype: Dtype::BF16, shape: vec![40, 99], keep: cuts() }];
+    let recipe = Recipe { shards: vec![ShardRecipe { padding: 0, tensors }], index: false, ranks: 1, seed: 7 };
+    let mut reference = Reference::new(&recipe);
+    let options = ViewOptions { mode: ViewMode::Held, hold: Duration::from_secs(600) };
+    let mounted = Mounted::new(Arc::new(reference.open().unwrap()), None, "/mount".into(), &options).unwrap();
+    mounted.open_weights(1, 0, std::process::id()).unwrap();
+    let before = reference.shard(0);
+    reference.change(&mut Random(3), 50);
+    mounted.prepare();
+    let mut shown = vec![0; before.len()];
+    mounted.read_weights(0, 0, &mut shown).unwrap();
+    assert!(shown == before, "the view moved under an open file");
+    mounted.close_weights(1);
+    mounted.open_weights(2, 0, std::process::id()).unwrap();
+    mounted.read_weights(0, 0, &mut shown).unwrap();
+    assert!(shown == reference.shard(0) && shown != before);
 }

@@ -94,6 +94,30 @@ impl fmt::Display for CommitReport {
             FoldOutcome::ByPolicy if self.commit.is_none() => Ok(()),
             FoldOutcome::ByPolicy => write!(f, ", not folded yet"),
             FoldOutcome::Deferred { why } => write!(f, ", the weights files follow later: {why}"),
+        }?;
+        if self.commit.is_none() {
+            return Ok(());
+        }
+        let PhaseTimes { find, stage, log, fold, held } = self.times;
+        write!(f, "; weights held for {}, durable after {}", Seconds(held), Seconds(find + stage + log))?;
+        match &self.fold {
+            FoldOutcome::Folded { bytes: 1.., .. } => {
+                write!(f, ", folded after {}", Seconds(find + stage + log + fold))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A time for a person: three figures at most.
+struct Seconds(Duration);
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self.0.as_secs_f64() {
+            s if s < 0.1 => write!(f, "{:.1} ms", s * 1e3),
+            s if s < 10.0 => write!(f, "{s:.2} s"),
+            s => write!(f, "{s:.0} s"),
         }
     }
 }

@@ -157,6 +157,9 @@ impl Job {
         if let Some(why) = super::gpu::refusal(model).filter(|_| on_device) {
             return Err(BadJob(why));
         }
+        if on_device {
+            super::gpu::libraries().map_err(BadJob)?;
+        }
         let needs = |step: &Vec<usize>| match on_device {
             true => super::gpu::plan::least(model, &batch(&samples, step), &settings),
             false => batch(&samples, step).memory(model, settings.rank()),

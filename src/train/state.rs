@@ -2,6 +2,7 @@
 //! name, and the counters as JSON in its metadata. It goes with the weights: committed and rolled back with them.
 
 use crate::model::Dtype;
+use rayon::prelude::*;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
@@ -151,9 +152,10 @@ impl OptimizerState {
                 .collect(),
         };
         let json = serde_json::to_string(&header).expect("maps with text keys, numbers and enums serialise");
-        let moments: Vec<(String, Vec<u8>)> = (self.tensors.iter())
-            .flat_map(|(name, t)| [(format!("{name}.m"), &t.m), (format!("{name}.v"), &t.v)])
-            .map(|(name, values)| (name, values.iter().flat_map(|x| x.to_le_bytes()).collect()))
+        // Gigabytes of a large model, for which a commit holds training up.
+        let moments: Vec<(String, Vec<u8>)> = (self.tensors.par_iter())
+            .flat_map_iter(|(name, t)| [(format!("{name}.m"), &t.m), (format!("{name}.v"), &t.v)])
+            .map(|(name, values)| (name, little_endian(values)))
             .collect();
         (json, moments)
     }
@@ -202,6 +204,14 @@ impl OptimizerState {
         let moment = |name: &str| file.tensor(name).ok().filter(|v| v.dtype() == Dtype::F32).map(|v| v.data());
         OptimizerState::from_parts(json, moment)
     }
+}
+
+fn little_endian(values: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0; 4 * values.len()];
+    for (bytes, x) in bytes.chunks_exact_mut(4).zip(values) {
+        bytes.copy_from_slice(&x.to_le_bytes());
+    }
+    bytes
 }
 
 #[cfg(test)]

@@ -155,15 +155,16 @@ impl CopiedShards {
     /// Copies from a device go straight into mappings of the files, once those have their memory.
     fn map_for(&self, image: &dyn ShardBytes) -> Result<(), ViewError> {
         let Some(accelerator) = image.accelerator() else { return Ok(()) };
-        for shard in self.shards.iter().filter(|s| s.bytes > 0) {
+        // All shards at once: one after the other, each would end with a few threads busy and the others idle.
+        self.shards.par_iter().filter(|s| s.bytes > 0).try_for_each(|shard| {
             let mut contents = shard.contents.lock();
             if contents.mapping.is_none() {
                 let mapping = SharedBytes::populated(&shard.file, &*accelerator);
                 let no_memory = |source| ViewError::NoMemory { bytes: shard.bytes, source };
                 contents.mapping = Some(mapping.map_err(no_memory)?);
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// Copies the blocks of one task and records the hashes of what was copied (not of what was seen before: a foreign

@@ -1,6 +1,6 @@
 """Weights in another process's GPU memory, from outside: bytes, changes, commits, deaths, and figures beside their peers.
 
-    WEIGHTFS=target/release/weightfs python tests/python/gpu.py SCRATCH [check|kill|view|commit|peer …]
+    WEIGHTFS=target/release/weightfs python tests/python/gpu.py SCRATCH [check|ranks|kill|view|commit …]
 
 Needs a GPU, root (for passthrough), torch, numpy. SCRATCH is a directory on a disk, with room for 3 x --commit-gb.
 `check` and `kill` fail loudly; the others print figures.
@@ -48,13 +48,29 @@ def qwen35(hidden, layers, inter, vocab, kv=4, scale=1):
     return shapes
 
 
-def write_model(path, shapes, shard_bytes, sparse=False):
+def qwen3(hidden, layers, inter, vocab, heads, kv, dim):
+    """config.json, names and shapes of a Qwen3 model with a head of its own."""
+    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": hidden, "num_hidden_layers": layers}
+    config |= {"intermediate_size": inter, "vocab_size": vocab, "num_attention_heads": heads, "num_key_value_heads": kv}
+    config |= {"head_dim": dim, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    shapes = [("model.embed_tokens.weight", [vocab, hidden]), ("lm_head.weight", [vocab, hidden]), ("model.norm.weight", [hidden])]
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        shapes += [(p + f"{n}_layernorm.weight", [hidden]) for n in ("input", "post_attention")]
+        shapes += [(p + f"mlp.{n}_proj.weight", [inter, hidden]) for n in ("gate", "up")] + [(p + "mlp.down_proj.weight", [hidden, inter])]
+        a = p + "self_attn."
+        shapes += [(a + "q_proj.weight", [heads * dim, hidden]), (a + "o_proj.weight", [hidden, heads * dim])]
+        shapes += [(a + f"{n}_proj.weight", [kv * dim, hidden]) for n in "kv"] + [(a + f"{n}_norm.weight", [dim]) for n in "qk"]
+    return config, shapes
+
+
+def write_model(path, shapes, shard_bytes, sparse=False, config=None):
     """A checkpoint of random weights, or of zeros that take no room on the disk."""
     import numpy as np
 
     os.makedirs(path)
     with open(os.path.join(path, "config.json"), "w") as f:
-        json.dump({"model_type": "none"}, f)
+        json.dump(config or {"model_type": "none"}, f)
     shards, size = [[]], 0
     for name, shape in shapes:
         n = 2
@@ -185,16 +201,32 @@ def checks(scratch):
             refused(model, point, engine, scratch)
         engine.stop()
     check("verify", weightfs("verify", model).returncode == 0)
+    handles(scratch, point)
 
+    ranks(scratch, model)
+
+    with mounted(model, point, "--device", "cuda"):
+        check("weights of our own on the GPU", same(model, point))
+        print("      ", status(point)["source"]["device"])
+    no = weightfs("mount", "--device", "cuda:99", model, point, check=False)
+    check("a GPU that is not there", no.returncode != 0 and "cuda:99" in no.stderr)
+    print("      ", no.stderr.strip())
+
+
+def ranks(scratch, model=None):
+    """Two processes that hold halves of a model, on two GPUs where there are as many."""
     import torch
 
+    model = model or write_model(os.path.join(scratch, "halves"), qwen35(1024, 4, 3072, 8000, scale=2), 50 << 20)
     devices = torch.cuda.device_count()
+    point = os.path.join(scratch, "mnt")
     engines = [
         Engine(model, os.path.join(scratch, f"rank{r}.json"), "--rank", r, "--ranks", 2, "--device", r % devices)
         for r in range(2)
     ]
     weights = [w for e in engines for w in ("--weights", e.manifest)]
     with mounted(model, point, *weights):
+        print("      ", status(point)["source"]["device"])
         check(f"two ranks on {min(devices, 2)} GPUs: the mount shows the files", same(model, point))
         for fraction in (0.01, 1):
             for e in engines:
@@ -205,12 +237,16 @@ def checks(scratch):
     for e in engines:
         e.stop()
 
-    with mounted(model, point, "--device", "cuda"):
-        check("weights of our own on the GPU", same(model, point))
-        print("      ", status(point)["source"]["device"])
-    no = weightfs("mount", "--device", "cuda:99", model, point, check=False)
-    check("a GPU that is not there", no.returncode != 0 and "cuda:99" in no.stderr)
-    print("      ", no.stderr.strip())
+
+def handles(scratch, point):
+    """What torch.save wrote of {parameter: reduce_tensor(parameter)}, merged as vLLM merges."""
+    config, shapes = qwen3(512, 3, 1536, 4000, 8, 2, 64)
+    model = write_model(os.path.join(scratch, "qwen3"), shapes, 50 << 20, config=config)
+    engine = Engine(model, os.path.join(scratch, "handles.pt"), "--layout", "handles")
+    for view in ("held", "live"):
+        shown_and_committed(model, point, engine, f"torch's handles, {view}", view)
+    engine.stop()
+    shutil.rmtree(model)
 
 
 def kills(scratch, times):
@@ -293,6 +329,11 @@ def memory_of(pid):
     return {k: int(fields[k].split()[0]) * 1024 for k in ("VmRSS", "RssAnon", "RssShmem")}
 
 
+def announced(point):
+    """What `status` says it takes at most."""
+    return [l for l in open(point + "/status").read().splitlines() if l.split()[0] in ("host_memory", "gpu_memory")]
+
+
 def gpu_memory():
     out = subprocess.run(
         ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader"], capture_output=True, text=True
@@ -313,12 +354,15 @@ def view(scratch, layers):
     free = torch.cuda.mem_get_info()[0]
     log = os.path.join(scratch, "log")
     began = time.time()
-    with mounted(model, point, "--read-only", "--weights", engine.manifest, "--log-level", "debug", "--log-file", log):
+    with mounted(model, point, "--weights", engine.manifest, "--log-level", "debug", "--log-file", log):
         total = status(point)["source"]["bytes"]
         print(f"{total / 1e9:.1f} GB; mounted after {time.time() - began:.2f} s; {status(point)['source']['device']}")
         while not status(point)["view"]["ready"]:
             time.sleep(0.02)
         print(f"view ready after {time.time() - began:.2f} s")
+        while status(point)["dirty"] == "unknown":
+            time.sleep(0.05)
+        print(f"files on disk hashed after {time.time() - began:.2f} s")
         for fraction in (0, 0, 0, 0.0001, 0.001, 0.01, 0.01, 0.1, 1, 1):
             engine.tell("bump", fraction, 11)
             ctl(point, "refresh")
@@ -327,7 +371,7 @@ def view(scratch, layers):
             rate = bytes_of(blocks) / seconds / 1e9
             print(f"  view moved: {blocks} blocks in {seconds * 1e3:.2f} ms ({rate:.1f} GB/s copied, {total / seconds / 1e9:.0f} GB/s looked at)")
         pid = status(point)["pid"]
-        print("host memory of the daemon:", {k: f"{v / 1e9:.2f} GB" for k, v in memory_of(pid).items()})
+        print("host memory of the daemon:", {k: f"{v / 1e9:.2f} GB" for k, v in memory_of(pid).items()}, announced(point))
         print(f"GPU memory: {gpu_memory()}; taken beside the engine: {(free - torch.cuda.mem_get_info()[0]) / 1e6:.0f} MB")
         # One shard: of several gigabytes, and so many readers as well.
         first = harness.shards(point)[:1]
@@ -336,11 +380,13 @@ def view(scratch, layers):
         for f in first:
             shutil.copyfile(os.path.join(point, f), os.path.join(sample, f))
         for readers in (1, 8):
-            for name, where in (("mount", point), ("/dev/shm", sample), ("mount", point), ("/dev/shm", sample)):
-                seconds, got = read_all([os.path.join(where, f) for f in first], readers)
-                print(f"  {readers} reader(s), read, {name}: {got / seconds / 1e9:.2f} GB/s")
-                seconds, got = safe_open_all([os.path.join(where, f) for f in first], readers)
-                print(f"  {readers} reader(s), safe_open, {name}: {got / seconds / 1e9:.2f} GB/s")
+            for what, read in (("read", read_all), ("safe_open", safe_open_all)):
+                rates = {}
+                for where in (point, sample) * 3:
+                    seconds, got = read([os.path.join(where, f) for f in first], readers)
+                    rates.setdefault(where, []).append(got / seconds / 1e9)
+                ours, shm = (sorted(rates[w])[1] for w in (point, sample))
+                print(f"  {readers} reader(s), {what}: {ours:.2f} GB/s, /dev/shm {shm:.2f} GB/s, ratio {ours / shm:.2f}")
         shutil.rmtree(sample)
     engine.stop()
     shutil.rmtree(model)
@@ -423,7 +469,8 @@ def commits(scratch, layers):
             began = time.time()
             ctl(point, f"commit {fraction}")
             print(f"  {fraction}: {time.time() - began:.3f} s: {status(point)['last_command']['says']}")
-        print("host memory of the daemon:", {k: f"{v / 1e9:.2f} GB" for k, v in memory_of(status(point)["pid"]).items()})
+        used = {k: f"{v / 1e9:.2f} GB" for k, v in memory_of(status(point)["pid"]).items()}
+        print("host memory of the daemon:", used, announced(point))
         check("the directory is what the GPU holds", content_digest(model) == engine.tell("digest")["digest"])
     engine.stop()
     shutil.rmtree(model)
@@ -441,6 +488,8 @@ def main():
     os.makedirs(os.path.join(a.scratch, "mnt"), exist_ok=True)
     if "check" in a.what:
         checks(a.scratch)
+    if "ranks" in a.what:
+        ranks(a.scratch)
     if "kill" in a.what:
         kills(a.scratch, a.kills)
     if "view" in a.what:

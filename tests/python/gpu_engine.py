@@ -1,6 +1,8 @@
 """An engine that holds a checkpoint in GPU memory and publishes it by the driver's own calls. Needs torch and a GPU.
 
-    python gpu_engine.py MODEL_DIR MANIFEST [--layout plain|merged] [--rank R --ranks N] [--device D] [--random]
+    python gpu_engine.py MODEL_DIR MANIFEST [--layout plain|merged|handles] [--rank R --ranks N] [--device D] [--random]
+
+`handles` merges as vLLM does, and writes torch's own handles with torch.save instead of a manifest.
 
 Then commands on stdin, one a line, each answered with a line of JSON: `bump FRACTION SEED` changes one element in that
 fraction of the blocks (1 changes every element), `digest` hashes the checkpoint as `.cpu()` gives it, `stop` ends it.
@@ -92,8 +94,8 @@ def main():
 
     entries = headers(a.model)
     by_name = {e[0]: e for e in entries}
-    merged = {}
-    if a.layout == "merged":
+    merged, whole_of = {}, {}
+    if a.layout in ("merged", "handles"):
         for name in by_name:
             for whole, parts in MERGED:
                 if f".{parts[0]}.weight" in name:
@@ -101,6 +103,7 @@ def main():
                     rows = sum(by_name[n][2][0] for n in names)
                     buffer = torch.empty(rows, by_name[name][2][1], dtype=TORCH[by_name[name][1]], device="cuda")
                     at = 0
+                    whole_of[name.replace(parts[0], whole)] = buffer
                     for n in names:
                         merged[n] = buffer[at : at + by_name[n][2][0]]
                         at += by_name[n][2][0]
@@ -140,6 +143,14 @@ def main():
         live.append((name, TORCH[dtype], held))
         del source, part
     torch.cuda.synchronize()
+    if a.layout == "handles":
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        parameters = {n: t for n, _, t in live if n not in merged} | whole_of
+        os.umask(0o077)
+        torch.save({n: reduce_tensor(t) for n, t in parameters.items()}, a.manifest)
+        print(json.dumps({"pid": os.getpid(), "memories": len(parameters)}), flush=True)
+        return serve(a, live, generator)
     with open("/proc/self/stat") as f:
         start_time = int(f.read().rsplit(")", 1)[1].split()[19])
     engine = {"name": "gpu_engine", "version": "1", "pid": os.getpid(), "start_time": start_time}
@@ -152,6 +163,10 @@ def main():
     os.rename(a.manifest + ".new", a.manifest)
     print(json.dumps({"pid": os.getpid(), "memories": len(memories.entries)}), flush=True)
 
+    serve(a, live, generator)
+
+
+def serve(a, live, generator):
     for line in sys.stdin:
         words = line.split()
         if words[0] == "bump":

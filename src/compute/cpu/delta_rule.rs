@@ -1,14 +1,18 @@
 //! The gated delta rule (Yang et al., "Gated Delta Networks", arXiv 2412.06464), linear attention with a state S (k_dim x
 //! v_dim) a value head:
 //!
-//!     S <- e^g S;   d = beta (v - S^T k);   S <- S + k d^T;   o = S^T q
+//! ```text
+//! S <- e^g S;   d = beta (v - S^T k);   S <- S + k d^T;   o = S^T q
+//! ```
 //!
 //! in chunks of tokens, so that the work is matrix products. With G the running sum of g in a chunk, D_ij = e^(G_i - G_j)
 //! for i >= j, and r_i = e^(G_last - G_i), the chunk's d are the rows of N, which solve
 //!
-//!     (I + A) N = diag(beta) (V - diag(e^G) K S),     A = strictly lower part of diag(beta) K K^T * D
-//!     O = diag(e^G) Q S + P N,     P = lower part of Q K^T * D
-//!     S+ = e^(G_last) S + (diag(r) K)^T N
+//! ```text
+//! (I + A) N = diag(beta) (V - diag(e^G) K S),     A = strictly lower part of diag(beta) K K^T * D
+//! O = diag(e^G) Q S + P N,     P = lower part of Q K^T * D
+//! S+ = e^(G_last) S + (diag(r) K)^T N
+//! ```
 //!
 //! The backward pass runs the chunks in reverse, makes each chunk's values again, and carries the gradient of S. Nothing of
 //! size T x k_dim x v_dim is ever kept. Inputs are rows `[q | k | v]` of all heads as the convolution leaves them; q and k are

@@ -211,6 +211,20 @@ impl Gpu {
         Ok(values)
     }
 
+    /// The values of a part that no work under way writes, without waiting for that work. Any thread may ask.
+    pub fn download_beside<T: Plain>(&self, from: Part, count: usize) -> Result<Vec<T>> {
+        assert!((count * size_of::<T>()) as u64 <= from.bytes);
+        let mut values = vec![T::default(); count];
+        if count > 0 {
+            let stream = self.device.stream(Priority::High)?;
+            // SAFETY: `from` is long enough, and `values` outlives the copy: the wait below.
+            let done = unsafe { result::memcpy_dtoh_async(&mut values, from.address, stream.cu_stream()) };
+            let done = done.and(stream.synchronize());
+            self.noted(done, "copy from the device")?;
+        }
+        Ok(values)
+    }
+
     pub fn copy(&self, from: Part, to: Part) -> Result<()> {
         assert!(from.bytes <= to.bytes);
         self.device.bind()?;

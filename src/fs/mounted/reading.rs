@@ -12,7 +12,11 @@ impl Mounted {
     /// Fills the view for the first time and finds out what differs from disk; runs beside the mount.
     pub fn prepare(&self) {
         if self.view.is_some() {
-            let _ = self.noted(self.move_in_turn(Instant::now(), &mut self.moving.lock()));
+            let mut turn = self.moving.lock();
+            // Whoever opened a file first has filled the view, and may be holding it.
+            if !self.view_ready.load(Ordering::Acquire) {
+                let _ = self.noted(self.move_in_turn(Instant::now(), &mut turn));
+            }
         }
         if self.image.source().is_own() {
             // Loaded from the files a moment ago.

@@ -4,6 +4,7 @@ use super::{Event, Mounted};
 use crate::commit::{self, CommitError, Committer};
 use crate::fs::{FsError, job_file};
 use crate::image::Image;
+use crate::memory::cuda::add_search_process;
 use crate::model::ModelDirectory;
 use crate::source::Place;
 use crate::train::queue::{self, QueueError};
@@ -140,6 +141,8 @@ impl Mounted {
             false => job_file::read(job, writer)?,
         };
         let queue = self.queue()?;
+        // Libraries that an engine on a GPU has are those that fit there.
+        self.image.source().engines.iter().filter_map(|e| e.pid).for_each(add_search_process);
         let refused = |e: QueueError| {
             let message = if inline { e.to_string() } else { format!("{source}: {e}") };
             match e {

@@ -30,7 +30,7 @@ use crate::compute::cuda::attention::{Shape, Tiles};
 use crate::compute::cuda::matmul::{Operand, Output, matmul};
 use crate::compute::cuda::rope::{Angles, Heads, LARGEST_HEAD};
 use crate::compute::cuda::{Buffer, Gpu, GpuError, Part, Weight, causal_conv, delta_rule, linear};
-use crate::memory::cuda::Device;
+use crate::memory::cuda::{Device, Library, load};
 use parking_lot::Mutex;
 use std::any::Any;
 use std::collections::HashMap;
@@ -116,6 +116,11 @@ pub fn refusal(a: &Architecture) -> Option<String> {
         return None;
     };
     Some(format!("{} does not train on a GPU yet: {what}; weights in shared memory train on the CPU", a.family))
+}
+
+/// Loads what steps on a GPU need beside the driver, or says where it was looked for.
+pub fn libraries() -> std::result::Result<(), String> {
+    load(Library::CublasLt).map(drop).map_err(|why| format!("training on a GPU needs cuBLASLt: {why}"))
 }
 
 impl GpuTrainer {

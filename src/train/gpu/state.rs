@@ -49,6 +49,7 @@ impl Moments {
             state.come_home().map_err(|e| GpuError::Library(e.to_string()))?;
             self.held.lock().clear();
         }
+        let mut uploaded = false;
         for (name, shape) in model.architecture.tensors() {
             let Some(tensor) = state.tensors.get_mut(name) else {
                 self.held.lock().remove(name);
@@ -66,7 +67,12 @@ impl Moments {
                 let pair = Pair { m: upload(&tensor.m)?, v: upload(&tensor.v)? };
                 self.held.lock().insert(name.to_string(), Arc::new(pair));
                 (tensor.m, tensor.v) = (Vec::new(), Vec::new());
+                uploaded = true;
             }
+        }
+        if uploaded {
+            // They may be asked for from here on, past the stream that they came by.
+            self.gpu.wait()?;
         }
         state.remote.set(remote);
         Ok(())
@@ -104,7 +110,8 @@ impl Moments {
 impl Remote for Moments {
     fn moments(&self, name: &str) -> Result<Option<crate::train::state::Moments>, String> {
         let Some(pair) = self.held.lock().get(name).cloned() else { return Ok(None) };
-        let values = |b: &Buffer| self.gpu.download(b.part(), b.bytes() as usize / 4).map_err(|e| e.to_string());
+        // Whoever asks holds the weights still, and so the moments: of a step that has begun only what reads runs.
+        let values = |b: &Buffer| self.gpu.download_beside(b.part(), b.bytes() as usize / 4).map_err(|e| e.to_string());
         Ok(Some((values(&pair.m)?, values(&pair.v)?)))
     }
 
