@@ -336,7 +336,10 @@ fn check_gradients(device: &Arc<Device>, report: &mut Report) -> Outcome {
         for (tensor, want) in &want {
             let got = &got[tensor];
             let error = relative_error(got, want);
-            report.expect(format!("{name}: gradient of {tensor} is off by {error:.4}"), error < 4e-2);
+            // Sums over all tokens, most of which cancels: transformers in bf16 is off by 0.15 to 0.22 in a model of these shapes.
+            let cancels = tensor.ends_with("A_log") || tensor.ends_with("dt_bias");
+            let limit = if cancels { 0.11 } else { 4e-2 };
+            report.expect(format!("{name}: gradient of {tensor} is off by {error:.4}"), error < limit);
             if error > worst.0 {
                 worst = (error, tensor.clone());
             }
@@ -344,7 +347,9 @@ fn check_gradients(device: &Arc<Device>, report: &mut Report) -> Outcome {
             if want.len() > 4096 {
                 let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| a as f64 * b as f64).sum::<f64>();
                 let tilt = (dot(got, want) / dot(want, want) - 1.0).abs();
-                report.expect(format!("{name}: gradient of {tensor} is too large by {tilt:.5}"), tilt < 3e-3);
+                // With linear attention, whose states carry an error on, transformers' are by up to 7e-3.
+                let limit = if name.starts_with("qwen3_5") { 5e-3 } else { 3e-3 };
+                report.expect(format!("{name}: gradient of {tensor} is too large by {tilt:.5}"), tilt < limit);
                 if tilt > steepest.0 {
                     steepest = (tilt, tensor.clone());
                 }
