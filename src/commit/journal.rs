@@ -19,6 +19,7 @@ use crate::memory::{BLOCK, hash_into};
 use parking_lot::Mutex;
 use rayon::prelude::*;
 use std::io::Write;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Tensors of which more bytes than this may have changed are encoded one by one, all cores on each, straight into the
@@ -76,6 +77,13 @@ impl<'a> Streamed<'a> {
         let mut changes = self.seen.into_inner();
         changes.sort_by_key(|c| (c.shard, c.first));
         changes
+    }
+
+    /// The bytes of the changed runs that overlap `start..end` of a shard.
+    fn overlapping(&self, layout: &Layout, shard: usize, start: u64, end: u64) -> impl Iterator<Item = Range<u64>> {
+        let from = self.runs.partition_point(|r| (r.shard, r.bytes(layout).end) <= (shard, start));
+        let inside = self.runs[from..].iter().take_while(move |r| r.shard == shard).map(|r| r.bytes(layout));
+        inside.take_while(move |r| r.start < end)
     }
 
     /// Puts live bytes of changed blocks over `buffer`. Its ends are ends of blocks or of the tensor, so that a block
@@ -217,11 +225,14 @@ impl Journal<'_> {
     /// Bytes of a tensor that may have changed.
     fn changed_at_most(&self, at: (usize, usize)) -> u64 {
         let TensorLayout { start, end, .. } = *self.tensor(at);
+        let inside = |from: u64, to: u64| to.min(end).saturating_sub(from.max(start));
         match self.new {
             NewBytes::Staged(staged) => {
-                staged.overlapping(at.0, start, end).iter().map(|r| r.end().min(end) - r.start().max(start)).sum()
+                staged.overlapping(at.0, start, end).iter().map(|r| inside(r.start(), r.end())).sum()
             }
-            NewBytes::Streamed(_) => end - start,
+            NewBytes::Streamed(streamed) => {
+                streamed.overlapping(self.layout, at.0, start, end).map(|r| inside(r.start, r.end)).sum()
+            }
         }
     }
 
