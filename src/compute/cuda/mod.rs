@@ -151,6 +151,11 @@ impl Gpu {
         self.lasting.take(bytes)
     }
 
+    /// Sees to it that as many buffers that stay, of `sizes` bytes, can be taken one behind the other.
+    pub fn reserve_lasting(&self, sizes: impl IntoIterator<Item = u64>) -> Result<()> {
+        self.lasting.extend(sizes.into_iter().map(|s| s.max(1).next_multiple_of(memory::GRAIN)).sum())
+    }
+
     /// Bytes taken from the device now, and at most: see [`Gpu::forget_peak`].
     pub fn held(&self) -> (u64, u64) {
         let ((now, peak), (lasting, lasting_peak)) = (self.memory.held(), self.lasting.held());
