@@ -117,7 +117,8 @@ impl<'a> Streamed<'a> {
     }
 }
 
-fn tensors_of<'a>(layout: &'a Layout, run: &Run) -> impl Iterator<Item = &'a TensorLayout> {
+/// The tensors with bytes in a run, in order.
+pub fn tensors_of<'a>(layout: &'a Layout, run: &Run) -> impl Iterator<Item = &'a TensorLayout> {
     let range = run.bytes(layout);
     let shard = &layout.shards[run.shard];
     shard.tensors[shard.tensor_at(range.start)..].iter().take_while(move |t| t.start < range.end)
