@@ -19,7 +19,7 @@ use weightfs::compute::cuda::GpuError;
 use weightfs::memory::cuda::{Device, devices};
 use weightfs::model::Dtype;
 use weightfs::train::apollo::Updater;
-use weightfs::train::gpu::{GpuTrainer, OnDevice, Order};
+use weightfs::train::gpu::{Allowed, GpuTrainer, OnDevice, Order};
 use weightfs::train::gradients::Gradient;
 use weightfs::train::state::Form;
 use weightfs::train::{
@@ -314,6 +314,12 @@ fn packed(vocabulary: usize) -> Batch {
     Batch::pack(samples.iter().enumerate())
 }
 
+/// How much longer a gradient may be along the right one. It is a product of values that were rounded to bf16 about eight times
+/// a layer (two norms, q k v, P, what attention gave, gate and up, act, and their gradients), in three layers. One rounding is
+/// off by 2^-9 at most, 2^-9 / sqrt(3) in the mean square; were each off by that in all elements alike and independent of the
+/// others, the sum were off by sqrt(3 * 8) = 4.9 of them: 0.0055.
+const TILT: f64 = 4.9 / 1.732 / 512.0;
+
 /// Models of some size against the CPU in f32, packed.
 fn check_gradients(device: &Arc<Device>, report: &mut Report) -> Outcome {
     for (name, config) in medium() {
@@ -347,9 +353,7 @@ fn check_gradients(device: &Arc<Device>, report: &mut Report) -> Outcome {
             if want.len() > 4096 {
                 let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| a as f64 * b as f64).sum::<f64>();
                 let tilt = (dot(got, want) / dot(want, want) - 1.0).abs();
-                // With linear attention, whose states carry an error on, transformers' are by up to 7e-3.
-                let limit = if name.starts_with("qwen3_5") { 5e-3 } else { 3e-3 };
-                report.expect(format!("{name}: gradient of {tensor} is too large by {tilt:.5}"), tilt < limit);
+                report.expect(format!("{name}: gradient of {tensor} is too large by {tilt:.5}"), tilt < TILT);
                 if tilt > steepest.0 {
                     steepest = (tilt, tensor.clone());
                 }
@@ -511,10 +515,11 @@ fn check_orders(device: &Arc<Device>, report: &mut Report) -> Outcome {
         let (architecture, weights) = medium_memory(&config, Dtype::BF16);
         let batch = packed(architecture.vocabulary);
         let settings = Settings { lr: 1e-3, ..Settings::default() };
-        let run = |budget: u64, repeat: u64| -> Result<_, Box<dyn std::error::Error>> {
+        let run = |budget: u64, repeat: u64, allowed: Allowed| -> Result<_, Box<dyn std::error::Error>> {
             let theirs = on_device(device, &weights)?;
             let mut trainer = trainer_of(Model::new(architecture.clone(), theirs.clone())?, device)?;
             trainer.budget = Some(budget);
+            trainer.allowed = allowed;
             let mut state = Arc::new(parking_lot::Mutex::new(OptimizerState::default()));
             let mut loss = 0.0;
             for step in 0..3 {
@@ -529,20 +534,30 @@ fn check_orders(device: &Arc<Device>, report: &mut Report) -> Outcome {
             let state = state.lock().bytes();
             Ok((trainer.plan.take().ok_or("no plan")?, loss, bytes, state))
         };
-        let (plan, loss, bytes, held) = run(u64::MAX / 2, 0)?;
+        let (plan, loss, bytes, held) = run(u64::MAX / 2, 0, Allowed::default())?;
         report.expect(format!("{name}: {:?}", plan.order), plan.order == Order::After);
-        let (_, _, again, _) = run(u64::MAX / 2, 1)?;
+        let (_, _, again, _) = run(u64::MAX / 2, 1, Allowed::default())?;
         let names: Vec<&str> = weights.names().collect();
         let differ = |other: &[Vec<u8>]| -> String {
             let differ = names.iter().zip(other.iter().zip(&bytes)).filter(|(_, (a, b))| a != b);
             differ.map(|(n, _)| format!(" {n}")).take(4).collect()
         };
         report.expect(format!("{name}: twice the same, but for{}", differ(&again)), again == bytes);
-        let (_, _, restarted, _) = run(u64::MAX / 2, 2)?;
+        let (_, _, restarted, _) = run(u64::MAX / 2, 2, Allowed::default())?;
         report.expect(format!("{name}: the same after a restart"), restarted == bytes);
+        // Each layer after its own backward pass, and beside those of the layers below: a race would show, in one run of some.
+        for (beside, runs) in [(false, 1), (true, 4)] {
+            for _ in 0..runs {
+                let (plan, _, theirs, _) = run(u64::MAX / 2, 0, Allowed { after: false, beside })?;
+                let laid_out = (plan.order, plan.side > 0) == (Order::Layerwise, beside);
+                report.expect(format!("{name}: {:?} with {} bytes beside", plan.order, plan.side), laid_out);
+                let what = format!("{name}: beside {beside}, the same bits but for{}", differ(&theirs));
+                report.expect(what, theirs == bytes);
+            }
+        }
         // Just too little for the last plan, until nothing fits.
         let (mut budget, mut kinds) = (plan.bytes - 1 + held, Vec::new());
-        while let Ok((plan, other, theirs, _)) = run(budget, 0) {
+        while let Ok((plan, other, theirs, _)) = run(budget, 0, Allowed::default()) {
             let error = (loss - other).abs() / loss;
             report.expect(format!("{name} {:?} {:?}: loss {other}, not {loss}", plan.order, plan.keep), error < 5e-3);
             if kinds.is_empty() {
@@ -719,7 +734,7 @@ fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
         let (free, _) = device.memory()?;
         let mut trainer = trainer_of(Model::new(architecture.clone(), weights.clone())?, device)?;
         trainer.budget = gb.map(|gb| (gb * 1e9) as u64);
-        trainer.overlap = !alone;
+        trainer.allowed.beside = !alone;
         trainer.timed = Some(Vec::new());
         let state = Arc::new(parking_lot::Mutex::new(OptimizerState::default()));
         let ids: Vec<u32> = (0..context + trained).map(|i| (i * 7919 % 150_000) as u32).collect();
@@ -763,7 +778,7 @@ fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
         );
         if profile {
             // One after the other, for every kernel's own time.
-            trainer.overlap = false;
+            trainer.allowed.beside = false;
             trainer.step(&batch, &settings, 1e-5, &state)?;
             trainer.gpu().begin_profile();
             trainer.step(&batch, &settings, 1e-5, &state)?;

@@ -11,6 +11,7 @@ pub mod attention;
 pub mod causal_conv;
 pub mod cross_entropy;
 pub mod delta_rule;
+mod downloads;
 pub mod embedding;
 pub mod gated_norm;
 pub mod linear;
@@ -21,6 +22,7 @@ pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
 
+pub use downloads::Downloads;
 pub use memory::{Buffer, Part};
 
 use crate::compute::cpu::weight::Kind;
@@ -153,6 +155,11 @@ impl Gpu {
     /// A buffer that stays from step to step: cut from pieces of its own, so that it holds no passing one's piece.
     pub fn keep(&self, bytes: u64) -> Result<Buffer> {
         self.lasting.take(bytes)
+    }
+
+    /// Sees to it that as many buffers that stay, of `sizes` bytes, can be taken one behind the other.
+    pub fn reserve_lasting(&self, sizes: impl IntoIterator<Item = u64>) -> Result<()> {
+        self.lasting.extend(sizes.into_iter().map(|s| s.max(1).next_multiple_of(memory::GRAIN)).sum())
     }
 
     /// Bytes taken from the device now, and at most: see [`Gpu::forget_peak`].

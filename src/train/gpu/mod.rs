@@ -16,7 +16,7 @@ mod state;
 mod update;
 
 pub use own::OnDevice;
-pub use plan::{Order, Plan};
+pub use plan::{Allowed, Order, Plan};
 
 use super::families::{Architecture, Attention, Layer, Linear, Mixer};
 use super::pack::Batch;
@@ -51,8 +51,8 @@ pub struct GpuTrainer {
     moments: Arc<state::Moments>,
     /// Bytes that steps may hold beyond the weights, optimizer state included; `None`: what is free.
     pub budget: Option<u64>,
-    /// Do updates run beside the backward pass, where each layer is updated after its own?
-    pub overlap: bool,
+    /// Layouts that are not ruled out.
+    pub allowed: Allowed,
     /// How the last step was laid out.
     pub plan: Option<Plan>,
     /// Host milliseconds and device milliseconds of the parts of the last step, where asked for.
@@ -137,7 +137,7 @@ impl GpuTrainer {
         }
         let (gpu, side) = (Arc::new(Gpu::new(device)?), Arc::new(Gpu::new(device)?));
         let moments = Arc::new(state::Moments::new(gpu.clone()));
-        Ok(GpuTrainer { model, gpu, side, moments, overlap: true, budget: None, plan: None, timed: None })
+        Ok(GpuTrainer { model, gpu, side, moments, allowed: Allowed::default(), budget: None, plan: None, timed: None })
     }
 
     pub fn gpu(&self) -> &Gpu {
@@ -154,6 +154,7 @@ impl GpuTrainer {
     pub fn release_buffers(&self) {
         self.gpu.release();
         self.side.release();
+        self.moments.release_staging();
         self.model.held.store(0, Ordering::Relaxed);
     }
 
@@ -171,7 +172,7 @@ impl GpuTrainer {
             }
         };
         let missing = plan::missing_state(&self.model.architecture, settings, &self.moments);
-        Plan::choose(&self.model.architecture, batch, settings, budget.saturating_sub(missing), self.overlap)
+        Plan::choose(&self.model.architecture, batch, settings, budget.saturating_sub(missing), self.allowed)
     }
 
     fn context<'a>(&'a self, batch: &'a Batch, settings: &'a Settings, plan: &'a Plan) -> Result<Context<'a>> {
@@ -258,7 +259,7 @@ impl GpuTrainer {
         self.moments.adopt(&mut state.lock(), settings, &self.model)?;
         let plan = self.plan(batch, settings)?;
         // Nothing may be missing once weights change.
-        self.gpu.reserve(plan.bytes - plan.side)?;
+        self.gpu.reserve(plan.bytes - plan.side - plan::WORKSPACES)?;
         self.side.reserve(plan.side)?;
         self.moments.prepare(&self.model.architecture, settings)?;
         let mut marks = Marks::new(self.timed.is_some());

@@ -33,7 +33,7 @@ __device__ __forceinline__ Tile tile_at(const Attention &a, int i) {
 }
 
 __device__ __forceinline__ int row_of(const Tile &t, int p) {
-    return p < t.length ? t.prefix + p : t.start + p - t.length;
+    return p + (p < t.length ? t.prefix : t.start - t.length);
 }
 
 __device__ __forceinline__ u32 pack(float low, float high) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ float exp2_(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// 16 or 4 bytes from global to shared memory, or zeros.
+// 16 or 4 bytes from global to shared memory, or zeros without a look at `from`.
 __device__ __forceinline__ void copy16(u32 to, const void *from, bool real) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
 }
@@ -69,6 +69,19 @@ template <int N> __device__ __forceinline__ void products_wait() {
 template <int N> __device__ __forceinline__ void arrived(float (&c)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
+// What `sign` comes of, which is never negative, is done before the wait that follows: the assembler would else wait first,
+// and nothing would run beside the products. A branch on it is what it does not move a wait across; asleep for no time, a
+// thread would lose nothing.
+__device__ __forceinline__ void before_wait(float sign) {
+    if (sign < 0) asm volatile("nanosleep.u32 0;" ::: "memory");
+}
+// The same of many numbers that are never negative: the sign of all of them is that of their bits together.
+template <int N> __device__ __forceinline__ void before_wait(const float (&x)[N]) {
+    int all = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) all |= __float_as_int(x[i]);
+    if (all < 0) asm volatile("nanosleep.u32 0;" ::: "memory");
 }
 
 #define F4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
@@ -125,17 +138,21 @@ template <int ROWS> __device__ __forceinline__ u32 at(u32 base, int r, int c) {
     return base + (c >> 3) * (ROWS * 128) + r * 128 + (((c ^ r) & 7) << 4);
 }
 
-// Starts the copy of ROWS rows into shared memory; row(i) is the row to take, negative for zeros.
+// Starts the copy of ROWS rows into shared memory; row(i, real) is the row to take, where `real`, else zeros are. Few
+// instructions a copy, and no copy's wait for another's: this is a third of what a block's threads do.
 template <int D, int ROWS, typename F>
 __device__ __forceinline__ void fetch(u32 to, const bf16 *from, i64 ld, int d, F row) {
-    const int c = threadIdx.x % (D / 8);
+    const int STEP = THREADS / (D / 8), c = threadIdx.x % (D / 8), r = threadIdx.x / (D / 8);
+    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "a thread's rows have their chunks swapped in one way");
     const bool inside = c * 8 < d;
-    from += inside ? c * 8 : 0;
+    const char *start = (const char *)(from + c * 8);
+    const int bytes = 2 * (int)ld;
+    const u32 first = at<ROWS>(to, r, c);
 #pragma unroll
-    for (int r = threadIdx.x / (D / 8); r < ROWS; r += THREADS / (D / 8)) {
-        const int g = row(r);
-        const bool real = g >= 0 && inside;
-        copy16(at<ROWS>(to, r, c), real ? from + (i64)g * ld : from, real);
+    for (int i = 0; i < ROWS / STEP; i++) {
+        bool real;
+        const int g = row(r + i * STEP, real);
+        copy16(first + i * STEP * 128, start + (i64)g * bytes, real && inside);
     }
 }
 
@@ -221,12 +238,13 @@ template <int D> __device__ __forceinline__ void forward(const Attention &a) {
     const int j0 = from / BN, j1 = last / BN + 1;
     auto keys = [&](const bf16 *x, i64 ld, u32 to, int j) {
         if (j >= j1) return;
-        fetch<D, BN>(to + ((j - j0) & 1) * (BN * D * 2), x, ld, a.d, [&](int r) {
+        fetch<D, BN>(to + ((j - j0) & 1) * (BN * D * 2), x, ld, a.d, [&](int r, bool &real) {
             const int p = j * BN + r;
-            return p > last ? -1 : row_of(t, p);
+            real = p <= last;
+            return row_of(t, p);
         });
     };
-    fetch<D, BM>(sq, q, a.ldq, a.d, [&](int r) { return r < rows ? t.first + r - a.q_shift : -1; });
+    fetch<D, BM>(sq, q, a.ldq, a.d, [&](int r, bool &real) { return real = r < rows, t.first + r - a.q_shift; });
     keys(k, a.ldk, sk, j0);
     copies_end();
     keys(k, a.ldk, sk, j0 + 1);
@@ -262,18 +280,21 @@ template <int D> __device__ __forceinline__ void forward(const Attention &a) {
         const int stage = (j - j0) & 1;
         // The next keys and these values are there; all are done with these keys and the values before.
         copies_wait<0>();
+        products_begin();
+        scores<D, BM, BN>(s, sq, group_row, sk + (stage ^ 1) * (BN * D * 2));
+        products_end();
+        // Asked for while products run: it takes as long as they do to ask.
         keys(k, a.ldk, sk, j + 2);
         keys(v, a.ldv, sv, j + 1);
         copies_end();
         products_begin();
-        scores<D, BM, BN>(s, sq, group_row, sk + (stage ^ 1) * (BN * D * 2));
-        products_end();
         weigh<D, BN>(o, p, sv + stage * (BN * D * 2));
         products_end();
         products_wait<1>();
         arrived(s);
         mask(j + 1);
         softmax<BN>(s, m, l, shrink, c);
+        before_wait(l[0] + l[1]);
         products_wait<0>();
         arrived(o);
 #pragma unroll
@@ -316,11 +337,11 @@ template <int D> __device__ __forceinline__ void backward_q(const Attention &a) 
     const bf16 *k = a.k + (i64)kv_head * a.d, *v = a.v + (i64)kv_head * a.d;
     const int j0 = from / BN, j1 = last / BN + 1;
     auto keys = [&](int j, int stage) {
-        auto row = [&](int r) { const int p = j * BN + r; return p > last ? -1 : row_of(t, p); };
+        auto row = [&](int r, bool &real) { return real = j * BN + r <= last, row_of(t, j * BN + r); };
         fetch<D, BN>(sk + stage * STAGE, k, a.ldk, a.d, row);
         fetch<D, BN>(sv + stage * STAGE, v, a.ldv, a.d, row);
     };
-    auto mine = [&](int r) { return r < rows ? t.first + r - a.q_shift : -1; };
+    auto mine = [&](int r, bool &real) { return real = r < rows, t.first + r - a.q_shift; };
     fetch<D, BM>(sq, a.q + (i64)head * a.d, a.ldq, a.d, mine);
     fetch<D, BM>(so, a.dout + (i64)head * a.d, a.ldo, a.d, mine);
     keys(j0, 0);
@@ -346,13 +367,14 @@ template <int D> __device__ __forceinline__ void backward_q(const Attention &a) 
     for (int j = j0; j < j1; j++) {
         const int next = stage == 2 ? 0 : stage + 1;
         copies_wait<0>();
-        if (j + 1 < j1) keys(j + 1, next);
-        copies_end();
         products_begin();
         scores<D, BM, BN>(s, sq, group_row, sk + stage * STAGE);
         products_end();
         scores<D, BM, BN>(dp, so, group_row, sv + stage * STAGE);
         products_end();
+        if (j + 1 < j1) keys(j + 1, next);
+        copies_end();
+        products_begin();
         weigh<D, BN>(dq, ds, sk + before * STAGE);
         products_end();
         products_wait<2>();
@@ -367,6 +389,7 @@ template <int D> __device__ __forceinline__ void backward_q(const Attention &a) 
                 if (key > at_row || (a.window && key <= at_row - a.window)) s[i] = 0;
             }
         }
+        before_wait(s);
         products_wait<1>();
         arrived(dp);
 #pragma unroll
@@ -405,12 +428,12 @@ template <int D> __device__ __forceinline__ void backward_kv(const Attention &a)
     const int keys = t.end - t.first;
     const int stop = a.window ? min(t.stop, t.end - 1 + a.window) : t.stop;
     const int blocks = (stop - t.first + BN - 1) / BN;
-    auto key = [&](int r) { return r < keys ? t.first + r : -1; };
+    auto key = [&](int r, bool &real) { return real = r < keys, t.first + r; };
     fetch<D, BM>(sk, a.k + (i64)kv_head * a.d, a.ldk, a.d, key);
     fetch<D, BM>(sv, a.v + (i64)kv_head * a.d, a.ldv, a.d, key);
     auto queries = [&](int j, int stage) {
         const int first = t.first + j * BN;
-        auto row = [&](int r) { return first + r < stop ? first + r - a.q_shift : -1; };
+        auto row = [&](int r, bool &real) { return real = first + r < stop, first + r - a.q_shift; };
         fetch<D, BN>(sq + stage * STAGE, a.q + (i64)head * a.d, a.ldq, a.d, row);
         fetch<D, BN>(so + stage * STAGE, a.dout + (i64)head * a.d, a.ldo, a.d, row);
         if (threadIdx.x < 2 * BN) {
@@ -437,13 +460,14 @@ template <int D> __device__ __forceinline__ void backward_kv(const Attention &a)
     for (int j = 0; j < blocks; j++) {
         const int next = stage == 2 ? 0 : stage + 1;
         copies_wait<0>();
-        if (j + 1 < blocks) queries(j + 1, next);
-        copies_end();
         products_begin();
         scores<D, BM, BN>(s, sk, group_row, sq + stage * STAGE);
         products_end();
         scores<D, BM, BN>(dp, sv, group_row, so + stage * STAGE);
         products_end();
+        if (j + 1 < blocks) queries(j + 1, next);
+        copies_end();
+        products_begin();
         weigh<D, BN>(dv, p, so + before * STAGE);
         weigh<D, BN>(dk, ds, sq + before * STAGE);
         products_end();
