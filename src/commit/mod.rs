@@ -22,6 +22,7 @@ mod journal;
 mod layout;
 mod lock;
 mod optimizer;
+mod past;
 mod policy;
 mod protocol;
 mod record;
@@ -94,12 +95,21 @@ struct Baseline {
 }
 
 /// What goes with the live weights of one moment.
-#[derive(Debug, Clone, Default)]
 pub struct Moment {
     /// The step that they are of.
     pub step: u64,
     /// Committed with them; without, the state of the commit before stands.
-    pub optimizer: Option<OptimizerState>,
+    pub optimizer: Option<Box<dyn TakenState>>,
+}
+
+/// The optimizer's state of a moment on its way: copied while changed blocks are found and staged, and brought into its form
+/// when training goes on.
+pub trait TakenState: Send {
+    /// Waits for its copies. Weights are held still until then.
+    fn arrive(&mut self) -> Result<(), CommitError>;
+
+    /// The state, after [`TakenState::arrive`].
+    fn into_state(self: Box<Self>) -> Result<OptimizerState, CommitError>;
 }
 
 /// What to commit.

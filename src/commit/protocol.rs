@@ -53,12 +53,7 @@ impl Committer {
         tell(Phase::Finding, 0, layout.shards.iter().map(|s| s.bytes).sum());
         let mut hold = Some(live.hold()?);
         let held = Instant::now();
-        let moment = wanted.request.moment.map(|take| take()).transpose()?;
-        let request = match &moment {
-            Some(m) => CommitRequest { step: m.step, optimizer: m.optimizer.as_ref(), ..wanted.request },
-            None => wanted.request,
-        };
-        let wanted = &Wanted { request, within: wanted.within, rollback_to: wanted.rollback_to };
+        let mut moment = wanted.request.moment.map(|take| take()).transpose()?;
         let runs = find(live, layout, &baseline.table, wanted.within)?;
         times.find = start.elapsed();
 
@@ -69,6 +64,9 @@ impl Committer {
             true => Some(Staged::copy(live, layout, &baseline.table, &runs)?),
             false => None,
         };
+        // Copied beside the blocks; of the same step as they are.
+        let mut taken = moment.as_mut().and_then(|m| m.optimizer.take());
+        taken.as_mut().map_or(Ok(()), |taken| taken.arrive())?;
         if staged.is_some() {
             // What was copied from an engine that is gone by now may be half a step.
             live.check()?;
@@ -78,6 +76,12 @@ impl Committer {
         times.stage = start.elapsed();
 
         let start = Instant::now();
+        let optimizer = taken.map(|taken| taken.into_state()).transpose()?;
+        let request = match &moment {
+            Some(m) => CommitRequest { step: m.step, optimizer: optimizer.as_ref(), ..wanted.request },
+            None => wanted.request,
+        };
+        let wanted = &Wanted { request, within: wanted.within, rollback_to: wanted.rollback_to };
         let runs = staged.as_ref().map_or(runs, Staged::runs);
         let tensors = touched_tensors(layout, &runs);
         let bytes = |&(s, t): &(usize, usize)| {

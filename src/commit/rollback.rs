@@ -1,18 +1,19 @@
 //! Rollback: a new commit with the state of an earlier one, so that history only grows and no id ever means two things.
 //! The weights files follow by folding it, and live weights are written back when they are given.
 
+use super::blocks::Table;
 use super::error::CommitError;
+use super::find::{Run, find};
+use super::journal::tensors_of;
+use super::layout::Layout;
+use super::past::{self, Past};
 use super::protocol::Wanted;
 use super::report::CommitReport;
 use super::snapshot::Snapshot;
 use super::{CommitRequest, Committer};
-use crate::image::{ImageError, ShardBytes, StepHold};
-use crate::memory::{Hash, hash_into};
+use crate::image::ShardBytes;
+use rayon::prelude::*;
 use std::ops::Range;
-
-/// Bytes of a tensor compared and written back at a time, and the grain of what is written: both hold whole elements.
-const WINDOW: u64 = 1 << 20;
-const GRAIN: usize = 4096;
 
 #[derive(Debug, Clone)]
 pub struct RollbackReport {
@@ -31,104 +32,72 @@ impl Committer {
         let snapshot = Snapshot::open(&self.shared, id)?;
         let message = format!("rollback to commit {id}");
         let within = snapshot.differences();
-        snapshot.prepare()?;
+        let staging = self.options.staging_memory;
+        let past = Past::new(&snapshot, &within, live, staging, past::limit(staging))?;
         let wanted =
             Wanted { request: CommitRequest::new(&message, self.step()), within: Some(&within), rollback_to: Some(id) };
-        let commit = self.commit_locked(&Past(&snapshot), &wanted)?;
-        let live_bytes = live.map_or(Ok(0), |live| self.write_back(&snapshot, live))?;
+        let commit = self.commit_locked(&past, &wanted)?;
+        let live_bytes = match live {
+            // Of the state that is newest from here on: the one gone back to.
+            Some(live) => write_back(&self.shared.layout, &self.baseline(&|_| ())?.table, &past, live)?,
+            None => 0,
+        };
         Ok(RollbackReport { commit, live_bytes })
     }
+}
 
-    /// Writes what differs, element by element whole, while nobody reads: half a rollback is no step.
-    fn write_back(&self, snapshot: &Snapshot, live: &dyn ShardBytes) -> Result<u64, CommitError> {
-        let _alone = live.exclude()?;
-        let mut written = 0;
-        let (mut then, mut now) = (Vec::new(), Vec::new());
-        for (s, shard) in self.shared.layout.shards.iter().enumerate() {
-            for tensor in &shard.tensors {
-                let mut at = tensor.start;
-                while at < tensor.end {
-                    let stop = (at + WINDOW).min(tensor.end);
-                    then.resize((stop - at) as usize, 0);
-                    now.resize((stop - at) as usize, 0);
-                    snapshot.read(s, at, &mut then)?;
-                    live.read(s, at, &mut now)?;
-                    for range in differing(&then, &now) {
-                        live.write(s, at + range.start as u64, &then[range.clone()])?;
-                        written += range.len() as u64;
-                    }
-                    at = stop;
-                }
+/// Writes the blocks of `live` that `table` has other hashes of, while nobody reads: half a rollback is no step. They are
+/// found where the weights are, and written from several threads in pieces of megabytes.
+fn write_back(layout: &Layout, table: &Table, past: &Past, live: &dyn ShardBytes) -> Result<u64, CommitError> {
+    let _alone = live.exclude()?;
+    let runs = find(live, layout, table, None)?;
+    let pieces: Vec<(usize, Range<u64>)> = runs.iter().flat_map(|run| pieces(layout, run)).collect();
+    let write = |(shard, range): &(usize, Range<u64>)| {
+        match past.bytes(*shard, range.clone()) {
+            Some(bytes) => live.write(*shard, range.start, bytes)?,
+            None => {
+                let mut bytes = vec![0; (range.end - range.start) as usize];
+                past.read(*shard, range.start, &mut bytes)?;
+                live.write(*shard, range.start, &bytes)?;
             }
         }
-        Ok(written)
+        Ok::<(), CommitError>(())
+    };
+    match past.is_decoded() {
+        true => pieces.par_iter().try_for_each(write)?,
+        // One tensor after the other, so that each is decoded once.
+        false => pieces.iter().try_for_each(write)?,
     }
+    Ok(pieces.iter().map(|(_, range)| range.end - range.start).sum())
 }
 
-/// Where `a` and `b` differ, in grains; neighbours are one range, so that a GPU is written in few large copies.
-fn differing(a: &[u8], b: &[u8]) -> Vec<Range<usize>> {
-    let mut ranges: Vec<Range<usize>> = Vec::new();
-    let grains = a.chunks(GRAIN).zip(b.chunks(GRAIN)).enumerate();
-    for (i, (a, _)) in grains.filter(|(_, (a, b))| a != b) {
-        let (start, end) = (i * GRAIN, i * GRAIN + a.len());
-        match ranges.last_mut() {
-            Some(last) if last.end == start => last.end = end,
-            _ => ranges.push(start..end),
-        }
-    }
-    ranges
-}
-
-/// An earlier commit as if it were live.
-struct Past<'a>(&'a Snapshot);
-
-fn image_error(e: CommitError) -> ImageError {
-    ImageError::Disk { path: ".weightfs/log".into(), source: std::io::Error::other(e) }
-}
-
-impl ShardBytes for Past<'_> {
-    fn shards(&self) -> usize {
-        self.0.shards()
-    }
-
-    fn shard_bytes(&self, shard: usize) -> u64 {
-        self.0.shard_bytes(shard)
-    }
-
-    fn hold(&self) -> Result<StepHold, ImageError> {
-        Ok(StepHold::new(()))
-    }
-
-    fn read(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), ImageError> {
-        self.0.read(shard, offset, dst).map_err(image_error)
-    }
-
-    fn hash(&self, shard: usize, first: u64, out: &mut [Hash]) -> Result<(), ImageError> {
-        let start = first * crate::memory::BLOCK as u64;
-        let bytes = ((out.len() * crate::memory::BLOCK) as u64).min(self.0.shard_bytes(shard) - start);
-        let mut buffer = vec![0; bytes as usize];
-        self.read(shard, start, &mut buffer)?;
-        hash_into(&buffer, out);
-        Ok(())
-    }
-
-    fn write(&self, _: usize, _: u64, _: &[u8]) -> Result<(), ImageError> {
-        Ok(()) // nothing commits into the past
-    }
+/// A run as ranges of tensors, whole elements of each.
+fn pieces(layout: &Layout, run: &Run) -> Vec<(usize, Range<u64>)> {
+    let range = run.bytes(layout);
+    let piece = |t: &super::layout::TensorLayout| {
+        let element = t.element as u64;
+        let first = (range.start.max(t.start) - t.start) / element * element;
+        let end = (range.end.min(t.end) - t.start).next_multiple_of(element);
+        (run.shard, t.start + first..(t.start + end).min(t.end))
+    };
+    tensors_of(layout, run).map(piece).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::layout::{ShardLayout, TensorLayout};
     use super::*;
 
     #[test]
-    fn neighbours_are_written_together() {
-        let a = vec![0; 5 * GRAIN + 7];
-        let mut b = a.clone();
-        assert!(differing(&a, &b).is_empty());
-        for at in [GRAIN, 3 * GRAIN - 1, 5 * GRAIN + 6] {
-            b[at] = 1;
-        }
-        assert_eq!(differing(&a, &b), [GRAIN..3 * GRAIN, 5 * GRAIN..5 * GRAIN + 7]);
+    fn pieces_are_whole_elements_of_one_tensor() {
+        let tensor = |start, end, element| TensorLayout { name: String::new(), start, end, element };
+        // An odd header: no element begins where a block does.
+        let tensors = vec![tensor(101, 4101, 4), tensor(4101, 4111, 2), tensor(4111, 12303, 8)];
+        let shard = ShardLayout { name: String::new(), bytes: 12303, header: 0, tensors };
+        let layout = Layout { root: Default::default(), shards: vec![shard] };
+        let run = |first, blocks| pieces(&layout, &Run { shard: 0, first, blocks });
+        assert_eq!(run(0, 1), [(0, 101..4097)]);
+        assert_eq!(run(1, 1), [(0, 4093..4101), (0, 4101..4111), (0, 4111..8199)]);
+        assert_eq!(run(2, 2), [(0, 8191..12303)]);
     }
 }

@@ -6,8 +6,9 @@
 //! in between is always covered.
 
 use super::error::CommitError;
+use super::layout::Layout;
 use super::record::Record;
-use super::replay::{Layer, Overlay, Side};
+use super::replay::{Layer, Overlay, Side, WINDOW};
 use super::report::CommitInfo;
 use super::storage::Access;
 use super::{Committer, Shared};
@@ -121,6 +122,24 @@ impl Snapshot {
         Ok(())
     }
 
+    /// Reads a whole tensor, decoding what differs from front to back. `buffer` has its size.
+    pub(super) fn read_tensor(&self, shard: usize, tensor: usize, buffer: &mut [u8]) -> Result<(), CommitError> {
+        let layout = &self.shared.layout;
+        let (name, tensor) = (&layout.shards[shard].name, &layout.shards[shard].tensors[tensor]);
+        let file = self.shared.storage.open(name, Access::Read);
+        let read = file.and_then(|file| file.read_exact_at(buffer, tensor.start));
+        read.map_err(|e| layout.io("read", name, e))?;
+        let mut overlay = Overlay::new(layout, shard, &self.layers(&tensor.name, &self.later()));
+        for (i, window) in buffer.chunks_mut(WINDOW as usize).enumerate() {
+            overlay.apply(tensor.start + i as u64 * WINDOW, window, |_| ())?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn layout(&self) -> &Layout {
+        &self.shared.layout
+    }
+
     /// Ranges of shard files where this commit may differ from the newest.
     pub(super) fn differences(&self) -> Vec<(usize, std::ops::Range<u64>)> {
         let later = self.later();
@@ -158,14 +177,19 @@ impl Snapshot {
         if let Some(patch) = built.as_ref().filter(|p| p.through >= newest) {
             return Ok(Some(patch.clone()));
         }
-        let back = later.iter().rev().map(|r| Layer { record: r.clone(), side: Side::Old });
-        let layers: Vec<Layer> = self.forward.iter().cloned().chain(back).filter(|l| l.record.has(name)).collect();
+        let layers = self.layers(name, later);
         let through = later.last().map_or(self.id, |r| r.id());
         let patch = Arc::new(self.build(shard, tensor, &layers, through)?);
         *built = Some(patch.clone());
         drop(built);
         self.cache.lock().account((shard, tensor), patch.bytes);
         Ok(Some(patch))
+    }
+
+    /// What turns a tensor of the files into that of this commit.
+    fn layers(&self, name: &str, later: &[Arc<Record>]) -> Vec<Layer> {
+        let back = later.iter().rev().map(|r| Layer { record: r.clone(), side: Side::Old });
+        self.forward.iter().cloned().chain(back).filter(|l| l.record.has(name)).collect()
     }
 
     /// Decodes what differs on all cores, as far as it is kept.

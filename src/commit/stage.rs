@@ -123,7 +123,7 @@ impl Staged {
 }
 
 /// Memory to stage in: where the weights' device copies to at full speed, if they are on one.
-fn arena(live: &dyn ShardBytes, layout: &Layout, bytes: usize) -> Result<HostBuffer, CommitError> {
+pub fn arena(live: &dyn ShardBytes, layout: &Layout, bytes: usize) -> Result<HostBuffer, CommitError> {
     if let Some(device) = live.accelerator().filter(|_| bytes > 0) {
         match device.host_memory(bytes) {
             Ok(memory) => return Ok(memory),

@@ -55,7 +55,31 @@ pub trait Remote: Send + Sync {
     fn moments(&self, name: &str) -> Result<Option<Moments>, String>;
 
     fn bytes(&self) -> u64;
+
+    /// Takes the host memory that [`Remote::copy`] copies to, which may take a second, so that it is there by then.
+    fn prepare(&self) -> Result<(), String>;
+
+    /// Begins to copy all moments. Until the copies have arrived no step may be written.
+    fn copy(&self) -> Result<Box<dyn Copies>, String>;
 }
+
+/// Moments on their way to host memory. Dropping them waits, too.
+pub trait Copies: Send + Sync {
+    fn wait(&mut self) -> Result<(), String>;
+
+    /// m and v of a tensor as little-endian f32, once they have arrived.
+    fn moments(&self, name: &str) -> Option<(&[u8], &[u8])>;
+}
+
+/// A state for a commit, whose moments may be on their way from a device.
+pub enum Taken {
+    /// [`OptimizerState::to_parts`].
+    Parts(Parts),
+    Copies(OptimizerState, Box<dyn Copies>),
+}
+
+/// The counters as JSON, and the moments by name, as little-endian f32.
+pub type Parts = (String, Vec<(String, Vec<u8>)>);
 
 /// A [`Remote`], or none.
 #[derive(Clone, Default)]
@@ -139,8 +163,29 @@ impl OptimizerState {
         Ok(())
     }
 
-    /// The counters as JSON, and the moments by name, as little-endian f32. Of a state that is [at home](Self::at_home).
-    pub fn to_parts(&self) -> (String, Vec<(String, Vec<u8>)>) {
+    /// Takes what [`OptimizerState::taken`] needs and what takes long to get.
+    pub fn prepare_to_be_taken(&self) -> Result<(), BadState> {
+        self.remote.0.as_ref().map_or(Ok(()), |remote| remote.prepare()).map_err(BadState)
+    }
+
+    /// The state of this moment, to commit it. No step may be written until [`Taken::arrive`].
+    pub fn taken(&self) -> Result<Taken, BadState> {
+        match &self.remote.0 {
+            None => Ok(Taken::Parts(self.to_parts())),
+            Some(remote) => {
+                let copies = remote.copy().map_err(BadState)?;
+                Ok(Taken::Copies(OptimizerState { remote: Elsewhere::default(), ..self.clone() }, copies))
+            }
+        }
+    }
+
+    /// Of a state that is [at home](Self::at_home).
+    pub fn to_parts(&self) -> Parts {
+        self.parts(|_, t| (Cow::Owned(little_endian(&t.m)), Cow::Owned(little_endian(&t.v))))
+    }
+
+    /// `moments` gives m and v of a tensor.
+    fn parts<'a>(&'a self, moments: impl Fn(&str, &'a TensorState) -> (Cow<'a, [u8]>, Cow<'a, [u8]>) + Sync) -> Parts {
         let header = Header {
             version: VERSION,
             step: self.step,
@@ -152,10 +197,12 @@ impl OptimizerState {
                 .collect(),
         };
         let json = serde_json::to_string(&header).expect("maps with text keys, numbers and enums serialise");
-        // Gigabytes of a large model, for which a commit holds training up.
+        // Gigabytes of a large model.
         let moments: Vec<(String, Vec<u8>)> = (self.tensors.par_iter())
-            .flat_map_iter(|(name, t)| [(format!("{name}.m"), &t.m), (format!("{name}.v"), &t.v)])
-            .map(|(name, values)| (name, little_endian(values)))
+            .flat_map_iter(|(name, t)| {
+                let (m, v) = moments(name, t);
+                [(format!("{name}.m"), m.into_owned()), (format!("{name}.v"), v.into_owned())]
+            })
             .collect();
         (json, moments)
     }
@@ -206,6 +253,32 @@ impl OptimizerState {
     }
 }
 
+impl Taken {
+    /// Waits for copies under way.
+    pub fn arrive(&mut self) -> Result<(), BadState> {
+        match self {
+            Taken::Parts(_) => Ok(()),
+            Taken::Copies(_, copies) => copies.wait().map_err(BadState),
+        }
+    }
+
+    /// After [`Taken::arrive`].
+    pub fn into_parts(self) -> Result<Parts, BadState> {
+        let (state, copies) = match self {
+            Taken::Parts(parts) => return Ok(parts),
+            Taken::Copies(state, copies) => (state, copies),
+        };
+        if let Some((name, _)) = state.tensors.iter().find(|(name, t)| t.m.is_empty() && copies.moments(name).is_none())
+        {
+            return Err(BadState(format!("the moments of {name} are lost")));
+        }
+        Ok(state.parts(|name, t| match copies.moments(name).filter(|_| t.m.is_empty()) {
+            Some((m, v)) => (Cow::Borrowed(m), Cow::Borrowed(v)),
+            None => (Cow::Owned(little_endian(&t.m)), Cow::Owned(little_endian(&t.v))),
+        }))
+    }
+}
+
 fn little_endian(values: &[f32]) -> Vec<u8> {
     let mut bytes = vec![0; 4 * values.len()];
     for (bytes, x) in bytes.chunks_exact_mut(4).zip(values) {
@@ -236,6 +309,67 @@ mod tests {
         assert_eq!(bytes, state().to_safetensors());
         let empty = OptimizerState::default();
         assert_eq!(OptimizerState::from_safetensors(&empty.to_safetensors()).unwrap(), empty);
+    }
+
+    /// Moments of two tensors elsewhere.
+    struct Far(OptimizerState);
+
+    struct Arriving(BTreeMap<String, (Vec<u8>, Vec<u8>)>, bool);
+
+    impl Remote for Far {
+        fn moments(&self, name: &str) -> Result<Option<Moments>, String> {
+            Ok(self.0.tensors.get(name).map(|t| (t.m.clone(), t.v.clone())))
+        }
+
+        fn bytes(&self) -> u64 {
+            0
+        }
+
+        fn prepare(&self) -> Result<(), String> {
+            Ok(())
+        }
+
+        fn copy(&self) -> Result<Box<dyn Copies>, String> {
+            let pair = |t: &TensorState| (little_endian(&t.m), little_endian(&t.v));
+            let copies = self.0.tensors.iter().map(|(name, t)| (name.clone(), pair(t))).collect();
+            Ok(Box::new(Arriving(copies, false)))
+        }
+    }
+
+    impl Copies for Arriving {
+        fn wait(&mut self) -> Result<(), String> {
+            self.1 = true;
+            Ok(())
+        }
+
+        fn moments(&self, name: &str) -> Option<(&[u8], &[u8])> {
+            assert!(self.1, "asked for before they arrived");
+            self.0.get(name).map(|(m, v)| (&m[..], &v[..]))
+        }
+    }
+
+    #[test]
+    fn a_state_is_taken_with_the_moments_that_are_elsewhere() {
+        let whole = state();
+        let mut near = whole.clone();
+        let mut far = OptimizerState::default();
+        for name in ["model.norm.weight", "lm_head.weight"] {
+            let tensor = near.tensors.get_mut(name).unwrap();
+            far.tensors.insert(name.into(), tensor.clone());
+            (tensor.m, tensor.v) = (Vec::new(), Vec::new());
+        }
+        near.remote.set(Arc::new(Far(far.clone())));
+        let parts = |state: &OptimizerState| {
+            let mut taken = state.taken().unwrap();
+            taken.arrive().unwrap();
+            taken.into_parts()
+        };
+        assert_eq!(parts(&near).unwrap(), whole.to_parts());
+        assert_eq!(parts(&whole).unwrap(), whole.to_parts());
+        assert_eq!(near.at_home().unwrap().to_parts(), whole.to_parts());
+        far.tensors.remove("lm_head.weight");
+        near.remote.set(Arc::new(Far(far)));
+        assert!(parts(&near).unwrap_err().to_string().contains("lm_head.weight"));
     }
 
     #[test]

@@ -9,6 +9,7 @@
 pub mod apollo;
 pub mod attention;
 pub mod cross_entropy;
+mod downloads;
 pub mod embedding;
 pub mod linear;
 pub mod matmul;
@@ -17,6 +18,7 @@ pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
 
+pub use downloads::Downloads;
 use memory::End;
 pub use memory::{Buffer, Part};
 

@@ -99,6 +99,7 @@ impl Mounted {
             Ok(Moment { step: now, optimizer: self.optimizer_to_commit()? })
         };
         let request = CommitRequest { moment: Some(&moment), ..CommitRequest::new(message.unwrap_or_default(), 0) };
+        self.prepare_optimizer()?;
         let report = committer.commit(&*self.image, &request)?;
         let step = step.into_inner();
         if report.commit.is_some() {

@@ -1,13 +1,14 @@
 //! Jobs through `ctl`: the queue, which starts with the first of them, and what of it outlives the daemon.
 
 use super::{Event, Mounted};
-use crate::commit::{self, CommitError, Committer};
+use crate::commit::{self, CommitError, Committer, TakenState};
 use crate::fs::{FsError, job_file};
 use crate::image::Image;
 use crate::memory::cuda::add_search_process;
 use crate::model::ModelDirectory;
 use crate::source::Place;
 use crate::train::queue::{self, QueueError};
+use crate::train::state::{BadState, Taken};
 use crate::train::{
     Architecture, Config, JobRecord, JobRecords, JobState, LiveWeights, Model, OptimizerState, Queue, Refusal, StepEnd,
     TextModel,
@@ -190,16 +191,22 @@ impl Mounted {
     }
 
     /// The optimizer's state, for a commit that holds the weights of this moment; `None` when it stands as committed.
-    pub(super) fn optimizer_to_commit(&self) -> Result<Option<commit::OptimizerState>, CommitError> {
+    pub(super) fn optimizer_to_commit(&self) -> Result<Option<Box<dyn TakenState>>, CommitError> {
         let Some(queue) = self.training.queue.get() else { return Ok(None) };
         let state = queue.state();
         let state = state.lock();
         if state.step == *self.training.committed.lock() {
             return Ok(None);
         }
-        // Moments may be on a GPU.
-        let state = state.at_home().map_err(|e| CommitError::Optimizer(e.to_string()))?;
-        Ok(Some(committed_form(&state)))
+        Ok(Some(Box::new(state.taken().map_err(optimizer_error)?)))
+    }
+
+    /// Takes the memory that a commit brings moments home to, before weights are held still for it.
+    pub(super) fn prepare_optimizer(&self) -> Result<(), CommitError> {
+        let Some(queue) = self.training.queue.get() else { return Ok(()) };
+        let state = queue.state();
+        let prepared = state.lock().prepare_to_be_taken();
+        prepared.map_err(optimizer_error)
     }
 
     /// A commit has made the optimizer's state of `step` durable.
@@ -338,17 +345,27 @@ impl super::Facts {
     }
 }
 
-/// The state as a commit keeps it.
-fn committed_form(state: &OptimizerState) -> commit::OptimizerState {
-    let (header, moments) = state.to_parts();
-    let tensor = |(name, bytes): (String, Vec<u8>)| {
-        let shape = vec![bytes.len() as u64 / 4];
-        commit::OptimizerTensor { name, dtype: "F32".into(), shape, bytes }
-    };
-    commit::OptimizerState { header, tensors: moments.into_iter().map(tensor).collect() }
+fn optimizer_error(e: BadState) -> CommitError {
+    CommitError::Optimizer(e.to_string())
 }
 
-fn trained_form(state: &commit::OptimizerState) -> Result<OptimizerState, crate::train::state::BadState> {
+/// The state as a commit keeps it.
+impl TakenState for Taken {
+    fn arrive(&mut self) -> Result<(), CommitError> {
+        Taken::arrive(self).map_err(optimizer_error)
+    }
+
+    fn into_state(self: Box<Self>) -> Result<commit::OptimizerState, CommitError> {
+        let (header, moments) = self.into_parts().map_err(optimizer_error)?;
+        let tensor = |(name, bytes): (String, Vec<u8>)| {
+            let shape = vec![bytes.len() as u64 / 4];
+            commit::OptimizerTensor { name, dtype: "F32".into(), shape, bytes }
+        };
+        Ok(commit::OptimizerState { header, tensors: moments.into_iter().map(tensor).collect() })
+    }
+}
+
+fn trained_form(state: &commit::OptimizerState) -> Result<OptimizerState, BadState> {
     let moment = |name: &str| {
         let found = state.tensors.binary_search_by(|t| t.name.as_str().cmp(name)).ok()?;
         Some(&state.tensors[found]).filter(|t| t.dtype == "F32").map(|t| &t.bytes[..])

@@ -1,20 +1,37 @@
 //! The optimizer's moments on the device. They stay there from step to step: what the host knows of a tensor's state has no
 //! moments meanwhile, and whoever wants them asks ([`OptimizerState::at_home`]).
 
-use crate::compute::cuda::{Buffer, Gpu, GpuError};
+use crate::compute::cuda::{Buffer, Downloads, Gpu, GpuError};
+use crate::memory::cuda::PinnedBuffer;
 use crate::train::apollo::{fits, form, moment_elements};
 use crate::train::families::Architecture;
 use crate::train::settings::Settings;
-use crate::train::state::{OptimizerState, Remote};
+use crate::train::state::{Copies, OptimizerState, Remote};
 use crate::train::step::{Model, StepError};
 use parking_lot::Mutex;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Moments by tensor.
 pub struct Moments {
     gpu: Arc<Gpu>,
     held: Mutex<HashMap<String, Arc<Pair>>>,
+    /// Where a commit copies them to, between two commits.
+    staging: Arc<Mutex<Option<PinnedBuffer>>>,
+}
+
+/// Each part begins at a multiple of this.
+const GRAIN: usize = 64;
+
+/// Moments on their way to the host.
+struct Home {
+    /// Dropped first: that waits for the copies.
+    downloads: Downloads,
+    /// Where m and v of each tensor lie.
+    places: HashMap<String, [Range<usize>; 2]>,
+    _pairs: Vec<Arc<Pair>>,
+    staging: Arc<Mutex<Option<PinnedBuffer>>>,
 }
 
 /// m and v of one tensor, f32.
@@ -25,7 +42,7 @@ pub(super) struct Pair {
 
 impl Moments {
     pub(super) fn new(gpu: Arc<Gpu>) -> Moments {
-        Moments { gpu, held: Mutex::default() }
+        Moments { gpu, held: Mutex::default(), staging: Arc::default() }
     }
 
     pub(super) fn has(&self, name: &str) -> bool {
@@ -106,6 +123,21 @@ impl Moments {
         Ok(())
     }
 
+    /// Gives back what commits copy through.
+    pub(super) fn release_staging(&self) {
+        self.staging.lock().take();
+    }
+
+    /// Pinned memory for all moments, the one kept if it is large enough.
+    fn take_staging(&self) -> Result<PinnedBuffer, String> {
+        let parts: Vec<u64> = self.held.lock().values().flat_map(|p| [p.m.bytes(), p.v.bytes()]).collect();
+        let bytes: usize = parts.iter().map(|&b| (b as usize).next_multiple_of(GRAIN)).sum();
+        match self.staging.lock().take().filter(|kept| kept.len() >= bytes) {
+            Some(kept) => Ok(kept),
+            None => PinnedBuffer::new(&self.gpu.device, bytes.next_multiple_of(64 << 20)).map_err(|e| e.to_string()),
+        }
+    }
+
     pub(super) fn forget(&self, name: &str) {
         self.held.lock().remove(name);
     }
@@ -121,5 +153,47 @@ impl Remote for Moments {
 
     fn bytes(&self) -> u64 {
         Moments::bytes(self)
+    }
+
+    fn prepare(&self) -> Result<(), String> {
+        let staging = self.take_staging()?;
+        *self.staging.lock() = Some(staging);
+        Ok(())
+    }
+
+    fn copy(&self) -> Result<Box<dyn Copies>, String> {
+        let staging = self.take_staging()?;
+        let (mut places, mut pairs, mut parts, mut at) = (HashMap::new(), Vec::new(), Vec::new(), 0);
+        for (name, pair) in self.held.lock().iter() {
+            let place = [&pair.m, &pair.v].map(|buffer| {
+                let range = at..at + buffer.bytes() as usize;
+                at = range.end.next_multiple_of(GRAIN);
+                parts.push((buffer.part(), range.start));
+                range
+            });
+            places.insert(name.clone(), place);
+            pairs.push(pair.clone());
+        }
+        // Whoever asks holds the weights still, as for `moments`.
+        let downloads = self.gpu.start_downloads(staging, &parts).map_err(|e| e.to_string())?;
+        Ok(Box::new(Home { downloads, places, _pairs: pairs, staging: self.staging.clone() }))
+    }
+}
+
+impl Copies for Home {
+    fn wait(&mut self) -> Result<(), String> {
+        self.downloads.wait().map_err(|e| e.to_string())
+    }
+
+    fn moments(&self, name: &str) -> Option<(&[u8], &[u8])> {
+        let [m, v] = self.places.get(name)?;
+        let bytes = self.downloads.bytes()?;
+        Some((&bytes[m.clone()], &bytes[v.clone()]))
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        *self.staging.lock() = self.downloads.take_back();
     }
 }
