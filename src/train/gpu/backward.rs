@@ -2,7 +2,7 @@
 
 use super::forward::{Attended, Saved};
 use super::head::{Head, Stream};
-use super::{Context, Result};
+use super::{Context, Order, Result};
 use crate::compute::cuda::{Buffer, Part, attention, linear, rms_norm, rope, swiglu};
 use crate::train::step::{LARGEST, StepError};
 
@@ -44,6 +44,11 @@ impl Context<'_> {
         let Saved { x_in, rstd_in, kv, gate_up, .. } = saved;
         let Attended { q, log_sums, attended, x_mid, rstd_mid } = attention;
 
+        // What updates that come after the whole backward pass are made from stays until then.
+        let after = self.plan.order == Order::After;
+        let bf16 = |elements: usize| if after { gpu.hold_bf16(elements) } else { gpu.bf16(elements) };
+        let f32 = |elements: usize| if after { gpu.hold_f32(elements) } else { gpu.f32(elements) };
+
         // Feed-forward. `act` starts as its own gradient.
         let d_normed = gpu.bf16(n * h)?;
         let gate_up = match gate_up {
@@ -56,18 +61,18 @@ impl Context<'_> {
                 gate_up
             }
         };
-        let act = gpu.bf16(n * inner)?;
+        let act = bf16(n * inner)?;
         self.back(&[&layer.down], dx.narrow.part(), n, act.part())?;
         swiglu::backward(gpu, act.part(), gate_up.part(), n, inner)?;
         self.back(&[&layer.gate, &layer.up], gate_up.part(), n, d_normed.part())?;
-        let d_out = std::mem::replace(&mut dx.narrow, gpu.bf16(n * h)?);
-        let d_post_norm = gpu.f32(h)?;
+        let d_out = std::mem::replace(&mut dx.narrow, bf16(n * h)?);
+        let d_post_norm = f32(h)?;
         let w = self.weight(&layer.post_norm);
         let narrow = dx.narrow.part();
         let wide = dx.wide.part();
         let dw = d_post_norm.part();
         rms_norm::backward(gpu, d_normed.part(), x_mid.part(), rstd_mid.part(), &w, n, None, wide, narrow, dw)?;
-        let d_mid = std::mem::replace(&mut dx.narrow, gpu.bf16(n * h)?);
+        let d_mid = std::mem::replace(&mut dx.narrow, bf16(n * h)?);
 
         // Attention.
         let d_attended = gpu.bf16(n * heads.q())?;
@@ -88,8 +93,8 @@ impl Context<'_> {
         let by_head = [dq.part(), dk.part(), dv.part()];
         attention::backward(gpu, &shape, forward, d_attended.part(), by_head)?;
         drop((kv, log_sums, d_attended, turned));
-        let d_qkv = gpu.bf16(n * (heads.q() + 2 * heads.kv()))?;
-        let d_qk_norm = heads.norms.map(|_| gpu.f32(2 * a.head_dim)).transpose()?;
+        let d_qkv = bf16(n * (heads.q() + 2 * heads.kv()))?;
+        let d_qk_norm = heads.norms.map(|_| f32(2 * a.head_dim)).transpose()?;
         let dw = d_qk_norm.as_ref().map_or(Part::NONE, Buffer::part);
         let before = if heads.norms.is_some() { q.part() } else { Part::NONE };
         rope::backward(gpu, by_head, n, &heads, &angles, before, d_qkv.part(), dw)?;
@@ -100,7 +105,7 @@ impl Context<'_> {
             n,
             d_normed.part(),
         )?;
-        let d_input_norm = gpu.f32(h)?;
+        let d_input_norm = f32(h)?;
         let w = self.weight(&layer.input_norm);
         let (narrow, dw) = (dx.narrow.part(), d_input_norm.part());
         rms_norm::backward(gpu, d_normed.part(), x_in.part(), rstd_in.part(), &w, n, None, wide, narrow, dw)?;

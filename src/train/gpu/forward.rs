@@ -32,7 +32,7 @@ impl Context<'_> {
     /// Runs every layer over all rows. Returns the stream (rows x H, f32).
     pub fn forward(&self, keep: bool) -> Result<(Buffer, Vec<Saved>)> {
         let (gpu, r, h) = (self.gpu, &self.rows, self.a.hidden);
-        let x = gpu.f32(r.rows * h)?;
+        let x = gpu.hold_f32(r.rows * h)?;
         embedding::forward(gpu, &self.weight(&self.a.embedding), r.ids.part(), r.rows, x.part())?;
         let mut saved = Vec::new();
         for (i, layer) in self.a.layers.iter().enumerate() {
@@ -47,7 +47,7 @@ impl Context<'_> {
     /// The tail of a matrix of all rows: those that train.
     fn tail(&self, x: &Buffer, width: usize, size: usize) -> Result<Buffer> {
         let part = x.from((self.rows.frozen * width * size) as u64);
-        let copy = self.gpu.take(part.bytes())?;
+        let copy = self.gpu.hold(part.bytes())?;
         self.gpu.copy(part, copy.part())?;
         Ok(copy)
     }
@@ -56,7 +56,7 @@ impl Context<'_> {
         let (gpu, r, a) = (self.gpu, &self.rows, self.a);
         let (rows, n, h) = (r.rows, r.trained, a.hidden);
         let heads = self.heads(layer);
-        let (x_in, rstd_in) = (gpu.bf16(n * h)?, gpu.f32(n)?);
+        let (x_in, rstd_in) = (gpu.hold_bf16(n * h)?, gpu.hold_f32(n)?);
         let normed = gpu.bf16(rows * h)?;
         let kept = Kept { first: r.frozen, rstd: rstd_in.part(), x: x_in.part() };
         rms_norm::forward(gpu, x, None, &self.weight(&layer.input_norm), a.eps, rows, normed.part(), Some(kept))?;
@@ -70,25 +70,30 @@ impl Context<'_> {
             rows,
             qkv.part(),
         )?;
-        let (q, kv) = (gpu.bf16(rows * heads.q())?, gpu.bf16(rows * 2 * heads.kv())?);
+        let (q, kv) = (gpu.bf16(rows * heads.q())?, gpu.hold_bf16(rows * 2 * heads.kv())?);
         let normed_heads = heads.norms.is_some();
         let q_kept = match (whole, normed_heads) {
             (false, _) => None,
-            (true, true) => Some(gpu.bf16(n * (heads.q() + heads.kv()))?),
-            (true, false) => Some(gpu.bf16(n * heads.q())?),
+            (true, true) => Some(gpu.hold_bf16(n * (heads.q() + heads.kv()))?),
+            (true, false) => Some(gpu.hold_bf16(n * heads.q())?),
         };
         let part = |wanted| q_kept.as_ref().filter(|_| wanted).map_or(Part::NONE, Buffer::part);
         let (before, turned) = (part(normed_heads), part(!normed_heads));
         rope::forward(gpu, qkv.part(), rows, &heads, &r.angles, q.part(), kv.part(), before, turned, r.frozen)?;
         drop(qkv);
-        let (attended, log_sums) = (gpu.bf16(rows * heads.q())?, gpu.f32(n * a.heads)?);
+        // What stays, and is kept as it is where all rows train, lies with what stays.
+        let stays = |bytes: usize, kept: bool| {
+            if kept { gpu.hold(bytes as u64) } else { gpu.take(bytes as u64) }
+        };
+        let attended = stays(2 * rows * heads.q(), whole && r.frozen == 0)?;
+        let log_sums = stays(4 * n * a.heads, whole)?;
         let shape = self.shape(&heads, layer);
         attention::forward(gpu, &shape, q.part(), kv.part(), attended.part(), log_sums.part(), false)?;
         drop(q);
         self.onto_stream(&layer.attention().o, attended.part(), rows, x)?;
 
         let (x_mid, rstd_mid) = match whole {
-            true => (Some(gpu.bf16(n * h)?), Some(gpu.f32(n)?)),
+            true => (Some(gpu.hold_bf16(n * h)?), Some(gpu.hold_f32(n)?)),
             false => (None, None),
         };
         let kept = x_mid.as_ref().zip(rstd_mid.as_ref()).map(|(x, rstd)| Kept {
@@ -102,7 +107,7 @@ impl Context<'_> {
             true => Some(self.tail(&attended, heads.q(), 2)?),
             false => None,
         };
-        let gate_up = gpu.bf16(rows * 2 * a.intermediate)?;
+        let gate_up = stays(4 * rows * a.intermediate, keep == Keep::All && r.frozen == 0)?;
         self.linears(&[&layer.gate, &layer.up], normed.part(), rows, gate_up.part())?;
         drop(normed);
         let act = gpu.bf16(rows * a.intermediate)?;
