@@ -152,7 +152,9 @@ def life(python, source, ranks, requests, scratch):
         checksums = server.checksums()
         first, _ = server.complete(prompt)
         again, cached = server.complete(prompt)
-        check(f"{label}: the engine repeats itself, {cached} tokens of the prompt from its cache", again == first and cached > 0)
+        # vLLM keeps no prefixes of models with a recurrent state.
+        keeps = "linear_attention" not in open(f"{source}/config.json").read()
+        check(f"{label}: the engine repeats itself, {cached} tokens of the prompt from its cache", again == first and (cached > 0) == keeps)
 
         # -- nobody tells the engine --
         with mounted(model, mnt, "--weights", "vllm"):
@@ -166,7 +168,7 @@ def life(python, source, ranks, requests, scratch):
             ran = trained(mnt)["jobs"][-1]
             check(f"{label}: a job of {ran['steps']} steps: loss {ran['first_loss']:.3f} to {ran['loss']:.3f}", ran["loss"] < ran["first_loss"])
             stale, cached = server.complete(prompt)
-            check(f"{label}: not told, the engine goes on from its cache: {cached} tokens of it are of older weights", cached > 0)
+            check(f"{label}: not told, the engine goes on from its cache: {cached} tokens of it are of older weights", (cached > 0) == keeps)
             server.request("/reset_prefix_cache?reset_running_requests=true")
             fresh, cached = server.complete(prompt)
             check(f"{label}: told, it computes all anew: other tokens {fresh != stale}", cached == 0)

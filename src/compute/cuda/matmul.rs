@@ -192,7 +192,7 @@ impl Plans {
             .map_err(|why| GpuError::Library(format!("training on the GPU needs cuBLASLt: {why}")))?;
         let handle = result::create_handle().map_err(failed)?;
         memory.extend(WORKSPACE)?;
-        Ok(Plans { handle, workspace: memory.take(WORKSPACE)?, plans: Mutex::default() })
+        Ok(Plans { handle, workspace: memory.take(WORKSPACE, memory::End::Low)?, plans: Mutex::default() })
     }
 }
 

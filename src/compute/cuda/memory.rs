@@ -1,5 +1,6 @@
 //! Device memory of a step. Allocating and freeing make the device stand still, and a step takes and drops thousands of
-//! buffers of many sizes: they are cut from a few large pieces, and what is free beside each other is one again.
+//! buffers of many sizes: they are cut from a few large pieces, and what is free beside each other is one again. What stays
+//! for much of a step and what passes at once are cut from a piece's two ends, so that neither leaves holes in the other.
 
 use super::{GpuError, Result};
 use crate::memory::cuda::{Device, DeviceBuffer};
@@ -51,6 +52,15 @@ pub struct Part {
     pub(super) bytes: u64,
 }
 
+/// The end of a piece that a buffer is cut from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// Of what stays, and of what is given back in no order.
+    Low,
+    /// Of what passes.
+    High,
+}
+
 /// Sizes are rounded up to this, which is also what addresses are multiples of.
 pub(super) const GRAIN: u64 = 512;
 /// The least that is asked of the device at a time.
@@ -61,16 +71,22 @@ impl Free {
         Free(BTreeMap::from([(0, length)]))
     }
 
-    /// The offset of the smallest free run that has `size`, as `(length of the run, offset)`.
-    fn find(&self, size: u64) -> Option<(u64, u64)> {
-        self.0.iter().filter(|(_, length)| **length >= size).map(|(&offset, &length)| (length, offset)).min()
-    }
-
-    fn take(&mut self, offset: u64, size: u64) {
-        let length = self.0.remove(&offset).expect("a free run begins there");
+    /// Takes `size` of the free run nearest to `end` that has as much, and that run's part nearest to it: its offset.
+    fn take(&mut self, size: u64, end: End) -> Option<u64> {
+        let fits = |(_, length): &(&u64, &u64)| **length >= size;
+        let (&run, &length) = match end {
+            End::Low => self.0.iter().find(fits)?,
+            End::High => self.0.iter().rfind(fits)?,
+        };
+        self.0.remove(&run);
+        let (offset, rest) = match end {
+            End::Low => (run, run + size),
+            End::High => (run + length - size, run),
+        };
         if length > size {
-            self.0.insert(offset + size, length - size);
+            self.0.insert(rest, length - size);
         }
+        Some(offset)
     }
 
     fn give(&mut self, mut offset: u64, mut size: u64) {
@@ -91,33 +107,31 @@ impl Pool {
         Pool(Arc::new(Inner { device: device.clone(), state: Default::default() }))
     }
 
-    pub fn take(&self, bytes: u64) -> Result<Buffer> {
+    pub fn take(&self, bytes: u64, end: End) -> Result<Buffer> {
         let size = bytes.max(1).next_multiple_of(GRAIN);
         let mut state = self.0.state.lock();
-        let place = match state.best(size) {
-            Some(found) => found,
+        let address = match state.take(size, end) {
+            Some(address) => address,
             None => {
                 let memory = self.more(&mut state, size)?;
                 state.add(memory);
-                (state.pieces.len() - 1, 0)
+                state.take(size, end).expect("the piece was made for it")
             }
         };
-        Ok(self.cut(&mut state, place, size, bytes))
+        Ok(self.cut(&mut state, address, size, bytes))
     }
 
     /// A buffer of what lies free, if that has room for it.
     pub fn spare(&self, bytes: u64) -> Option<Buffer> {
         let size = bytes.max(1).next_multiple_of(GRAIN);
         let mut state = self.0.state.lock();
-        let place = state.best(size)?;
-        Some(self.cut(&mut state, place, size, bytes))
+        let address = state.take(size, End::High)?;
+        Some(self.cut(&mut state, address, size, bytes))
     }
 
-    fn cut(&self, state: &mut State, (piece, offset): (usize, u64), size: u64, bytes: u64) -> Buffer {
-        state.pieces[piece].free.take(offset, size);
+    fn cut(&self, state: &mut State, address: u64, size: u64, bytes: u64) -> Buffer {
         state.used += size;
         state.used_peak = state.used_peak.max(state.used);
-        let address = state.pieces[piece].memory.address() + offset;
         Buffer { address, size, bytes, pool: self.0.clone() }
     }
 
@@ -193,10 +207,13 @@ impl Pool {
 }
 
 impl State {
-    /// The piece and offset of the smallest free run of at least `size`.
-    fn best(&self, size: u64) -> Option<(usize, u64)> {
-        let runs = self.pieces.iter().enumerate().filter_map(|(i, p)| Some((p.free.find(size)?, i)));
-        runs.min().map(|((_, offset), i)| (i, offset))
+    /// The address of `size` bytes of the first piece, or of the last for what passes, that has them.
+    fn take(&mut self, size: u64, end: End) -> Option<u64> {
+        let take = |p: &mut Piece| Some(p.memory.address() + p.free.take(size, end)?);
+        match end {
+            End::Low => self.pieces.iter_mut().find_map(take),
+            End::High => self.pieces.iter_mut().rev().find_map(take),
+        }
     }
 
     fn add(&mut self, memory: DeviceBuffer) {
@@ -295,17 +312,34 @@ mod tests {
     fn what_is_free_beside_each_other_is_one_again() {
         let mut free = Free::all(100);
         for (offset, size) in [(0, 30), (30, 20), (50, 10)] {
-            assert_eq!(free.find(size), Some((100 - offset, offset)));
-            free.take(offset, size);
+            assert_eq!(free.take(size, End::Low), Some(offset));
         }
         free.give(30, 20);
-        assert_eq!(free.find(15), Some((20, 30)), "the smallest that fits");
-        assert_eq!(free.find(25), Some((40, 60)));
-        assert_eq!(free.find(41), None);
-        free.give(0, 30);
-        assert_eq!(free.find(50), Some((50, 0)));
-        free.give(50, 10);
+        assert_eq!(free.take(41, End::Low), None);
+        assert_eq!(free.take(15, End::Low), Some(30), "the first that fits");
+        assert_eq!(free.take(25, End::Low), Some(60));
+        assert_eq!(free.take(15, End::High), Some(85));
+        assert_eq!(free.take(5, End::High), Some(45), "the last that fits");
+        for (offset, size) in [(30, 15), (60, 25), (85, 15), (45, 5), (0, 30), (50, 10)] {
+            free.give(offset, size);
+        }
         assert_eq!(free, Free::all(100));
+    }
+
+    /// As layers of a forward pass: each leaves something, made while something else passes.
+    #[test]
+    fn what_passes_leaves_no_holes_in_what_stays() {
+        let rest = |stays: End, passes: End| {
+            let mut free = Free::all(200);
+            for _ in 0..5 {
+                let passing = free.take(20, passes).unwrap();
+                free.take(30, stays).unwrap();
+                free.give(passing, 20);
+            }
+            *free.0.values().max().unwrap()
+        };
+        assert_eq!(rest(End::Low, End::High), 50);
+        assert_eq!(rest(End::Low, End::Low), 30, "one end for both would");
     }
 
     #[test]

@@ -23,6 +23,7 @@ pub mod rope;
 pub mod swiglu;
 
 pub use downloads::Downloads;
+use memory::End;
 pub use memory::{Buffer, Part};
 
 use crate::compute::cpu::weight::Kind;
@@ -94,9 +95,17 @@ impl Gpu {
         })
     }
 
-    /// A buffer of whatever was there.
+    /// A buffer of whatever was there, of what passes soon.
     pub fn take(&self, bytes: u64) -> Result<Buffer> {
-        let buffer = self.memory.take(bytes)?;
+        self.filled(self.memory.take(bytes, End::High)?)
+    }
+
+    /// The same of what stays for much of a step.
+    pub fn hold(&self, bytes: u64) -> Result<Buffer> {
+        self.filled(self.memory.take(bytes, End::Low)?)
+    }
+
+    fn filled(&self, buffer: Buffer) -> Result<Buffer> {
         if self.poisoned.load(Ordering::Relaxed) {
             self.fill(buffer.part(), 0xff)?;
         }
@@ -135,6 +144,16 @@ impl Gpu {
         self.take(4 * elements as u64)
     }
 
+    /// As [`Gpu::bf16`], of what stays.
+    pub fn hold_bf16(&self, elements: usize) -> Result<Buffer> {
+        self.hold(2 * elements as u64)
+    }
+
+    /// As [`Gpu::f32`], of what stays.
+    pub fn hold_f32(&self, elements: usize) -> Result<Buffer> {
+        self.hold(4 * elements as u64)
+    }
+
     pub fn zeros(&self, bytes: u64) -> Result<Buffer> {
         let buffer = self.take(bytes)?;
         self.clear(buffer.part())?;
@@ -154,7 +173,7 @@ impl Gpu {
 
     /// A buffer that stays from step to step: cut from pieces of its own, so that it holds no passing one's piece.
     pub fn keep(&self, bytes: u64) -> Result<Buffer> {
-        self.lasting.take(bytes)
+        self.lasting.take(bytes, End::Low)
     }
 
     /// Sees to it that as many buffers that stay, of `sizes` bytes, can be taken one behind the other.

@@ -2,7 +2,7 @@
 
 use super::forward::{Attended, Constant, Mixed, OfMixer, Saved};
 use super::head::{Head, Stream};
-use super::{Context, Result};
+use super::{Context, Order, Result};
 use crate::compute::cuda::output_gate::{self, Both};
 use crate::compute::cuda::{Buffer, Part, attention, linear, rms_norm, rope, swiglu};
 use crate::train::families::{Attention, Mixer};
@@ -76,6 +76,8 @@ impl Context<'_> {
         let Saved { x_in, rstd_in, constant, gate_up, .. } = saved;
         let Mixed { of, x_mid, rstd_mid } = mixed;
 
+        let (bf16, f32) = (|elements: usize| self.waiting(2 * elements), |elements: usize| self.waiting(4 * elements));
+
         // Feed-forward. `act` starts as its own gradient.
         let d_normed = gpu.bf16(n * h)?;
         let gate_up = match gate_up {
@@ -88,18 +90,18 @@ impl Context<'_> {
                 gate_up
             }
         };
-        let act = gpu.bf16(n * inner)?;
+        let act = bf16(n * inner)?;
         self.back(&[&layer.down], dx.narrow.part(), n, act.part())?;
         swiglu::backward(gpu, act.part(), gate_up.part(), n, inner)?;
         self.back(&[&layer.gate, &layer.up], gate_up.part(), n, d_normed.part())?;
-        let d_out = std::mem::replace(&mut dx.narrow, gpu.bf16(n * h)?);
-        let d_post_norm = gpu.f32(h)?;
+        let d_out = std::mem::replace(&mut dx.narrow, bf16(n * h)?);
+        let d_post_norm = f32(h)?;
         let w = self.weight(&layer.post_norm);
         let narrow = dx.narrow.part();
         let wide = dx.wide.part();
         let dw = d_post_norm.part();
         rms_norm::backward(gpu, d_normed.part(), x_mid.part(), rstd_mid.part(), &w, n, None, wide, narrow, dw)?;
-        let d_mid = std::mem::replace(&mut dx.narrow, gpu.bf16(n * h)?);
+        let d_mid = std::mem::replace(&mut dx.narrow, bf16(n * h)?);
 
         let mixer = match (&layer.mixer, constant, of) {
             (Mixer::Attention(l), Constant::Attention(kv), OfMixer::Attention(kept)) => {
@@ -110,7 +112,7 @@ impl Context<'_> {
             }
             _ => unreachable!("a layer saves what its own mixer needs"),
         };
-        let d_input_norm = gpu.f32(h)?;
+        let d_input_norm = f32(h)?;
         let w = self.weight(&layer.input_norm);
         let (narrow, dw) = (dx.narrow.part(), d_input_norm.part());
         rms_norm::backward(gpu, d_normed.part(), x_in.part(), rstd_in.part(), &w, n, None, wide, narrow, dw)?;
@@ -130,6 +132,11 @@ impl Context<'_> {
         })
     }
 
+    /// A buffer of what an update is made from: where updates come after the whole backward pass it stays until then.
+    pub(super) fn waiting(&self, bytes: usize) -> Result<Buffer> {
+        self.buffer(bytes, self.plan.order == Order::After)
+    }
+
     /// `d_mid` is the gradient of what attention added to the stream; `d_normed` becomes that of its input.
     fn attention_backward(
         &self,
@@ -142,7 +149,7 @@ impl Context<'_> {
         let (gpu, a, n) = (self.gpu, self.a, self.rows.trained);
         let heads = self.heads(l);
         let Attended { q, log_sums, attended, gate } = kept;
-        let (d_attended, d_qkv) = (gpu.bf16(n * heads.q())?, gpu.bf16(n * heads.qkv())?);
+        let (d_attended, d_qkv) = (gpu.bf16(n * heads.q())?, self.waiting(2 * n * heads.qkv())?);
         self.back(&[&l.o], d_mid, n, d_attended.part())?;
         if let Some(gate) = &gate {
             let both = Both { part: d_qkv.part(), stride: heads.qkv() };
@@ -164,7 +171,7 @@ impl Context<'_> {
         let by_head = [dq.part(), dk.part(), dv.part()];
         attention::backward(gpu, &shape, forward, d_attended.part(), by_head)?;
         drop((kv, log_sums, d_attended, turned));
-        let d_qk_norm = heads.norms.map(|_| gpu.f32(2 * a.head_dim)).transpose()?;
+        let d_qk_norm = heads.norms.map(|_| self.waiting(4 * 2 * a.head_dim)).transpose()?;
         let dw = d_qk_norm.as_ref().map_or(Part::NONE, Buffer::part);
         let before = if heads.norms.is_some() { q.part() } else { Part::NONE };
         rope::backward(gpu, by_head, n, &heads, &angles, before, d_qkv.part(), dw)?;

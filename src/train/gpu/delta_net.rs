@@ -126,14 +126,15 @@ impl Context<'_> {
         let (rows, width, values) = (r.rows, row(net)[3], net.shape.v_heads * HEAD);
         // With nothing frozen this is what is kept, and the rows in front are those before each sequence.
         let front = if r.frozen == 0 { s.before } else { 0 };
-        let inputs = gpu.bf16((front + rows) * width)?;
+        let lasts = whole && r.frozen == 0;
+        let inputs = self.buffer(2 * (front + rows) * width, lasts)?;
         let real = column(inputs.part(), front * width);
         self.linears(&linears(net), normed, rows, real)?;
-        let contexts = (s.contexts > 0).then(|| gpu.f32(s.contexts * state(&net.shape))).transpose()?;
+        let contexts = (s.contexts > 0).then(|| gpu.hold_f32(s.contexts * state(&net.shape))).transpose()?;
         let states = contexts.as_ref().map_or(Part::NONE, Buffer::part);
         let convolved = causal_conv::forward(gpu, &self.convolution(net, real, rows, &s.taps))?;
         let prepared = Prepared::new(gpu, &s.plan, &net.shape, &convolved, &self.gates(net, real), states)?;
-        let o = gpu.bf16(rows * values)?;
+        let o = self.buffer(2 * rows * values, lasts)?;
         prepared.forward(gpu, o.part())?;
         drop(prepared);
         drop(convolved);
@@ -150,7 +151,7 @@ impl Context<'_> {
             Ok(())
         };
         if !whole {
-            let rows = gpu.bf16(s.before * width)?;
+            let rows = gpu.hold_bf16(s.before * width)?;
             history(&rows)?;
             return Ok((Constant::DeltaNet(Constants { contexts, history: Some(rows) }), None));
         }
@@ -160,7 +161,7 @@ impl Context<'_> {
                 Kept { inputs, o }
             }
             frozen => {
-                let kept = gpu.bf16((s.before + r.trained) * width)?;
+                let kept = gpu.hold_bf16((s.before + r.trained) * width)?;
                 history(&kept)?;
                 gpu.copy(column(real, frozen * width), column(kept.part(), s.before * width))?;
                 Kept { inputs: kept, o: self.tail(&o, values, 2)? }
@@ -209,7 +210,8 @@ impl Context<'_> {
         let real = column(kept.inputs.part(), s.before * width);
 
         // Through the last linear and the norm: `mixed` begins as its own gradient, `o` ends as it.
-        let (mixed, d_inputs, d_norm) = (gpu.bf16(n * net.out.inputs)?, gpu.bf16(n * width)?, gpu.f32(HEAD)?);
+        let (mixed, d_inputs, d_norm) =
+            (self.waiting(2 * n * net.out.inputs)?, self.waiting(2 * n * width)?, self.waiting(4 * HEAD)?);
         self.back(&[&net.out], d_mid, n, mixed.part())?;
         let gate = |x: Part| Gate { part: column(x, z), stride: width };
         let (w, size) = (self.weight(&net.norm), (n, heads));
@@ -227,7 +229,7 @@ impl Context<'_> {
         drop((convolved, kept.o, constants));
 
         // Through gates and convolution.
-        let (small, d_convolution) = (gpu.f32(2 * heads)?, gpu.f32(shape.channels() * net.kernel)?);
+        let (small, d_convolution) = (self.waiting(4 * 2 * heads)?, self.waiting(4 * shape.channels() * net.kernel)?);
         let d = d_inputs.part();
         gates_backward(gpu, &gates, &g, (n, heads), (column(d, a), column(d, b), width), small.part())?;
         let by_head = [g.dq.part(), g.dk.part(), g.dv.part()];

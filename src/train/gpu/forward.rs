@@ -50,7 +50,7 @@ impl Context<'_> {
     /// Runs every layer over all rows. Returns the stream (rows x H, f32).
     pub fn forward(&self, keep: bool) -> Result<(Buffer, Vec<Saved>)> {
         let (gpu, r, h) = (self.gpu, &self.rows, self.a.hidden);
-        let x = gpu.f32(r.rows * h)?;
+        let x = gpu.hold_f32(r.rows * h)?;
         embedding::forward(gpu, &self.weight(&self.a.embedding), r.ids.part(), r.rows, x.part())?;
         let mut saved = Vec::new();
         for (i, layer) in self.a.layers.iter().enumerate() {
@@ -62,10 +62,15 @@ impl Context<'_> {
         Ok((x, saved))
     }
 
+    /// A buffer that stays for much of the step, or one that passes.
+    pub(super) fn buffer(&self, bytes: usize, stays: bool) -> Result<Buffer> {
+        Ok(if stays { self.gpu.hold(bytes as u64) } else { self.gpu.take(bytes as u64) }?)
+    }
+
     /// The tail of a matrix of all rows: those that train.
     pub(super) fn tail(&self, x: &Buffer, width: usize, size: usize) -> Result<Buffer> {
         let part = x.from((self.rows.frozen * width * size) as u64);
-        let copy = self.gpu.take(part.bytes())?;
+        let copy = self.gpu.hold(part.bytes())?;
         self.gpu.copy(part, copy.part())?;
         Ok(copy)
     }
@@ -73,7 +78,7 @@ impl Context<'_> {
     fn layer_forward(&self, layer: &Layer, x: Part, keep: Keep) -> Result<Saved> {
         let (gpu, r, a) = (self.gpu, &self.rows, self.a);
         let (rows, n, h) = (r.rows, r.trained, a.hidden);
-        let (x_in, rstd_in) = (gpu.bf16(n * h)?, gpu.f32(n)?);
+        let (x_in, rstd_in) = (gpu.hold_bf16(n * h)?, gpu.hold_f32(n)?);
         let normed = gpu.bf16(rows * h)?;
         let kept = Kept { first: r.frozen, rstd: rstd_in.part(), x: x_in.part() };
         rms_norm::forward(gpu, x, None, &self.weight(&layer.input_norm), a.eps, rows, normed.part(), Some(kept))?;
@@ -85,7 +90,7 @@ impl Context<'_> {
         };
 
         let (x_mid, rstd_mid) = match whole {
-            true => (Some(gpu.bf16(n * h)?), Some(gpu.f32(n)?)),
+            true => (Some(gpu.hold_bf16(n * h)?), Some(gpu.hold_f32(n)?)),
             false => (None, None),
         };
         let kept = x_mid.as_ref().zip(rstd_mid.as_ref()).map(|(x, rstd)| Kept {
@@ -94,7 +99,7 @@ impl Context<'_> {
             x: x.part(),
         });
         rms_norm::forward(gpu, x, None, &self.weight(&layer.post_norm), a.eps, rows, normed.part(), kept)?;
-        let gate_up = gpu.bf16(rows * 2 * a.intermediate)?;
+        let gate_up = self.buffer(4 * rows * a.intermediate, keep == Keep::All && r.frozen == 0)?;
         self.linears(&[&layer.gate, &layer.up], normed.part(), rows, gate_up.part())?;
         drop(normed);
         let act = gpu.bf16(rows * a.intermediate)?;
@@ -125,18 +130,20 @@ impl Context<'_> {
         let heads = self.heads(l);
         let qkv = gpu.bf16(rows * heads.qkv())?;
         self.linears(&[&l.q, &l.k, &l.v], normed, rows, qkv.part())?;
-        let (q, kv) = (gpu.bf16(rows * heads.q())?, gpu.bf16(rows * 2 * heads.kv())?);
+        let (q, kv) = (gpu.bf16(rows * heads.q())?, gpu.hold_bf16(rows * 2 * heads.kv())?);
         let normed_heads = heads.norms.is_some();
         let q_kept = match (whole, normed_heads) {
             (false, _) => None,
-            (true, true) => Some(gpu.bf16(n * (heads.q() + heads.kv()))?),
-            (true, false) => Some(gpu.bf16(n * heads.q())?),
+            (true, true) => Some(gpu.hold_bf16(n * (heads.q() + heads.kv()))?),
+            (true, false) => Some(gpu.hold_bf16(n * heads.q())?),
         };
         let part = |wanted| q_kept.as_ref().filter(|_| wanted).map_or(Part::NONE, Buffer::part);
         let (before, turned) = (part(normed_heads), part(!normed_heads));
         rope::forward(gpu, qkv.part(), rows, &heads, &r.angles, q.part(), kv.part(), before, turned, r.frozen)?;
         let qkv = Some(qkv).filter(|_| heads.gated);
-        let (attended, log_sums) = (gpu.bf16(rows * heads.q())?, gpu.f32(n * a.heads)?);
+        // What stays, and is kept as it is where all rows train, lies with what stays.
+        let attended = self.buffer(2 * rows * heads.q(), whole && r.frozen == 0)?;
+        let log_sums = self.buffer(4 * n * a.heads, whole)?;
         let shape = self.shape(&heads, l);
         attention::forward(gpu, &shape, q.part(), kv.part(), attended.part(), log_sums.part(), false)?;
         let mut gate = None;
@@ -146,7 +153,7 @@ impl Context<'_> {
                 self.onto_stream(&l.o, attended.part(), rows, x)?;
             }
             Some(qkv) => {
-                gate = whole.then(|| gpu.bf16(n * heads.q())).transpose()?;
+                gate = whole.then(|| gpu.hold_bf16(n * heads.q())).transpose()?;
                 let (both, kept) =
                     (Both { part: qkv.part(), stride: heads.qkv() }, gate.as_ref().map_or(Part::NONE, Buffer::part));
                 // What was q is done with.

@@ -39,14 +39,14 @@ impl Context<'_> {
         let own: Vec<i32> = targets.iter().map(|(row, _)| *row as i32).collect();
         let ids: Vec<i32> = targets.iter().map(|(_, id)| *id as i32).collect();
         let (index, index_trained, ids) = (gpu.upload(&index)?, gpu.upload(&own)?, gpu.upload(&ids)?);
-        let (normed, kept, rstd) = (gpu.bf16(count * h)?, gpu.bf16(count * h)?, gpu.f32(count)?);
+        let (normed, kept, rstd) = (gpu.hold_bf16(count * h)?, gpu.hold_bf16(count * h)?, gpu.hold_f32(count)?);
         let keep = Kept { first: 0, rstd: rstd.part(), x: kept.part() };
         let w = self.weight(&a.norm);
         rms_norm::forward(gpu, x.part(), Some(index.part()), &w, a.eps, count, normed.part(), Some(keep))?;
         let trains = backward && self.trains(self.head_name());
-        let losses = gpu.f32(count)?;
-        let d_normed = backward.then(|| gpu.bf16(count * h)).transpose()?;
-        let d_logits = trains.then(|| gpu.bf16(count * v)).transpose()?;
+        let losses = gpu.hold_f32(count)?;
+        let d_normed = backward.then(|| gpu.hold_bf16(count * h)).transpose()?;
+        let d_logits = trains.then(|| gpu.hold_bf16(count * v)).transpose()?;
         let block = (LOGITS / (4 * v)).clamp(16, count.max(16)).min(count);
         let logits = gpu.f32(block * v)?;
         let passing = (backward && !trains).then(|| gpu.bf16(block * v)).transpose()?;
@@ -77,7 +77,9 @@ impl Context<'_> {
     /// The gradient of the stream after the last layer, of rows that train, in f32 and bf16.
     pub fn head_backward(&self, head: &Head, _x: &Buffer) -> Result<Stream> {
         let (gpu, h, n) = (self.gpu, self.a.hidden, self.rows.trained);
-        let stream = Stream { wide: gpu.zeros((4 * n * h) as u64)?, narrow: gpu.zeros((2 * n * h) as u64)? };
+        let stream = Stream { wide: gpu.hold_f32(n * h)?, narrow: gpu.bf16(n * h)? };
+        gpu.clear(stream.wide.part())?;
+        gpu.clear(stream.narrow.part())?;
         let d_normed = head.d_normed.as_ref().map_or(Part::NONE, Buffer::part);
         let (count, w) = (self.rows.batch.targets.len(), self.weight(&self.a.norm));
         let index = Some(head.index_trained.part());
