@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""The peer of `gpu_train bench`: transformers on a GPU with Qwen3-8B's shapes and random weights in bf16, and APOLLO from its
-equations as a user would write it in PyTorch.
+"""The peer of `gpu_train bench`: transformers on a GPU with Qwen3-8B's or Qwen3.5-27B's shapes and random weights in bf16, and
+APOLLO from its equations as a user would write it in PyTorch.
 
-    python benches/gpu_train_peer.py CONTEXT TRAINED apollo|apollo-mini [STEPS]
+    python benches/gpu_train_peer.py CONTEXT TRAINED apollo|apollo-mini [STEPS [qwen3-8b|qwen3.5-27b]]
+
+Qwen3.5 trains without a context alone: transformers changes the state of linear attention in place.
 """
 import sys
 import time
@@ -13,8 +15,13 @@ import transformers
 context, trained, optimizer = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 steps = int(sys.argv[4]) if len(sys.argv) > 4 else 7
 torch.manual_seed(0)
-config = transformers.Qwen3Config(hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-                                  head_dim=128, intermediate_size=12288, vocab_size=151936, tie_word_embeddings=False)
+if len(sys.argv) > 5 and sys.argv[5] == "qwen3.5-27b":
+    config = transformers.Qwen3_5TextConfig(hidden_size=5120, num_hidden_layers=64, num_attention_heads=24, num_key_value_heads=4,
+                                            head_dim=256, intermediate_size=17408, vocab_size=248320, linear_num_key_heads=16,
+                                            linear_num_value_heads=48, tie_word_embeddings=False)
+else:
+    config = transformers.Qwen3Config(hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+                                      head_dim=128, intermediate_size=12288, vocab_size=151936, tie_word_embeddings=False)
 config._attn_implementation = "sdpa"
 torch.set_default_dtype(torch.bfloat16)
 with torch.device("cuda"):

@@ -1,11 +1,13 @@
 //! Training on a GPU: checked against the CPU and against goldens of transformers, and measured.
 //!
-//! usage: gpu_train check GOLDENS [PART …]                 every golden, whole steps beside the CPU's, what must not change
-//!        gpu_train small                                  steps of tiny models, for compute-sanitizer
-//!        gpu_train bench [CONTEXT+TRAINED …] [--mini] [--gb N] [--profile] [--alone]
-//!                                                         Qwen3-8B's shapes, random weights
+//! usage: gpu_train check GOLDENS [PART …] [--only WORD]   every golden, whole steps beside the CPU's, what must not change
+//!        gpu_train small [--only WORD]                    steps of tiny models, for compute-sanitizer
+//!        gpu_train bench [CONTEXT+TRAINED …] [--model qwen3-8b|qwen3.5-27b] [--mini] [--gb N] [--steps N] [--profile] [--alone]
 //!
-//! With `--portable`, kernels of every device alone; with `--alone`, updates not beside the backward pass. The first device is used. `tests/python/gpu_kernels.py` checks every kernel by itself.
+//! WORD stands in the names of the models that are wanted. The benchmark has random weights of the model's shapes.
+//!
+//! With `--portable`, kernels of every device alone; with `--alone`, updates not beside the backward pass. The first device is
+//! used. `tests/python/gpu_kernels.py` checks every kernel by itself.
 
 use safetensors::SafeTensors;
 use std::collections::BTreeMap;
@@ -44,6 +46,10 @@ fn trainer_of(model: Model, device: &Arc<Device>) -> Result<GpuTrainer, GpuError
 
 fn main() -> Outcome {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(at) = args.iter().position(|a| a == "--only") {
+        ONLY.set(args.remove(at + 1)).expect("set once");
+        args.remove(at);
+    }
     PORTABLE.store(args.iter().any(|a| a == "--portable"), Ordering::Relaxed);
     args.retain(|a| a != "--portable");
     let id = devices()?.into_iter().next().ok_or("there is no device")?;
@@ -55,11 +61,17 @@ fn main() -> Outcome {
         }
         Some("small") => small(&device),
         Some("bench") => bench(&device, &args[1..]),
-        _ => Err(
-            "usage: gpu_train check GOLDENS [PART …] | small | bench [CONTEXT+TRAINED …] [--mini] [--gb N] [--profile] [--alone]"
-                .into(),
-        ),
+        _ => {
+            Err("usage: gpu_train check GOLDENS [PART …] | small | bench [CONTEXT+TRAINED …]; see the file for more"
+                .into())
+        }
     }
+}
+
+static ONLY: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+
+fn wanted(name: &str) -> bool {
+    ONLY.get().is_none_or(|word| name.contains(word))
 }
 
 /// Counts what is wrong, and says it.
@@ -148,6 +160,9 @@ fn check_goldens(device: &Arc<Device>, folder: &Path, report: &mut Report) -> Ou
     names.sort();
     for path in names {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if !wanted(&name) {
+            continue;
+        }
         let config = std::fs::read_to_string(&path)?;
         let parsed: serde_json::Value = serde_json::from_str(&config)?;
         let file = std::fs::read(path.with_extension("safetensors"))?;
@@ -159,9 +174,6 @@ fn check_goldens(device: &Arc<Device>, folder: &Path, report: &mut Report) -> Ou
             .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect();
         let context = parsed["context_length"].as_u64().ok_or("no context_length")? as usize;
-        if Config::parse(&config)?.text("model_type").is_none_or(|t| t.contains("qwen3_5")) {
-            continue;
-        }
         for run in ["plain", "context"] {
             let tokens = match run {
                 "plain" => Tokens::new(vec![], ids.clone()),
@@ -221,8 +233,8 @@ fn check_goldens(device: &Arc<Device>, folder: &Path, report: &mut Report) -> Ou
 const FAMILY: &str =
     r#""num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096"#;
 
-fn medium() -> [(&'static str, String); 4] {
-    [
+fn medium() -> Vec<(&'static str, String)> {
+    let all = [
         (
             "llama 64",
             format!(
@@ -247,24 +259,44 @@ fn medium() -> [(&'static str, String); 4] {
                 r#"{{"model_type": "llama", "head_dim": 20, "hidden_size": 300, "intermediate_size": 100, "vocab_size": 150, {FAMILY}}}"#
             ),
         ),
-    ]
+        (
+            "qwen3_5 128",
+            format!(
+                r#"{{"model_type": "qwen3_5_text", "head_dim": 256, "hidden_size": 512, "intermediate_size": 1000, "vocab_size": 5003, {FAMILY}, {DELTA},
+                "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 128, "linear_value_head_dim": 128}}"#
+            ),
+        ),
+        (
+            "qwen3_5 odd tied",
+            format!(
+                r#"{{"model_type": "qwen3_5_text", "head_dim": 24, "hidden_size": 260, "intermediate_size": 300, "vocab_size": 999, {FAMILY}, {DELTA},
+                "linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_key_head_dim": 50, "linear_value_head_dim": 21,
+                "tie_word_embeddings": true}}"#
+            ),
+        ),
+    ];
+    all.into_iter().filter(|(name, _)| wanted(name)).collect()
 }
+
+const DELTA: &str =
+    r#""layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_conv_kernel_dim": 4"#;
 
 /// Weights of these models: the goldens' an eighth as large, so that values keep their size on their way through layers that are
 /// some 30 times as wide, as they do in real models.
 fn medium_memory(config: &str, dtype: Dtype) -> (Architecture, Arc<InMemory>) {
     let architecture = Architecture::from_config(&Config::parse(config).expect("written here")).expect("it trains");
     let tensors = architecture.tensors().into_iter().map(|(name, shape)| {
-        let bytes = to_bytes(dtype, &medium_weights(name, shape.iter().product::<u64>() as usize));
+        let bytes = to_bytes(dtype, &medium_weights(&architecture, name, shape.iter().product::<u64>() as usize));
         (name.to_string(), TensorSpec { dtype, shape }, bytes)
     });
     let weights = Arc::new(InMemory::new(tensors));
     (architecture, weights)
 }
 
-fn medium_weights(name: &str, count: usize) -> Vec<f32> {
-    let scale = if name.contains("norm") { 1.0 } else { 0.125 };
-    golden_weights(name, count, 0.0).into_iter().map(|x| x * scale).collect()
+fn medium_weights(architecture: &Architecture, name: &str, count: usize) -> Vec<f32> {
+    let whole = ["norm", "conv1d", "A_log", "dt_bias"].iter().any(|part| name.contains(part));
+    let scale = if whole { 1.0 } else { 0.125 };
+    golden_weights(name, count, architecture.norm_offset).into_iter().map(|x| x * scale).collect()
 }
 
 /// Packed samples: a long context with two continuations, one alone, one masked.
@@ -310,7 +342,10 @@ fn check_gradients(device: &Arc<Device>, report: &mut Report) -> Outcome {
         for (tensor, want) in &want {
             let got = &got[tensor];
             let error = relative_error(got, want);
-            report.expect(format!("{name}: gradient of {tensor} is off by {error:.4}"), error < 4e-2);
+            // Sums over all tokens, most of which cancels: transformers in bf16 is off by 0.15 to 0.22 in a model of these shapes.
+            let cancels = tensor.ends_with("A_log") || tensor.ends_with("dt_bias");
+            let limit = if cancels { 0.11 } else { 4e-2 };
+            report.expect(format!("{name}: gradient of {tensor} is off by {error:.4}"), error < limit);
             if error > worst.0 {
                 worst = (error, tensor.clone());
             }
@@ -356,7 +391,8 @@ fn check_updates(device: &Arc<Device>, report: &mut Report) -> Outcome {
                     gpu.step(&batch, &settings, settings.lr, &state)?;
                     for (tensor, g) in &gradients {
                         let shape = weights.tensor(tensor).ok_or("a tensor is gone")?.shape;
-                        let (m, n) = if shape.len() == 1 { (1, shape[0]) } else { (shape[0], shape[1]) };
+                        let (m, n) =
+                            if shape.len() == 1 { (1, shape[0]) } else { (shape[0], shape[1..].iter().product()) };
                         let g = Gradient::dense(m as usize, n as usize, g);
                         updater.update(&*weights, tensor, &g, &settings, settings.lr, &mut expected)?;
                     }
@@ -538,11 +574,12 @@ fn check_orders(device: &Arc<Device>, report: &mut Report) -> Outcome {
 
 /// What is not finite is refused, and changes nothing.
 fn check_failures(device: &Arc<Device>, _goldens: &Path, report: &mut Report) -> Outcome {
-    let (name, config) = &medium()[1];
+    let all = medium();
+    let Some((name, config)) = all.iter().find(|(name, _)| name.starts_with("qwen3 ")) else { return Ok(()) };
     let (architecture, _) = medium_memory(config, Dtype::BF16);
     let spoilt = |tensor: &str, value: f32| {
         let tensors = architecture.tensors().into_iter().map(|(n, shape)| {
-            let mut values = medium_weights(n, shape.iter().product::<u64>() as usize);
+            let mut values = medium_weights(&architecture, n, shape.iter().product::<u64>() as usize);
             if n == tensor {
                 let middle = values.len() / 2;
                 values[middle] = value;
@@ -598,7 +635,17 @@ fn small(device: &Arc<Device>) -> Outcome {
         ("qwen3", 64, 40, r#""tie_word_embeddings": true"#),
         ("mistral", 128, 203, r#""sliding_window": 9"#),
         ("llama", 256, 64, r#""tie_word_embeddings": false"#),
+        (
+            "qwen3_5_text",
+            16,
+            64,
+            r#""layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+            "linear_key_head_dim": 12, "linear_value_head_dim": 9"#,
+        ),
     ] {
+        if !wanted(model) {
+            continue;
+        }
         let config =
             format!(r#"{{"model_type": "{model}", "head_dim": {d}, "vocab_size": {vocabulary}, {SMALL}, {more}}}"#);
         for (dtype, rank) in [(Dtype::BF16, 1), (Dtype::F32, 5), (Dtype::BF16, 16), (Dtype::F16, 16)] {
@@ -645,13 +692,27 @@ const QWEN3_8B: &str = r#"{"model_type": "qwen3", "hidden_size": 4096, "num_hidd
     "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936,
     "max_position_embeddings": 40960, "tie_word_embeddings": false, "rope_theta": 1000000}"#;
 
+const QWEN3_5_27B: &str = r#"{"model_type": "qwen3_5_text", "hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 24,
+    "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 17408, "vocab_size": 248320, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 48, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    "max_position_embeddings": 262144, "tie_word_embeddings": false}"#;
+
 fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
     let (mut cases, mut mini, mut gb, mut profile, mut alone) = (Vec::new(), false, None, false, false);
+    let (mut config, mut steps) = (QWEN3_8B, 8);
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--mini" => mini = true,
             "--profile" => profile = true,
+            "--steps" => steps = args.next().ok_or("--steps takes a number")?.parse::<usize>()?.max(3),
+            "--model" => {
+                config = match args.next().map(String::as_str) {
+                    Some("qwen3-8b") => QWEN3_8B,
+                    Some("qwen3.5-27b") => QWEN3_5_27B,
+                    _ => return Err("--model takes qwen3-8b or qwen3.5-27b".into()),
+                }
+            }
             "--alone" => alone = true,
             "--gb" => gb = Some(args.next().ok_or("--gb takes a number")?.parse::<f64>()?),
             case => {
@@ -663,7 +724,7 @@ fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
     if cases.is_empty() {
         cases = vec![(1024, 1024), (0, 4096), (2048, 256)];
     }
-    let architecture = Architecture::from_config(&Config::parse(QWEN3_8B)?)?;
+    let architecture = Architecture::from_config(&Config::parse(config)?)?;
     let weights = Arc::new(OnDevice::random(device, &architecture)?);
     let mut settings = Settings::default();
     if mini {
@@ -679,7 +740,7 @@ fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
         let ids: Vec<u32> = (0..context + trained).map(|i| (i * 7919 % 150_000) as u32).collect();
         let batch = Batch::pack([(1, &Tokens::new(ids[..context].to_vec(), ids[context..].to_vec()))]);
         let (mut times, mut losses, mut least) = (Vec::new(), Vec::new(), free);
-        for step in 0..8 {
+        for step in 0..steps {
             let start = Instant::now();
             let report = trainer.step(&batch, &settings, 1e-5, &state)?;
             let time = start.elapsed().as_secs_f64() * 1e3;

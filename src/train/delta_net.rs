@@ -49,7 +49,7 @@ struct Small {
 }
 
 /// The spans that train as they lie in [`Saved::qkv`], and how many rows stand before them there.
-fn rebased(batch: &Batch, kernel: usize) -> (Vec<Span>, usize) {
+pub(super) fn rebased(batch: &Batch, kernel: usize) -> (Vec<Span>, usize) {
     let own: Vec<&Span> = batch.spans.iter().filter(|s| s.rows.start >= batch.frozen).collect();
     let before = own.len() * (kernel - 1);
     let rebase = |(i, span): (usize, &&Span)| Span {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every kernel of training against PyTorch, on a GPU: random values, ragged and odd sizes, packed sequences, windows.
 
-    python tests/python/gpu_kernels.py [--time]      # needs torch with CUDA; the PTX is that of the repository
+    python tests/python/gpu_kernels.py [--only PART,PART] [--time]      # needs torch with CUDA; the PTX is that of the repository
 
 A reference is PyTorch's own operation (or its autograd) in float32 or float64 on the same bf16 inputs. Random numbers and
 projections are compared to the bit with a Philox written here.
@@ -241,18 +241,19 @@ norm, rope, swiglu, loss, embedding, linear, apollo = map(
 
 
 def norms():
-    for t, h, kind in [(5, 16, torch.bfloat16), (37, 4096, torch.bfloat16), (300, 5120, torch.float32), (9, 77, torch.float16),
-                       (3, 20, torch.float32), (700, 8, torch.bfloat16), (2, 12296, torch.float16)]:
-        wide = "_wide" if h % 8 == 0 else ""
+    # Norms that are kept as their distance from 1, every other one.
+    for i, (t, h, kind) in enumerate([(5, 16, torch.bfloat16), (37, 4096, torch.bfloat16), (300, 5120, torch.float32), (9, 77, torch.float16),
+                       (3, 20, torch.float32), (700, 8, torch.bfloat16), (2, 12296, torch.float16)]):
+        wide, distance = "_wide" if h % 8 == 0 else "", i % 2
         x, w, first = random(t, h, dtype=torch.float32), random(h, dtype=kind), t // 3
         y, rstd, kept = poison(t, h), poison(t - first, dtype=torch.float32), poison(t - first, h)
-        norm("rms_norm_forward" + wide, (t,), 256, x, None, w, I(KIND[kind]), F(1e-5), I(h), y, rstd, kept, I(first))
-        want = torch.nn.functional.rms_norm(x, (h,), w.float(), 1e-5)
+        norm("rms_norm_forward" + wide, (t,), 256, x, None, w, I(KIND[kind] + 4 * distance), F(1e-5), I(h), y, rstd, kept, I(first))
+        want = torch.nn.functional.rms_norm(x, (h,), w.float() + distance, 1e-5)
         check(f"rms_norm forward {t}x{h} {kind}", y, want, 3e-3)
         check("rms_norm kept", kept, x[first:], 3e-3)
         check("rms_norm rstd", rstd, (x[first:].double().pow(2).mean(1) + 1e-5).rsqrt(), 1e-5)
         again = poison(t - first, h)
-        norm("rms_norm_again" + wide, (t - first,), 256, kept, rstd, w, I(KIND[kind]), I(h), again)
+        norm("rms_norm_again" + wide, (t - first,), 256, kept, rstd, w, I(KIND[kind] + 4 * distance), I(h), again)
         check("rms_norm again", again, want[first:], 6e-3)
         n = t - first
         dy, dx, index = random(n, h), random(t, h, dtype=torch.float32), torch.randperm(t, device=DEV)[:n].int()
@@ -260,11 +261,11 @@ def norms():
         blocks = min(n, 40)
         partial, dw = poison(blocks, h, dtype=torch.float32), poison(h, dtype=torch.float32)
         step = 256 * (8 if wide else 1)
-        norm("rms_norm_backward" + wide, (blocks,), 256, dy, kept, rstd, w, I(KIND[kind]), I(n), I(h), index, dx, copy, partial,
+        norm("rms_norm_backward" + wide, (blocks,), 256, dy, kept, rstd, w, I(KIND[kind] + 4 * distance), I(n), I(h), index, dx, copy, partial,
              shared=-(-h // step) * step * 4)
         norm("sum_partial", ((h + 31) // 32,), 256, partial, I(blocks), I(h), dw)
         xf, wf = kept.float().requires_grad_(), w.float().requires_grad_()
-        torch.nn.functional.rms_norm(xf, (h,), wf, 1e-5).backward(dy.float())
+        torch.nn.functional.rms_norm(xf, (h,), wf + distance, 1e-5).backward(dy.float())
         want = before.clone()
         want[index.long()] += xf.grad
         check(f"rms_norm dx {t}x{h}", dx, want, 1e-3)
@@ -273,35 +274,40 @@ def norms():
         check(f"rms_norm dw {t}x{h} {kind}", dw, (dy.double() * kept.double() * rstd[:, None].double()).sum(0), 1e-5)
         check(f"rms_norm dw as autograd {t}x{h} {kind}", dw, wf.grad, 4e-3)
         gathered = poison(n, h)
-        norm("rms_norm_forward" + wide, (n,), 256, x, index, w, I(KIND[kind]), F(1e-5), I(h), gathered, None, None, I(0))
-        check("rms_norm gathered", gathered, torch.nn.functional.rms_norm(x[index.long()], (h,), w.float(), 1e-5), 3e-3)
+        norm("rms_norm_forward" + wide, (n,), 256, x, index, w, I(KIND[kind] + 4 * distance), F(1e-5), I(h), gathered, None, None, I(0))
+        check("rms_norm gathered", gathered, torch.nn.functional.rms_norm(x[index.long()], (h,), w.float() + distance, 1e-5), 3e-3)
 
 
-def turn(x, cos, sin):
-    a, b = x.chunk(2, -1)
+def turned(x, cos, sin):
+    n = cos.shape[-1]
+    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
     c, s = cos[:, None], sin[:, None]
-    return torch.cat([a * c - b * s, b * c + a * s], -1)
+    return torch.cat([a * c - b * s, b * c + a * s, rest], -1)
 
 
 def ropes():
-    for t, heads, kv, d, normed in [(50, 4, 2, 6, False), (300, 32, 8, 128, True), (41, 6, 3, 64, True), (70, 4, 4, 256, False),
-                                    (33, 4, 2, 80, True), (20, 4, 1, 4, True)]:
-        first, eps, half, all_ = t // 3, 1e-6, d // 2, heads + 2 * kv
-        n, wide = t - first, "" if d % 4 else "_wide"
-        x = random(t, all_ * d)
-        angle = torch.rand(t, half, device=DEV) * 6
+    # `turn` pairs of every head turn; with a gate, q's heads have one behind them and norms are kept as their distance from 1.
+    for t, heads, kv, d, normed, turn, gated in [
+            (50, 4, 2, 6, False, 3, 0), (300, 32, 8, 128, True, 64, 0), (41, 6, 3, 64, True, 32, 0), (70, 4, 4, 256, False, 128, 0),
+            (33, 4, 2, 80, True, 40, 0), (20, 4, 1, 4, True, 2, 0), (100, 24, 4, 256, True, 32, 1), (30, 4, 2, 16, True, 2, 1)]:
+        first, eps, all_ = t // 3, 1e-6, heads + 2 * kv
+        n, wide_ = t - first, "" if d % 4 or turn % 2 else "_wide"
+        wide = random(t, (all_ + gated * heads) * d)
+        at = [h * (1 + gated) if h < heads else h + gated * heads for h in range(all_)]
+        columns = torch.cat([torch.arange(h * d, (h + 1) * d) for h in at]).to(DEV)
+        x = wide[:, columns].contiguous()
+        angle = torch.rand(t, turn, device=DEV) * 6
         cos, sin = angle.cos() * 1.1, angle.sin() * 1.1
         qn, kn = (random(d), random(d, dtype=torch.float32)) if normed else (None, None)
         q, kvs, before, kept = poison(t, heads * d), poison(t, 2 * kv * d), poison(n, (heads + kv) * d), poison(n, heads * d)
-        rope("rope_forward" + wide, ((t * all_ + 7) // 8,), 256, x, L(all_ * d), I(t), I(heads), I(kv), I(d), cos, sin, qn, I(0), kn,
-             I(2), F(eps), q, kvs, before if normed else None, kept, I(first))
+        rope("rope_forward" + wide_, ((t * all_ + 7) // 8,), 256, wide, L(wide.shape[1]), I(gated), I(t), I(heads), I(kv), I(d), I(turn), cos, sin,
+             qn, I(4 * gated), kn, I(2 + 4 * gated), F(eps), q, kvs, before if normed else None, kept, I(first))
         xf = x.float().reshape(t, all_, d)
         qf, kf, vf = [y.clone().requires_grad_() for y in xf.split([heads, kv, kv], 1)]
         wq, wk = (qn.float().requires_grad_(), kn.clone().requires_grad_()) if normed else (None, None)
-        rms = torch.nn.functional.rms_norm
-        yq = turn(rms(qf, (d,), wq, eps) if normed else qf, cos, sin)
-        yk = turn(rms(kf, (d,), wk, eps) if normed else kf, cos, sin)
-        what = f"rope {t} {heads}/{kv}x{d} {normed}"
+        rms = lambda x, w: torch.nn.functional.rms_norm(x, (d,), w + gated, eps) if normed else x
+        yq, yk = turned(rms(qf, wq), cos, sin), turned(rms(kf, wk), cos, sin)
+        what = f"rope {t} {heads}/{kv}x{d} {normed} {turn} {gated}"
         check(what + " q", q, yq.reshape(t, -1), 4e-3)
         check(what + " k", kvs[:, : kv * d], yk.reshape(t, -1), 4e-3)
         check(what + " v", kvs[:, kv * d :], vf.reshape(t, -1), 0)
@@ -309,14 +315,19 @@ def ropes():
         if normed:
             check(what + " before", before, x[first:, : (heads + kv) * d], 0)
             again = poison(n, heads * d)
-            rope("rope_again" + wide, ((n * heads + 7) // 8,), 256, before, I(n), I(heads), I(kv), I(d), cos[first:], sin[first:], qn,
-                 I(0), F(eps), again)
+            rope("rope_again" + wide_, ((n * heads + 7) // 8,), 256, before, I(n), I(heads), I(kv), I(d), I(turn), cos[first:], sin[first:],
+                 qn, I(4 * gated), F(eps), again)
             check(what + " again", again, kept, 0)
         dq, dk, dv = (random(n, heads * d) for _ in range(3))
-        out, blocks = poison(n, all_ * d), 5
+        out, blocks = poison(n, wide.shape[1]), 5
         partial = poison(2 * blocks, d, dtype=torch.float32)
-        rope("rope_backward" + wide, (blocks, 3), 256, dq, dk, dv, I(n), I(heads), I(kv), I(d), cos[first:], sin[first:], qn, I(0), kn,
-             I(2), F(eps), before if normed else None, out, partial)
+        rope("rope_backward" + wide_, (blocks, 3), 256, dq, dk, dv, I(n), I(heads), I(kv), I(d), I(turn), cos[first:], sin[first:], qn,
+             I(4 * gated), kn, I(2 + 4 * gated), F(eps), before if normed else None, out, I(gated), partial)
+        beside = torch.ones(wide.shape[1], dtype=torch.bool, device=DEV)
+        beside[columns] = False
+        if not torch.isnan(out[:, beside]).all():
+            failures.append(what + " wrote into gates")
+        out = out[:, columns]
         g = heads // kv
         pad = lambda y: torch.cat([torch.zeros(first, *y.shape[1:], device=DEV), y])
         group = lambda y: y.float().reshape(n, kv, g, d).sum(2)
@@ -400,6 +411,263 @@ def others():
     top = torch.zeros(1, device=DEV)
     linear("largest", (4,), 128, x, I(0), L(x.numel()), top)
     check("largest", top, x.abs().max().float()[None], 0)
+
+
+# ---- linear attention
+
+class Conv(ctypes.Structure):
+    _fields_ = [("x", P), ("taps", P), ("w", P), ("ld", L)] + [(n, I) for n in "kind kernel rows k_heads v_heads k_dim v_dim pad".split()]
+
+
+class Delta(ctypes.Structure):
+    _fields_ = [(n, P) for n in "x lengths sums beta inverse scores contexts out news states dout solved dstates dq dk dv dg dbeta sequences "
+                "chunks".split()] + [(n, I) for n in "rows heads k_heads stages".split()]
+
+
+class Gates(ctypes.Structure):
+    _fields_ = [(n, P) for n in "a b a_log dt_bias".split()] + [("ld", L), ("log_kind", I), ("bias_kind", I)]
+
+
+conv, delta, gated, gate = map(Module, ["causal_conv", "delta_rule", "gated_norm", "output_gate"])
+# Two contexts, the second shorter than the convolution reaches; continuations of both; one alone.
+SPANS = [(0, 70, 0, 0), (70, 72, 0, 0), (72, 240, 0, 70), (240, 241, 70, 2), (241, 400, 70, 2), (400, 463, 0, 0), (463, 591, 0, 70)]
+FROZEN = 72
+
+
+def fields(struct, **values):
+    return struct(**{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in values.items()})
+
+
+def ints(values):
+    return torch.tensor(values, dtype=torch.int32, device=DEV)
+
+
+def padded(x, heads, d):
+    return torch.nn.functional.pad(x.reshape(x.shape[0], heads, d), (0, 128 - d)).reshape(x.shape[0], heads * 128)
+
+
+def tight(x, heads, d):
+    return x.reshape(x.shape[0], heads, 128)[:, :, :d]
+
+
+def convolutions():
+    for k_heads, v_heads, k_dim, v_dim, kernel, kind in [(2, 4, 6, 5, 4, torch.float32), (2, 6, 128, 128, 4, torch.bfloat16),
+                                                         (1, 1, 64, 96, 3, torch.float16), (3, 3, 20, 128, 1, torch.bfloat16)]:
+        rows, trained, channels = 591, 591 - FROZEN, 2 * k_heads * k_dim + v_heads * v_dim
+        ld = channels + 12
+        x, w = random(rows, ld), random(channels, 1, kernel, dtype=kind)
+        taps = []
+        for first, end, prefix, length in SPANS:
+            sequence = list(range(prefix, prefix + length)) + list(range(first, end))
+            for at in range(length, len(sequence)):
+                taps += [sequence[at - back] if at >= back else -1 for back in (3, 2, 1, 0)]
+        taps = ints(taps)
+        of = dict(w=w, ld=ld, kind=KIND[kind], kernel=kernel, k_heads=k_heads, v_heads=v_heads, k_dim=k_dim, v_dim=v_dim)
+        heads = 2 * k_heads + v_heads
+        y, lengths = poison(rows, heads * 128), poison(2 * k_heads, rows, dtype=torch.float32)
+        wide = "" if k_dim % 4 or v_dim % 4 else "_wide"
+        conv("conv_forward" + wide, (-(-rows // 32), heads), 256, fields(Conv, x=x, taps=taps, rows=rows, **of), y, lengths)
+        xf, wf = x[:, :channels].double().requires_grad_(), w.double().requires_grad_()
+        silu, parts = torch.nn.functional.silu, []
+        for first, end, prefix, length in SPANS:
+            sequence = torch.cat([xf[prefix : prefix + length].detach(), xf[first:end]])
+            z = torch.nn.functional.conv1d(torch.nn.functional.pad(sequence.T[None], (kernel - 1, 0)), wf, groups=channels)[0].T[length:]
+            parts.append(silu(z))
+        z = torch.cat(parts)
+        q, k, v = z.split([k_heads * k_dim, k_heads * k_dim, v_heads * v_dim], 1)
+        unit = lambda x: (lambda h: h * (h.pow(2).sum(-1, keepdim=True) + 1e-6).rsqrt())(x.reshape(rows, k_heads, k_dim))
+        whole = (q.reshape(rows, k_heads, k_dim), k.reshape(rows, k_heads, k_dim), v.reshape(rows, v_heads, v_dim))
+        q, k, v = unit(q) * k_dim ** -0.5, unit(k), whole[2]
+        want = torch.cat([padded(a.reshape(rows, -1), h, d) for a, h, d in zip(whole, (k_heads, k_heads, v_heads), (k_dim, k_dim, v_dim))], 1)
+        what = f"conv {k_heads}x{k_dim} {v_heads}x{v_dim} {kernel} {kind}"
+        check(what + " forward", y, want, 4e-3)
+        # Of what is there, rounded.
+        unit_of = [tight(y[:, i * k_heads * 128 : (i + 1) * k_heads * 128].double(), k_heads, k_dim) for i in (0, 1)]
+        by = [k_dim ** (-0.5 * (1 - i)) * (h.pow(2).sum(-1) + 1e-6).rsqrt() for i, h in enumerate(unit_of)]
+        check(what + " lengths", lengths, torch.cat([b.T for b in by]), 1e-5)
+        dq, dk, dv = (random(trained, v_heads * 128) for _ in range(3))
+        dz, dx, stripe = poison(trained, heads * 128), poison(trained, ld + 4), 40
+        partial = poison(-(-trained // stripe), channels * kernel, dtype=torch.float32)
+        own = fields(Conv, x=x, taps=taps[4 * FROZEN :], rows=trained, **of)
+        conv("conv_backward_rows" + wide, (-(-trained // 32), heads), 256, own, dq, dk, dv, dz)
+        conv("conv_backward", (-(-trained // stripe), heads), 128, own, dz, dx, L(ld + 4), I(stripe), partial)
+        group = v_heads // k_heads
+        summed = lambda g: tight(g.double(), v_heads, k_dim).reshape(trained, k_heads, group, k_dim).sum(2)
+        torch.autograd.backward([q[FROZEN:], k[FROZEN:], v[FROZEN:]], [*(summed(d) / b[FROZEN:, :, None] for d, b in zip((dq, dk), by)), tight(dv.double(), v_heads, v_dim)])
+        check(what + " dx", dx[:, :channels], xf.grad[FROZEN:], 6e-3)
+        check(what + " dw", partial.sum(0), wf.grad.reshape(-1), 4e-3)
+
+
+def delta_reference(q, k, v, g, beta, state):
+    """A token at a time; q and k (T, heads, k_dim), v (T, heads, v_dim), g and beta (T, heads), state (heads, k_dim, v_dim)."""
+    out = []
+    for t in range(q.shape[0]):
+        state = state * g[t].exp()[:, None, None]
+        d = beta[t][:, None] * (v[t] - torch.einsum("hkv,hk->hv", state, k[t]))
+        state = state + k[t][:, :, None] * d[:, None]
+        out.append(torch.einsum("hkv,hk->hv", state, q[t]))
+    return torch.stack(out), state
+
+
+def delta_tables(spans, shift):
+    """Sequences, how many of them are contexts, chunks."""
+    contexts = [s[:2] for s in spans if s[1] <= FROZEN]
+    sequences, chunks = [], []
+    for first, end, prefix, length in spans:
+        begins = contexts.index((prefix, prefix + length)) if length else -1
+        ends = contexts.index((first, end)) if (first, end) in contexts else -1
+        if shift and end <= FROZEN:
+            continue
+        sequences += [first - shift, end - shift, len(chunks) // 2, begins, ends]
+        for t in range(first, end, 64):
+            chunks += [t - shift, min(end, t + 64) - shift]
+    return ints(sequences), 0 if shift else len(contexts), ints(chunks)
+
+
+def stage_bytes(stages):
+    return stages * (2 * 64 * 128 * 2 + 5 * 64 * 64 * 2 + 1024) + 2 * (128 * 64 * 2 + 3 * 64 * 64 * 2)
+
+
+class Rule:
+    """The kernels of the delta rule on one set of rows, as src/compute/cuda/delta_rule.rs calls them."""
+
+    def __init__(self, x, lengths, a, b, a_log, dt_bias, spans, shift, contexts, stages):
+        (self.rows, self.heads), self.stages = a.shape, stages
+        self.k_heads = (x.shape[1] // 128 - self.heads) // 2
+        self.sequences, self.first, self.chunks = delta_tables(spans, shift)
+        self.count, n = self.chunks.numel() // 2, self.rows * self.heads
+        f32 = torch.float32
+        self.fields = dict(x=x, lengths=lengths, sums=poison(n, dtype=f32), beta=poison(n, dtype=f32), inverse=poison(self.count * self.heads, 2, 64, 64),
+                           scores=poison(self.count * self.heads, 2, 64, 64), contexts=contexts, chunks=self.chunks, rows=self.rows,
+                           heads=self.heads, k_heads=self.k_heads, stages=stages)
+        self.gates = fields(Gates, a=a, b=b, a_log=a_log, dt_bias=dt_bias, ld=a.stride(0), log_kind=KIND[a_log.dtype],
+                            bias_kind=KIND[dt_bias.dtype])
+        self.keep = (a, b, a_log, dt_bias, lengths)
+        delta("delta_chunks", (self.count, self.heads), 128, fields(Delta, **self.fields), self.gates,
+              shared=2 * 64 * 128 * 2 + 4 * 258)
+
+    def forward(self, **outputs):
+        # Contexts first.
+        total = self.sequences.numel() // 5
+        for first, end in ((0, self.first), (self.first, total)):
+            if end > first:
+                delta("delta_forward", (2, self.heads, end - first), 256,
+                      fields(Delta, sequences=self.sequences[5 * first :], **self.fields, **outputs),
+                      shared=stage_bytes(self.stages))
+
+    def backward(self, **more):
+        a = fields(Delta, sequences=self.sequences, **self.fields, **more)
+        delta("delta_states", (2, self.heads, self.sequences.numel() // 5), 256, a, shared=stage_bytes(self.stages))
+        delta("delta_backward", (self.count, self.heads), 256, a, shared=DELTA_BACKWARD)
+
+
+DELTA_BACKWARD = 2 * 64 * 128 * 2 + 3 * 64 * 64 * 2 + 2 * 128 * 64 * 2 + 4 * (4 * 64 + 10 * 64 + 4 * 64 + 64 + 8 + 2 * 64)
+
+
+def deltas(cases=((1, 3, 128, 128), (2, 4, 6, 5), (2, 2, 64, 100))):
+    for k_heads, heads, k_dim, v_dim in cases:
+        for alike, stages in ((0.0, 2), (1.5, 1)):
+            rows, trained, group = SPANS[-1][1], SPANS[-1][1] - FROZEN, heads // k_heads
+            # Keys that resemble each other make a strong A.
+            unit = lambda x: torch.nn.functional.normalize(x.float() + alike * torch.randn(1, x.shape[1], k_dim, device=DEV), dim=-1)
+            # They come as they are, of any length, with what their length makes of them.
+            long = lambda: (unit(random(rows, k_heads, k_dim)) * (0.1 + 3 * torch.rand(rows, k_heads, 1, device=DEV))).bfloat16()
+            q, k, v = long(), long(), random(rows, heads, v_dim)
+            by_q, by_k = (s / x.float().norm(dim=-1) for x, s in ((q, k_dim ** -0.5), (k, 1.0)))
+            lengths = torch.cat([by_q.T, by_k.T]).contiguous()
+            x = torch.cat([padded(q, k_heads, k_dim), padded(k, k_heads, k_dim), padded(v, heads, v_dim)], 1)
+            both = random(rows, 2 * heads + 3, scale=2)
+            a, b = both[:, :heads], both[:, heads : 2 * heads]
+            a_log, dt_bias = torch.linspace(-5, 1, heads, device=DEV), random(heads)
+            n_contexts = sum(s[1] <= FROZEN for s in SPANS)
+            contexts, out = poison(n_contexts, heads, 128, 128, dtype=torch.float32), poison(rows, heads * 128)
+            rule = Rule(x, lengths, a, b, a_log, dt_bias, SPANS, 0, contexts, stages)
+            rule.forward(out=out)
+            what = f"delta {k_heads}/{heads} {k_dim}x{v_dim} {alike}"
+            logits = [y.double().requires_grad_() for y in (a, b)]
+            small = [y.double().requires_grad_() for y in (a_log, dt_bias)]
+            g = -small[0].exp() * torch.nn.functional.softplus(logits[0] + small[1])
+            beta = logits[1].sigmoid()
+            repeat = lambda y: y.double().repeat_interleave(group, 1)
+            qf, kf, vf = (y.detach().requires_grad_() for y in (repeat(q) * repeat(by_q[:, :, None]), repeat(k) * repeat(by_k[:, :, None]), v.double()))
+            states, wants = [], []
+            for first, end, prefix, length in SPANS:
+                start = torch.zeros(heads, k_dim, v_dim, device=DEV, dtype=torch.float64)
+                if length:
+                    start = states[[s[:2] for s in SPANS].index((prefix, prefix + length))].detach()
+                o, state = delta_reference(*(y[first:end] for y in (qf, kf, vf, g, beta)), start)
+                states.append(state)
+                wants.append(o)
+            want = torch.cat(wants)
+            check(what + " out", tight(out, heads, v_dim), want, 2.5e-3)
+            check(what + " contexts", contexts[:, :, :k_dim, :v_dim], torch.stack(states[:n_contexts]), 1e-4)
+            own = Rule(x[FROZEN:], lengths[:, FROZEN:].contiguous(), a[FROZEN:], b[FROZEN:], a_log, dt_bias, SPANS, FROZEN, contexts, stages)
+            news = poison(trained, heads * 128)
+            kept = poison(own.count * heads, 128, 128)
+            own.forward(news=news, states=kept)
+            dout = random(trained, heads, v_dim)
+            f32 = torch.float32
+            solved, dstates = poison(trained, heads * 128), poison(own.count * heads, 128, 128)
+            dq, dk = poison(trained, heads * 128), poison(trained, heads * 128)
+            dg, dbeta = poison(heads, trained, dtype=f32), poison(heads, trained, dtype=f32)
+            own.backward(news=news, states=kept, dout=padded(dout, heads, v_dim), solved=solved, dstates=dstates, dq=dq, dk=dk,
+                         dv=solved, dg=dg, dbeta=dbeta)
+            leaves = [qf, kf, vf, g, beta]
+            grads = torch.autograd.grad(want[FROZEN:], leaves, dout.double(), retain_graph=True)
+            by = [repeat(y[:, :, None]) for y in (by_q, by_k)] + [torch.ones(rows, 1, 1, device=DEV)]
+            for name, got, wanted, factor, d in zip(("dq", "dk", "dv"), (dq, dk, solved), grads, by, (k_dim, k_dim, v_dim)):
+                check(f"{what} {name}", tight(got, heads, d), (wanted * factor)[FROZEN:], 1.5e-2)
+            check(what + " dg", dg.T, grads[3][FROZEN:], 2e-2)
+            check(what + " dbeta", dbeta.T, grads[4][FROZEN:], 1.5e-2)
+            da, stripes = poison(trained, 2 * heads + 5), -(-trained // 256)
+            partial = poison(stripes, 2 * heads, dtype=f32)
+            delta("delta_gates_backward", (stripes, heads), 256, own.gates, dg, dbeta, I(trained), I(heads), da[:, heads:], da,
+                  L(da.shape[1]), partial)
+            torch.autograd.backward([g[FROZEN:], beta[FROZEN:]], [dg.T.double(), dbeta.T.double()])
+            check("gates da", da[:, heads : 2 * heads], logits[0].grad[FROZEN:], 4e-3)
+            check("gates db", da[:, :heads], logits[1].grad[FROZEN:], 4e-3)
+            check("gates small", partial.sum(0), torch.cat([small[0].grad, small[1].grad]), 1e-5)
+
+
+def gates():
+    for t, heads, d, kind in [(50, 4, 5, torch.float32), (301, 6, 128, torch.bfloat16), (33, 3, 64, torch.float16)]:
+        x, z, dy, w = random(t, heads, d), random(t, heads * d + 8, scale=2), random(t, heads * d), random(d, dtype=kind)
+        wide, blocks = I(d % 4 == 0), 7
+        y, xp = poison(t, heads * d), padded(x, heads, d)
+        gated("gated_norm_forward", (-(-t * heads // 8),), 256, xp, z, L(z.shape[1]), w, I(KIND[kind]), F(1e-5), I(t), I(heads), I(d),
+              wide, y)
+        xf, zf, wf = x.double().requires_grad_(), z[:, : heads * d].double().requires_grad_(), w.double().requires_grad_()
+        rms = xf * (xf.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * wf
+        want = (rms * torch.nn.functional.silu(zf.reshape(t, heads, d))).reshape(t, -1)
+        want.backward(dy.double())
+        check("gated_norm forward", y, want, 4e-3)
+        dz, partial = poison(t, heads * d + 12), poison(blocks, 128, dtype=torch.float32)
+        gated("gated_norm_backward", (blocks,), 256, dy, xp, z, L(z.shape[1]), w, I(KIND[kind]), F(1e-5), I(t), I(heads), I(d), wide, dz,
+              L(dz.shape[1]), partial)
+        check("gated_norm again", dy, want, 4e-3)
+        check("gated_norm dx", tight(xp, heads, d), xf.grad, 4e-3)
+        check("gated_norm dz", dz[:, : heads * d], zf.grad, 4e-3)
+        check("gated_norm dw", partial.sum(0)[:d], wf.grad, 1e-4)
+    for t, heads, d in [(30, 4, 16), (77, 6, 256), (5, 3, 2)]:
+        both, x, first = random(t, heads * 2 * d + 6), random(t, heads * d), t // 3
+        y, kept = poison(t, heads * d), poison(t - first, heads * d)
+        blocks = (-(-t * heads * d // 512),)
+        gate("output_gate_forward", blocks, 256, both, L(both.shape[1]), x, I(t), I(heads), I(d), y, kept, I(first))
+        xf = x.double().requires_grad_()
+        bf = both.double().requires_grad_()
+        g = bf[:, : heads * 2 * d].reshape(t, heads, 2 * d)[:, :, d:].reshape(t, -1)
+        want, dy = xf * g.sigmoid(), random(t - first, heads * d)
+        want[first:].backward(dy.double())
+        check("gate forward", y, want, 4e-3)
+        check("gate kept", kept, g[first:], 0)
+        out = poison(t - first, both.shape[1])
+        gate("output_gate_backward", blocks, 256, dy, x[first:], kept, I(t - first), I(heads), I(d), out, L(out.shape[1]))
+        check("gate again", kept, want[first:], 4e-3)
+        check("gate dx", dy, xf.grad[first:], 4e-3)
+        part = lambda y: y[:, : heads * 2 * d].reshape(-1, heads, 2 * d)
+        check("gate gradient", part(out)[:, :, d:], part(bf.grad[first:])[:, :, d:], 4e-3)
+        if not torch.isnan(part(out)[:, :, :d]).all():
+            failures.append("gate beside")
 
 
 # ---- the optimizer
@@ -597,9 +865,12 @@ def optimizer():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--only", type=lambda names: names.split(","))
     args = parser.parse_args()
     torch.manual_seed(0)
-    for part in (attentions, norms, ropes, others, optimizer):
+    for part in (attentions, norms, ropes, convolutions, deltas, gates, others, optimizer):
+        if args.only and part.__name__ not in args.only:
+            continue
         try:
             part()
             torch.cuda.synchronize()

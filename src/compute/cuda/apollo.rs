@@ -212,7 +212,7 @@ pub fn measure(
         false => g.part,
         true => {
             narrow = gpu.bf16(rows * n)?;
-            let g = Weight { address: g.part.address, kind: Kind::F32, rows, columns: n, stride: n };
+            let g = Weight { address: g.part.address, kind: Kind::F32, rows, columns: n, stride: n, from_one: false };
             super::linear::narrow(gpu, &g, narrow.part())?;
             narrow.part()
         }

@@ -8,12 +8,16 @@
 
 pub mod apollo;
 pub mod attention;
+pub mod causal_conv;
 pub mod cross_entropy;
+pub mod delta_rule;
 mod downloads;
 pub mod embedding;
+pub mod gated_norm;
 pub mod linear;
 pub mod matmul;
 mod memory;
+pub mod output_gate;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
@@ -353,6 +357,8 @@ pub struct Weight {
     pub rows: usize,
     pub columns: usize,
     pub stride: usize,
+    /// A norm's that is kept as its distance from 1.
+    pub from_one: bool,
 }
 
 impl Weight {
@@ -376,6 +382,11 @@ impl Weight {
             Kind::F16 => 1,
             Kind::F32 => 2,
         }
+    }
+
+    /// The same for kernels that take norms.
+    fn norm_number(&self) -> i32 {
+        self.number() + if self.from_one { 4 } else { 0 }
     }
 }
 

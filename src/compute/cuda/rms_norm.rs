@@ -41,7 +41,7 @@ pub fn forward(
     let kept = kept.unwrap_or(Kept { first: 0, rstd: Part::NONE, x: Part::NONE });
     let left = rows - kept.first;
     launch!(gpu, &kernel("rms_norm_forward", h).0, (blocks(rows, 1), 1, 1), (BLOCK as u32, 1, 1), 0;
-        x.address, index.map_or(0, |i| i.holds(rows, 4)), w.address, w.number(), eps, h as i32, y.bf16(rows * h),
+        x.address, index.map_or(0, |i| i.holds(rows, 4)), w.address, w.norm_number(), eps, h as i32, y.bf16(rows * h),
         kept.rstd.f32_or_none(left), kept.x.bf16_or_none(left * h), kept.first as i32);
     Ok(())
 }
@@ -50,7 +50,7 @@ pub fn forward(
 pub fn again(gpu: &Gpu, x: Part, rstd: Part, w: &Weight, rows: usize, y: Part) -> Result<()> {
     let h = w.columns;
     launch!(gpu, &kernel("rms_norm_again", h).0, (blocks(rows, 1), 1, 1), (BLOCK as u32, 1, 1), 0;
-        x.bf16(rows * h), rstd.f32(rows), w.address, w.number(), h as i32, y.bf16(rows * h));
+        x.bf16(rows * h), rstd.f32(rows), w.address, w.norm_number(), h as i32, y.bf16(rows * h));
     Ok(())
 }
 
@@ -79,7 +79,7 @@ pub fn backward(
     }
     let shared = 4 * h.next_multiple_of(BLOCK * width) as u32;
     launch!(gpu, &name, (count as u32, 1, 1), (BLOCK as u32, 1, 1), shared;
-        dy.bf16(rows * h), x.bf16(rows * h), rstd.f32(rows), w.address, w.number(), rows as i32, h as i32,
+        dy.bf16(rows * h), x.bf16(rows * h), rstd.f32(rows), w.address, w.norm_number(), rows as i32, h as i32,
         index.map_or(0, |i| i.holds(rows, 4)), dx.address, copy.address, partial.part().address);
     sum_partial(gpu, partial.part(), count, h, dw)
 }

@@ -19,13 +19,16 @@ pub struct Heads {
     pub head_dim: usize,
     pub norms: Option<(Weight, Weight)>,
     pub eps: f32,
+    /// A gate lies behind every head of q.
+    pub gated: bool,
 }
 
-/// Cosines and sines (f32, rows x D/2).
+/// Cosines and sines (f32, rows x `turn`), where the first 2 `turn` features of a head turn: all, or fewer.
 #[derive(Clone, Copy)]
 pub struct Angles {
     pub cosines: Part,
     pub sines: Part,
+    pub turn: usize,
 }
 
 impl Heads {
@@ -37,11 +40,16 @@ impl Heads {
         self.kv_heads * self.head_dim
     }
 
+    /// Of what gives q, k and v side by side: with gates, if there are.
+    pub fn qkv(&self) -> usize {
+        self.q() * (1 + self.gated as usize) + 2 * self.kv()
+    }
+
     fn norm(&self) -> [(u64, i32); 2] {
         match &self.norms {
             Some((q, k)) => {
                 assert!(q.columns == self.head_dim && k.columns == self.head_dim);
-                [(q.address, q.number()), (k.address, k.number())]
+                [(q.address, q.norm_number()), (k.address, k.norm_number())]
             }
             None => [(0, 0); 2],
         }
@@ -50,19 +58,20 @@ impl Heads {
 
 impl Angles {
     fn of(&self, rows: usize, head_dim: usize) -> (u64, u64) {
-        (self.cosines.f32(rows * head_dim / 2), self.sines.f32(rows * head_dim / 2))
+        assert!(2 * self.turn <= head_dim);
+        (self.cosines.f32(rows * self.turn), self.sines.f32(rows * self.turn))
     }
 
     /// Those of rows from `row` on.
-    pub fn from(&self, row: usize, head_dim: usize) -> Angles {
-        let offset = (4 * row * head_dim / 2) as u64;
-        Angles { cosines: self.cosines.from(offset), sines: self.sines.from(offset) }
+    pub fn from(&self, row: usize) -> Angles {
+        let offset = (4 * row * self.turn) as u64;
+        Angles { cosines: self.cosines.from(offset), sines: self.sines.from(offset), turn: self.turn }
     }
 }
 
-/// The kernel for heads of `d`: two features at a time where half of d is even.
-fn kernel(name: &str, d: usize) -> String {
-    if d.is_multiple_of(4) { format!("{name}_wide") } else { name.to_string() }
+/// The kernel for heads of `d`: two features at a time where half of d and the pairs that turn are even.
+fn kernel(name: &str, d: usize, angles: &Angles) -> String {
+    if d.is_multiple_of(4) && angles.turn.is_multiple_of(2) { format!("{name}_wide") } else { name.to_string() }
 }
 
 /// From rows of q, k and v side by side: turned `q (rows x qD)`, and turned k with v beside it, `kv (rows x 2 kvD)`. Of rows
@@ -83,9 +92,9 @@ pub fn forward(
     let (d, all, left) = (heads.head_dim, heads.heads + 2 * heads.kv_heads, rows - first);
     let [qn, kn] = heads.norm();
     let (cosines, sines) = angles.of(rows, d);
-    launch!(gpu, &kernel("rope_forward", d), (blocks(rows * all, WARPS), 1, 1), (BLOCK, 1, 1), 0;
-        qkv.bf16(rows * all * d), (all * d) as i64, rows as i32, heads.heads as i32, heads.kv_heads as i32, d as i32,
-        cosines, sines, qn.0, qn.1, kn.0, kn.1, heads.eps, q.bf16(rows * heads.q()), kv.bf16(rows * 2 * heads.kv()),
+    launch!(gpu, &kernel("rope_forward", d, angles), (blocks(rows * all, WARPS), 1, 1), (BLOCK, 1, 1), 0;
+        qkv.bf16(rows * heads.qkv()), heads.qkv() as i64, heads.gated as i32, rows as i32, heads.heads as i32,
+        heads.kv_heads as i32, d as i32, angles.turn as i32, cosines, sines, qn.0, qn.1, kn.0, kn.1, heads.eps, q.bf16(rows * heads.q()), kv.bf16(rows * 2 * heads.kv()),
         before.bf16_or_none(left * (heads.q() + heads.kv())), kept.bf16_or_none(left * heads.q()), first as i32);
     Ok(())
 }
@@ -95,13 +104,13 @@ pub fn again(gpu: &Gpu, before: Part, rows: usize, heads: &Heads, angles: &Angle
     let [qn, _] = heads.norm();
     assert!(heads.norms.is_some());
     let (cosines, sines) = angles.of(rows, heads.head_dim);
-    launch!(gpu, &kernel("rope_again", heads.head_dim), (blocks(rows * heads.heads, WARPS), 1, 1), (BLOCK, 1, 1), 0;
+    launch!(gpu, &kernel("rope_again", heads.head_dim, angles), (blocks(rows * heads.heads, WARPS), 1, 1), (BLOCK, 1, 1), 0;
         before.bf16(rows * (heads.q() + heads.kv())), rows as i32, heads.heads as i32, heads.kv_heads as i32,
-        heads.head_dim as i32, cosines, sines, qn.0, qn.1, heads.eps, q.bf16(rows * heads.q()));
+        heads.head_dim as i32, angles.turn as i32, cosines, sines, qn.0, qn.1, heads.eps, q.bf16(rows * heads.q()));
     Ok(())
 }
 
-/// `d_qkv` (side by side) from the gradients of turned q and, by query head, of turned k and v. `dw` (2 D, f32): the norms'
+/// `d_qkv` (side by side; gates are left alone) from the gradients of turned q and, by query head, of turned k and v. `dw` (2 D, f32): the norms'
 /// gradients, q's first.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
@@ -114,7 +123,7 @@ pub fn backward(
     d_qkv: Part,
     dw: Part,
 ) -> Result<()> {
-    let (d, all) = (heads.head_dim, heads.heads + 2 * heads.kv_heads);
+    let d = heads.head_dim;
     let [qn, kn] = heads.norm();
     let (cosines, sines) = angles.of(rows, d);
     let items = rows * heads.heads;
@@ -125,9 +134,9 @@ pub fn backward(
         before.bf16(rows * (heads.q() + heads.kv()));
     }
     let [dq, dk, dv] = [dq, dk, dv].map(|p| p.bf16(rows * heads.q()));
-    launch!(gpu, &kernel("rope_backward", d), (count as u32, 3, 1), (BLOCK, 1, 1), 0;
-        dq, dk, dv, rows as i32, heads.heads as i32, heads.kv_heads as i32, d as i32, cosines, sines, qn.0, qn.1, kn.0,
-        kn.1, heads.eps, before.address, d_qkv.bf16(rows * all * d), partial.part().address);
+    launch!(gpu, &kernel("rope_backward", d, angles), (count as u32, 3, 1), (BLOCK, 1, 1), 0;
+        dq, dk, dv, rows as i32, heads.heads as i32, heads.kv_heads as i32, d as i32, angles.turn as i32, cosines,
+        sines, qn.0, qn.1, kn.0, kn.1, heads.eps, before.address, d_qkv.bf16(rows * heads.qkv()), heads.gated as i32, partial.part().address);
     if normed {
         let plane = (4 * count * d) as u64;
         super::rms_norm::sum_partial(gpu, partial.part(), count, d, dw)?;

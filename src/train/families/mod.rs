@@ -243,6 +243,18 @@ impl Architecture {
         all
     }
 
+    /// The norms of the stream and of heads of q and k, which is what `norm_offset` is about.
+    pub fn norms(&self) -> Vec<&str> {
+        let mut all = vec![self.norm.as_str()];
+        for layer in &self.layers {
+            all.extend([layer.input_norm.as_str(), &layer.post_norm]);
+            if let Mixer::Attention(Attention { qk_norm: Some((q, k)), .. }) = &layer.mixer {
+                all.extend([q.as_str(), k]);
+            }
+        }
+        all
+    }
+
     /// Checks that `weights` has every tensor, of the shape the config implies and a dtype that trains.
     pub fn check(&self, weights: &dyn Weights) -> Result<(), Refusal> {
         for (name, shape) in self.tensors() {
@@ -263,14 +275,6 @@ impl Architecture {
 }
 
 impl Layer {
-    /// Its attention. Only for models that [`gpu::refusal`](super::gpu::refusal) has nothing against.
-    pub(super) fn attention(&self) -> &Attention {
-        match &self.mixer {
-            Mixer::Attention(attention) => attention,
-            Mixer::DeltaNet(_) => unreachable!("a model with linear attention was refused"),
-        }
-    }
-
     pub fn linears(&self) -> Vec<&Linear> {
         let mut linears = match &self.mixer {
             Mixer::Attention(a) => vec![&a.q, &a.k, &a.v, &a.o],

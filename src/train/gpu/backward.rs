@@ -1,9 +1,11 @@
 //! The way back through a layer: gradients of everything that its weights' gradients are products of.
 
-use super::forward::{Attended, Saved};
+use super::forward::{Attended, Constant, Mixed, OfMixer, Saved};
 use super::head::{Head, Stream};
 use super::{Context, Order, Result};
+use crate::compute::cuda::output_gate::{self, Both};
 use crate::compute::cuda::{Buffer, Part, attention, linear, rms_norm, rope, swiglu};
+use crate::train::families::{Attention, Mixer};
 use crate::train::step::{LARGEST, StepError};
 
 /// Inputs and gradients of one layer's linears, side by side where they share their input; gradients of its norms.
@@ -11,9 +13,8 @@ pub(super) struct LayerGradients {
     pub layer: usize,
     pub x_in: Buffer,
     pub rstd_in: Buffer,
-    pub d_qkv: Buffer,
-    pub attended: Buffer,
-    /// The stream's gradient after attention.
+    pub mixer: MixerGradients,
+    /// The stream's gradient after the mixer.
     pub d_mid: Buffer,
     pub x_mid: Buffer,
     pub rstd_mid: Buffer,
@@ -21,33 +22,67 @@ pub(super) struct LayerGradients {
     pub act: Buffer,
     /// The stream's gradient after the layer.
     pub d_out: Buffer,
-    /// f32: H, H, and two times D for the norms of heads.
+    /// f32: H each.
     pub d_input_norm: Buffer,
     pub d_post_norm: Buffer,
-    pub d_qk_norm: Option<Buffer>,
+}
+
+/// What the gradients of a mixer's tensors are made of. Vectors are f32.
+pub(super) enum MixerGradients {
+    Attention {
+        /// Side by side, q's with their gates'.
+        d_qkv: Buffer,
+        /// Input of o.
+        attended: Buffer,
+        /// Two times D.
+        d_qk_norm: Option<Buffer>,
+    },
+    DeltaNet {
+        /// Of rows `[qkv | z | b | a]`.
+        d_inputs: Buffer,
+        /// Input of the last linear.
+        mixed: Buffer,
+        /// Channels x taps.
+        d_convolution: Buffer,
+        /// Of A_log, then dt_bias.
+        d_gates: Buffer,
+        d_norm: Buffer,
+    },
+}
+
+impl MixerGradients {
+    /// The gradient of what the first linears gave, and the last linear's input.
+    fn rows(&self) -> [&Buffer; 2] {
+        match self {
+            MixerGradients::Attention { d_qkv, attended, .. } => [d_qkv, attended],
+            MixerGradients::DeltaNet { d_inputs, mixed, .. } => [d_inputs, mixed],
+        }
+    }
 }
 
 /// Largest values that are looked at for each layer (see [`Context::peaks_of_layer`]).
 pub(super) const PEAKS: usize = 12;
 
 impl Context<'_> {
+    /// What updates that come after the whole backward pass are made from stays until then.
+    pub(super) fn for_updates(&self, bytes: usize) -> Result<Buffer> {
+        self.stays(bytes, self.plan.order == Order::After)
+    }
+
     /// `dx` becomes the gradient of the stream before layer `i`.
     pub fn layer_backward(&self, i: usize, saved: Saved, dx: &mut Stream) -> Result<LayerGradients> {
         let (gpu, a, layer) = (self.gpu, self.a, &self.a.layers[i]);
         let (n, h, inner) = (self.rows.trained, a.hidden, a.intermediate);
-        let heads = self.heads(layer);
         let mut saved = saved;
-        let attention = match saved.attention.take() {
+        let mixed = match saved.mixed.take() {
             Some(kept) => kept,
-            None => self.attend_again(layer, &saved)?,
+            None => self.mix_again(layer, &saved)?,
         };
-        let Saved { x_in, rstd_in, kv, gate_up, .. } = saved;
-        let Attended { q, log_sums, attended, x_mid, rstd_mid } = attention;
+        let Saved { x_in, rstd_in, constant, gate_up, .. } = saved;
+        let Mixed { of, x_mid, rstd_mid } = mixed;
 
-        // What updates that come after the whole backward pass are made from stays until then.
-        let after = self.plan.order == Order::After;
-        let bf16 = |elements: usize| if after { gpu.hold_bf16(elements) } else { gpu.bf16(elements) };
-        let f32 = |elements: usize| if after { gpu.hold_f32(elements) } else { gpu.f32(elements) };
+        let bf16 = |elements: usize| self.for_updates(2 * elements);
+        let f32 = |elements: usize| self.for_updates(4 * elements);
 
         // Feed-forward. `act` starts as its own gradient.
         let d_normed = gpu.bf16(n * h)?;
@@ -74,10 +109,54 @@ impl Context<'_> {
         rms_norm::backward(gpu, d_normed.part(), x_mid.part(), rstd_mid.part(), &w, n, None, wide, narrow, dw)?;
         let d_mid = std::mem::replace(&mut dx.narrow, bf16(n * h)?);
 
-        // Attention.
-        let d_attended = gpu.bf16(n * heads.q())?;
-        self.back(&[&layer.attention().o], d_mid.part(), n, d_attended.part())?;
-        let angles = self.rows.angles.from(self.rows.frozen, a.head_dim);
+        let mixer = match (&layer.mixer, constant, of) {
+            (Mixer::Attention(l), Constant::Attention(kv), OfMixer::Attention(kept)) => {
+                self.attention_backward(l, kv, kept, d_mid.part(), d_normed.part())?
+            }
+            (Mixer::DeltaNet(net), Constant::DeltaNet(constants), OfMixer::DeltaNet(kept)) => {
+                self.delta_net_backward(net, constants, kept, d_mid.part(), d_normed.part())?
+            }
+            _ => unreachable!("a layer saves what its own mixer needs"),
+        };
+        let d_input_norm = f32(h)?;
+        let w = self.weight(&layer.input_norm);
+        let (narrow, dw) = (dx.narrow.part(), d_input_norm.part());
+        rms_norm::backward(gpu, d_normed.part(), x_in.part(), rstd_in.part(), &w, n, None, wide, narrow, dw)?;
+        Ok(LayerGradients {
+            layer: i,
+            x_in,
+            rstd_in,
+            mixer,
+            d_mid,
+            x_mid,
+            rstd_mid,
+            d_gate_up: gate_up,
+            act,
+            d_out,
+            d_input_norm,
+            d_post_norm,
+        })
+    }
+
+    /// `d_mid` is the gradient of what attention added to the stream; `d_normed` becomes that of its input.
+    fn attention_backward(
+        &self,
+        l: &Attention,
+        kv: Buffer,
+        kept: Attended,
+        d_mid: Part,
+        d_normed: Part,
+    ) -> Result<MixerGradients> {
+        let (gpu, a, n) = (self.gpu, self.a, self.rows.trained);
+        let heads = self.heads(l);
+        let Attended { q, log_sums, attended, gate } = kept;
+        let (d_attended, d_qkv) = (gpu.bf16(n * heads.q())?, self.for_updates(2 * n * heads.qkv())?);
+        self.back(&[&l.o], d_mid, n, d_attended.part())?;
+        if let Some(gate) = &gate {
+            let both = Both { part: d_qkv.part(), stride: heads.qkv() };
+            output_gate::backward(gpu, d_attended.part(), attended.part(), gate.part(), n, &heads, both)?;
+        }
+        let angles = self.rows.angles.from(self.rows.frozen);
         let turned = match heads.norms {
             Some(_) => {
                 let turned = gpu.bf16(n * heads.q())?;
@@ -88,43 +167,19 @@ impl Context<'_> {
         };
         let turned_q = turned.as_ref().unwrap_or(&q).part();
         let [dq, dk, dv] = [gpu.bf16(n * heads.q())?, gpu.bf16(n * heads.q())?, gpu.bf16(n * heads.q())?];
-        let shape = self.shape(&heads, layer);
+        let shape = self.shape(&heads, l);
         let forward = (turned_q, kv.part(), attended.part(), log_sums.part());
         let by_head = [dq.part(), dk.part(), dv.part()];
         attention::backward(gpu, &shape, forward, d_attended.part(), by_head)?;
         drop((kv, log_sums, d_attended, turned));
-        let d_qkv = bf16(n * (heads.q() + 2 * heads.kv()))?;
-        let d_qk_norm = heads.norms.map(|_| f32(2 * a.head_dim)).transpose()?;
+        let d_qk_norm = heads.norms.map(|_| self.for_updates(4 * 2 * a.head_dim)).transpose()?;
         let dw = d_qk_norm.as_ref().map_or(Part::NONE, Buffer::part);
         let before = if heads.norms.is_some() { q.part() } else { Part::NONE };
         rope::backward(gpu, by_head, n, &heads, &angles, before, d_qkv.part(), dw)?;
         drop((q, dq, dk, dv));
-        self.back(
-            &[&layer.attention().q, &layer.attention().k, &layer.attention().v],
-            d_qkv.part(),
-            n,
-            d_normed.part(),
-        )?;
-        let d_input_norm = f32(h)?;
-        let w = self.weight(&layer.input_norm);
-        let (narrow, dw) = (dx.narrow.part(), d_input_norm.part());
-        rms_norm::backward(gpu, d_normed.part(), x_in.part(), rstd_in.part(), &w, n, None, wide, narrow, dw)?;
-        Ok(LayerGradients {
-            layer: i,
-            x_in,
-            rstd_in,
-            d_qkv,
-            attended,
-            d_mid,
-            x_mid,
-            rstd_mid,
-            d_gate_up: gate_up,
-            act,
-            d_out,
-            d_input_norm,
-            d_post_norm,
-            d_qk_norm,
-        })
+        self.back(&[&l.q, &l.k, &l.v], d_qkv.part(), n, d_normed)?;
+        // Where there is a gate, what went into the last linear took its place.
+        Ok(MixerGradients::Attention { d_qkv, attended: gate.unwrap_or(attended), d_qk_norm })
     }
 
     /// The largest values of a layer's gradients and inputs into `peaks`: by pairs whose product a weight's gradient is, then
@@ -135,11 +190,12 @@ impl Context<'_> {
         let normed = gpu.bf16(n * a.hidden)?;
         let bf16 = |x: Part, i: usize| linear::largest(gpu, x, false, (x.bytes() / 2) as usize, at(i));
         let f32 = |x: &Buffer, i: usize| linear::largest(gpu, x.part(), true, (x.bytes() / 4) as usize, at(i));
-        bf16(g.d_qkv.part(), 0)?;
+        let [d_inputs, mixed] = g.mixer.rows();
+        bf16(d_inputs.part(), 0)?;
         rms_norm::again(gpu, g.x_in.part(), g.rstd_in.part(), &self.weight(&layer.input_norm), n, normed.part())?;
         bf16(normed.part(), 1)?;
         bf16(g.d_mid.part(), 2)?;
-        bf16(g.attended.part(), 3)?;
+        bf16(mixed.part(), 3)?;
         bf16(g.d_gate_up.part(), 4)?;
         rms_norm::again(gpu, g.x_mid.part(), g.rstd_mid.part(), &self.weight(&layer.post_norm), n, normed.part())?;
         bf16(normed.part(), 5)?;
@@ -148,7 +204,14 @@ impl Context<'_> {
         f32(&dx.wide, 8)?;
         f32(&g.d_input_norm, 9)?;
         f32(&g.d_post_norm, 10)?;
-        g.d_qk_norm.as_ref().map_or(Ok(()), |d| f32(d, 11))?;
+        match &g.mixer {
+            MixerGradients::Attention { d_qk_norm, .. } => d_qk_norm.as_ref().map_or(Ok(()), |d| f32(d, 11))?,
+            MixerGradients::DeltaNet { d_convolution, d_gates, d_norm, .. } => {
+                for d in [d_convolution, d_gates, d_norm] {
+                    f32(d, 11)?;
+                }
+            }
+        }
         Ok(())
     }
 
@@ -175,13 +238,21 @@ impl Context<'_> {
                 0 => format!("{what} of the head"),
                 i => format!("{what} of layer {}", i - 1),
             };
+            let linear = i.checked_sub(1).is_some_and(|i| matches!(self.a.layers[i].mixer, Mixer::DeltaNet(_)));
+            let (inputs, out) = match linear {
+                true => ("gradient of in_proj_qkv, in_proj_z, in_proj_b or in_proj_a", "gradient of out_proj"),
+                false => ("gradient of q_proj, k_proj or v_proj", "gradient of o_proj"),
+            };
             let checks = [
-                ("gradient of q_proj, k_proj or v_proj", product(0, 1)),
-                ("gradient of o_proj", product(2, 3)),
+                (inputs, product(0, 1)),
+                (out, product(2, 3)),
                 ("gradient of gate_proj or up_proj", product(4, 5)),
                 ("gradient of down_proj", product(6, 7)),
                 ("gradient of the input", value(p[8])),
-                ("gradient of a norm", value(p[9]).max(value(p[10])).max(value(p[11]))),
+                (
+                    if linear { "gradient of a norm, conv1d, A_log or dt_bias" } else { "gradient of a norm" },
+                    value(p[9]).max(value(p[10])).max(value(p[11])),
+                ),
             ];
             for (k, (what, size)) in checks.into_iter().enumerate() {
                 let finite = size < LARGEST && (k != 5 || p[9..12].iter().all(|&b| value(b) < LARGEST));

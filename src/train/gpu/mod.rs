@@ -7,6 +7,7 @@
 //! every update from there on.
 
 mod backward;
+mod delta_net;
 mod forward;
 mod head;
 mod own;
@@ -17,7 +18,7 @@ mod update;
 pub use own::OnDevice;
 pub use plan::{Allowed, Order, Plan};
 
-use super::families::{Architecture, Layer, Linear, Mixer};
+use super::families::{Architecture, Attention, Layer, Linear, Mixer};
 use super::pack::Batch;
 use super::settings::Settings;
 use super::state::OptimizerState;
@@ -28,7 +29,7 @@ use crate::compute::cpu::weight::Kind;
 use crate::compute::cuda::attention::{Shape, Tiles};
 use crate::compute::cuda::matmul::{Operand, Output, matmul};
 use crate::compute::cuda::rope::{Angles, Heads, LARGEST_HEAD};
-use crate::compute::cuda::{Buffer, Gpu, GpuError, Part, Weight, linear};
+use crate::compute::cuda::{Buffer, Gpu, GpuError, Part, Weight, causal_conv, delta_rule, linear};
 use crate::memory::cuda::{Device, Library, load};
 use parking_lot::Mutex;
 use std::any::Any;
@@ -68,6 +69,8 @@ struct Rows<'a> {
     angles: Angles,
     _angles: [Buffer; 2],
     tiles: Tiles,
+    /// In models with linear attention.
+    sequences: Option<delta_net::Sequences>,
 }
 
 /// What a step works with.
@@ -98,14 +101,15 @@ impl Drop for Mapped<'_> {
 
 /// Why a model does not train on a GPU, in one sentence; `None` for one that does where its weights allow it.
 pub fn refusal(a: &Architecture) -> Option<String> {
-    let what = if a.layers.iter().any(|l| matches!(l.mixer, Mixer::DeltaNet(_))) {
-        "linear attention (Gated DeltaNet)".to_string()
-    } else if a.layers.iter().any(|l| matches!(&l.mixer, Mixer::Attention(a) if a.output_gate)) {
-        "a gate on the output of attention".to_string()
-    } else if a.norm_offset != 0.0 {
-        "norms whose weights are distances from 1".to_string()
-    } else if a.rope.inverse_frequencies.len() != a.head_dim / 2 {
-        "rotary embedding of a part of each head".to_string()
+    let nets = || a.layers.iter().filter_map(|l| if let Mixer::DeltaNet(net) = &l.mixer { Some(net) } else { None });
+    let widest = nets().map(|net| net.shape.k_dim.max(net.shape.v_dim)).max().unwrap_or(0);
+    let taps = nets().map(|net| net.kernel).max().unwrap_or(0);
+    let what = if widest > delta_rule::HEAD {
+        format!("linear attention with heads of {widest} (at most {} do)", delta_rule::HEAD)
+    } else if taps > causal_conv::TAPS {
+        format!("a convolution of {taps} taps (at most {} do)", causal_conv::TAPS)
+    } else if a.norm_offset != 0.0 && a.norm_offset != 1.0 {
+        format!("norms whose weights are distances from {}", a.norm_offset)
     } else if a.head_dim > LARGEST_HEAD {
         format!("head_dim {} (at most {LARGEST_HEAD} does)", a.head_dim)
     } else {
@@ -183,17 +187,23 @@ impl GpuTrainer {
                 return Err(GpuError::Library(format!("{name} is on another GPU now")).into());
             }
             let kind = spec.kind().expect("its dtype was checked when the model was made");
-            let (rows, columns) = if shape.len() == 1 { (1, shape[0]) } else { (shape[0], shape[1]) };
+            let (rows, columns) =
+                if shape.len() == 1 { (1, shape[0]) } else { (shape[0], shape[1..].iter().product()) };
             let (rows, columns, stride) = (rows as usize, columns as usize, place.stride as usize);
-            weights.insert(name, Weight { address: place.address, kind, rows, columns, stride });
+            let weight = Weight { address: place.address, kind, rows, columns, stride, from_one: false };
+            weights.insert(name, weight);
             held.push(place.held);
         }
-        let half = a.head_dim / 2;
+        if a.norm_offset != 0.0 {
+            for name in a.norms() {
+                weights.get_mut(name).expect("a norm is one of the tensors").from_one = true;
+            }
+        }
         let angle = |f: fn(f32) -> f32| -> Vec<f32> {
             let of = |&p: &u32| a.rope.inverse_frequencies.iter().map(move |w| p as f32 * w);
             batch.positions.iter().flat_map(of).map(|x| f(x) * a.rope.factor).collect()
         };
-        debug_assert_eq!(a.rope.inverse_frequencies.len(), half);
+        let turn = a.rope.inverse_frequencies.len();
         let angles = [gpu.upload(&angle(f32::cos))?, gpu.upload(&angle(f32::sin))?];
         let ids: Vec<i32> = batch.ids.iter().map(|&id| id as i32).collect();
         let rows = Rows {
@@ -202,9 +212,10 @@ impl GpuTrainer {
             frozen: batch.frozen,
             trained: batch.trained(),
             ids: gpu.upload(&ids)?,
-            angles: Angles { cosines: angles[0].part(), sines: angles[1].part() },
+            angles: Angles { cosines: angles[0].part(), sines: angles[1].part(), turn },
             _angles: angles,
             tiles: Tiles::new(gpu, &batch.spans, batch.rows(), batch.frozen, a.head_dim)?,
+            sequences: delta_net::Sequences::new(gpu, a, batch)?,
         };
         let mapped = Arc::new(Mapped { gpu, _held: held });
         Ok(Context { gpu, a, weights: Arc::new(weights), rows: Arc::new(rows), plan, settings, _mapped: mapped })
@@ -388,14 +399,15 @@ impl<'a> Context<'a> {
         self.weights[name]
     }
 
-    fn heads(&self, layer: &Layer) -> Heads {
+    fn heads(&self, layer: &Attention) -> Heads {
         let a = self.a;
-        let norms = layer.attention().qk_norm.as_ref().map(|(q, k)| (self.weight(q), self.weight(k)));
-        Heads { heads: a.heads, kv_heads: a.kv_heads, head_dim: a.head_dim, norms, eps: a.eps }
+        let norms = layer.qk_norm.as_ref().map(|(q, k)| (self.weight(q), self.weight(k)));
+        let gated = layer.output_gate;
+        Heads { heads: a.heads, kv_heads: a.kv_heads, head_dim: a.head_dim, norms, eps: a.eps, gated }
     }
 
-    fn shape<'s>(&'s self, heads: &'s Heads, layer: &Layer) -> Shape<'s> {
-        Shape { heads, tiles: &self.rows.tiles, window: layer.attention().window }
+    fn shape<'s>(&'s self, heads: &'s Heads, layer: &Attention) -> Shape<'s> {
+        Shape { heads, tiles: &self.rows.tiles, window: layer.window }
     }
 
     fn trains(&self, name: &str) -> bool {
@@ -489,7 +501,7 @@ impl<'a> Context<'a> {
         }
         if let Some(sums) = sums {
             let address = sums.part().address();
-            let sums = Weight { address, kind: Kind::F32, rows, columns, stride: columns };
+            let sums = Weight { address, kind: Kind::F32, rows, columns, stride: columns, from_one: false };
             linear::narrow(self.gpu, &sums, dx)?;
         }
         Ok(())

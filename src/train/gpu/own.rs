@@ -41,12 +41,23 @@ impl OnDevice {
     pub fn random(device: &Arc<Device>, architecture: &Architecture) -> Result<OnDevice, GpuError> {
         let gpu = Gpu::new(device)?;
         let mut tensors = BTreeMap::new();
+        let norms: std::collections::HashSet<&str> = architecture.norms().into_iter().collect();
         gpu.reserve_lasting(architecture.tensors().iter().map(|(_, shape)| 2 * shape.iter().product::<u64>()))?;
         for (name, shape) in architecture.tensors() {
             let count: u64 = shape.iter().product();
             let buffer = gpu.keep(2 * count)?;
             if shape.len() == 1 {
-                gpu.write(buffer.part(), &vec![0x3f80u16; count as usize])?;
+                // Norms do nothing; heads of linear attention forget with e^-0.1 a token or so.
+                let value = if architecture.norm_offset != 0.0 && norms.contains(&name) {
+                    1.0 - architecture.norm_offset
+                } else if name.ends_with("A_log") {
+                    -2.0
+                } else if name.ends_with("dt_bias") {
+                    0.0
+                } else {
+                    1.0
+                };
+                gpu.write(buffer.part(), &vec![half::bf16::from_f32(value).to_bits(); count as usize])?;
             } else {
                 let stream = Stream::new(0, Purpose::Projection, name, 0);
                 crate::compute::cuda::apollo::normals(&gpu, &stream, count as usize, 0.02, buffer.part())?;

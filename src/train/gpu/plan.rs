@@ -1,10 +1,11 @@
 //! How a step is laid out in the memory that there is: when weights are updated, and what of the forward pass is kept for the
 //! way back and what is made again. The rule: rather whole than cheap in memory, rather fast than cheap, as far as it fits.
 
+use super::delta_net;
 use super::state::Moments;
-use crate::compute::cuda::GpuError;
+use crate::compute::cuda::{GpuError, delta_rule};
 use crate::train::apollo::{form, moment_elements};
-use crate::train::families::Architecture;
+use crate::train::families::{Architecture, Mixer};
 use crate::train::pack::Batch;
 use crate::train::settings::Settings;
 
@@ -41,7 +42,7 @@ pub enum Order {
 /// What is kept of a layer's forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
 pub enum Keep {
-    /// The stream before it, and keys and values: a layer more to compute.
+    /// The stream before it, and what of a context its rows see: a layer more to compute.
     Stream,
     /// All but gate and up: about half a layer more.
     Attention,
@@ -65,37 +66,89 @@ struct Sizes {
     trained: u64,
     targets: u64,
     h: u64,
-    q: u64,
-    kv: u64,
     inner: u64,
     vocabulary: u64,
-    layers: u64,
-    /// Of what is kept of q.
-    q_kept: u64,
-    heads: u64,
+    mixers: Vec<MixerSizes>,
     tied: bool,
     head_trains: bool,
     narrow: u64,
     overlap: bool,
 }
 
+/// Bytes that one layer's mixer takes.
+#[derive(Debug, Clone, Copy, Default)]
+struct MixerSizes {
+    /// Kept however little is kept.
+    constant: u64,
+    /// Of its forward pass, beside the stream, where it is not made again.
+    kept: u64,
+    /// Of its backward pass, waiting for the update, beyond what was kept.
+    factors: u64,
+    /// What only passes through.
+    forward: u64,
+    backward: u64,
+    /// Outputs of the widest linear.
+    widest: u64,
+}
+
+impl MixerSizes {
+    fn new(mixer: &Mixer, a: &Architecture, batch: &Batch) -> MixerSizes {
+        let (rows, n) = (batch.rows() as u64, batch.trained() as u64);
+        match mixer {
+            Mixer::Attention(l) => {
+                let (q, kv, heads) = ((a.heads * a.head_dim) as u64, (a.kv_heads * a.head_dim) as u64, a.heads as u64);
+                let gate = if l.output_gate { q } else { 0 };
+                let q_kept = if l.qk_norm.is_some() { q + kv } else { q };
+                MixerSizes {
+                    constant: 4 * rows * kv,
+                    kept: 2 * n * (q_kept + q + gate) + 4 * n * heads,
+                    factors: 2 * n * (q + gate + 2 * kv),
+                    forward: 2 * rows * (3 * q + 2 * kv + gate),
+                    backward: 2 * n * 5 * q + 4 * n * heads,
+                    widest: q + gate,
+                }
+            }
+            Mixer::DeltaNet(net) => {
+                let (shape, width) = (&net.shape, delta_net::row(net)[3] as u64);
+                let values = (shape.v_heads * delta_rule::HEAD) as u64;
+                let convolved = ((2 * shape.k_heads + shape.v_heads) * delta_rule::HEAD) as u64;
+                let (state, heads) = (delta_rule::state(shape) as u64, shape.v_heads as u64);
+                let spans = |own: bool| batch.spans.iter().filter(move |s| (s.rows.start >= batch.frozen) == own);
+                let own = delta_rule::chunks(spans(true).map(|s| s.rows.len())) as u64;
+                let all = own + delta_rule::chunks(spans(false).map(|s| s.rows.len())) as u64;
+                let before = spans(true).count() as u64 * (net.kernel as u64 - 1);
+                let prepared = |rows: u64, chunks: u64| {
+                    8 * rows * (heads + shape.k_heads as u64) + chunks * delta_rule::chunk_bytes(shape)
+                };
+                let taps = (shape.channels() * net.kernel) as u64;
+                MixerSizes {
+                    constant: 4 * spans(false).count() as u64 * state + 2 * before * width,
+                    kept: 2 * (n + before) * width + 2 * n * values,
+                    factors: 2 * n * (width + net.out.inputs as u64) + 4 * taps,
+                    forward: 2 * rows * (width + convolved + values + net.out.inputs as u64) + prepared(rows, all),
+                    // The states before and after each chunk, four times the values, and the convolution's own.
+                    backward: 2 * n * (2 * convolved + 5 * values + a.hidden as u64)
+                        + prepared(n, own)
+                        + 4 * own * state
+                        + 4 * taps * n.div_ceil(32),
+                    widest: shape.channels() as u64,
+                }
+            }
+        }
+    }
+}
+
 impl Sizes {
     fn new(a: &Architecture, batch: &Batch, settings: &Settings, overlap: bool) -> Sizes {
-        let (q, kv) = ((a.heads * a.head_dim) as u64, (a.kv_heads * a.head_dim) as u64);
-        let normed = a.layers.iter().any(|l| l.attention().qk_norm.is_some());
         let head = a.head.as_ref().unwrap_or(&a.embedding);
         Sizes {
             rows: batch.rows() as u64,
             trained: batch.trained() as u64,
             targets: batch.targets.len() as u64,
             h: a.hidden as u64,
-            q,
-            kv,
             inner: a.intermediate as u64,
             vocabulary: a.vocabulary as u64,
-            layers: a.layers.len() as u64,
-            q_kept: if normed { q + kv } else { q },
-            heads: a.heads as u64,
+            mixers: a.layers.iter().map(|l| MixerSizes::new(&l.mixer, a, batch)).collect(),
             tied: a.head.is_none(),
             head_trains: settings.trains(head),
             // A matrix of another type as bf16; the largest may be the head.
@@ -104,31 +157,36 @@ impl Sizes {
         }
     }
 
-    fn kept(&self, keep: Keep) -> u64 {
-        let (n, rows) = (self.trained, self.rows);
-        let stream = 2 * n * self.h + 4 * n + 4 * rows * self.kv;
-        let attention = 2 * n * (self.q_kept + self.q + self.h) + 4 * n * (self.heads + 1);
+    /// The most of any layer.
+    fn most(&self, f: impl Fn(&MixerSizes) -> u64) -> u64 {
+        self.mixers.iter().map(f).max().unwrap_or(0)
+    }
+
+    fn kept(&self, mixer: &MixerSizes, keep: Keep) -> u64 {
+        let n = self.trained;
+        let stream = 2 * n * self.h + 4 * n + mixer.constant;
+        let mixed = mixer.kept + 2 * n * self.h + 4 * n;
         match keep {
             Keep::Stream => stream,
-            Keep::Attention => stream + attention,
-            Keep::All => stream + attention + 4 * n * self.inner,
+            Keep::Attention => stream + mixed,
+            Keep::All => stream + mixed + 4 * n * self.inner,
         }
     }
 
     /// Of one layer's backward pass: what its weights' gradients are made from, beyond what was kept of its forward pass
     /// (whose gate and up, and inputs, become part of it).
-    fn factors(&self) -> u64 {
-        2 * self.trained * (2 * self.h + self.inner + self.q + 2 * self.kv)
+    fn factors(&self, mixer: &MixerSizes) -> u64 {
+        2 * self.trained * (2 * self.h + self.inner) + mixer.factors
     }
 
     /// What only passes through in one layer's backward pass, and an update's scratch.
     fn passing_backward(&self, rank: u64) -> u64 {
         let n = self.trained;
+        let widest = self.inner.max(self.most(|m| m.widest));
         // The last: gradients of linears with one input, added in f32 where these do not lie one behind the other.
-        let attention = 2 * n * (5 * self.q + self.h) + 4 * n * self.heads + 4 * n * self.h;
-        let matrix = self.h * self.inner.max(self.q);
-        let update = 2 * matrix + 8 * rank.max(1) * self.inner.max(self.q).max(self.h) + 2 * n * self.h;
-        attention.max(update) + self.kept(Keep::All) + 4 * self.h * 600
+        let mixer = self.most(|m| m.backward) + 2 * n * self.h + 4 * n * self.h;
+        let update = 2 * self.h * widest + 8 * rank.max(1) * widest.max(self.h) + 2 * n * self.h;
+        mixer.max(update) + self.most(|m| self.kept(m, Keep::All)) + 4 * self.h * 600
     }
 
     /// What an update beside the backward pass takes: its scratch, and what the layer above still holds of its own.
@@ -136,21 +194,22 @@ impl Sizes {
         if order == Order::After || !self.overlap {
             return (0, 0);
         }
-        let matrix = self.h * self.inner.max(self.q);
-        let layer =
-            2 * matrix + 2 * matrix / 64 + 24 * rank.max(1) * self.inner.max(self.q) + 2 * self.trained * self.h;
+        let widest = self.inner.max(self.most(|m| m.widest));
+        let matrix = self.h * widest;
+        let layer = 2 * matrix + 2 * matrix / 64 + 24 * rank.max(1) * widest + 2 * self.trained * self.h;
         let chunk = 2 * (super::update::VOCABULARY as u64).min(self.vocabulary * self.h)
             + 8 * rank.max(1) * self.vocabulary
             + 48 * self.vocabulary
             + 4 * self.trained * self.h;
-        let lent = 2 * self.trained * (4 * self.h + 2 * self.q + 2 * self.kv + 3 * self.inner);
+        let lent =
+            2 * self.trained * (4 * self.h + 3 * self.inner) + self.most(|m| m.factors + 2 * self.trained * m.widest);
         (layer.max(chunk) + (16 << 20), lent)
     }
 
     fn passing_forward(&self) -> u64 {
-        let attention = 2 * self.rows * (self.h + 3 * self.q + 2 * self.kv);
+        let mixer = 2 * self.rows * self.h + self.most(|m| m.forward);
         let feed_forward = 2 * self.rows * (self.h + 3 * self.inner);
-        attention.max(feed_forward)
+        mixer.max(feed_forward)
     }
 
     /// Of the head while it works, and what of it waits for its update.
@@ -171,15 +230,15 @@ impl Sizes {
     }
 
     fn peak(&self, order: Order, keep: &[Keep], rank: u64) -> u64 {
-        let kept: u64 = keep.iter().map(|&k| self.kept(k)).sum();
+        let kept: u64 = self.mixers.iter().zip(keep).map(|(m, &k)| self.kept(m, k)).sum();
         let (head, waiting) = self.head(rank);
         let layerwise = order == Order::Layerwise && !self.tied;
         let stays = if layerwise { 0 } else { waiting };
         let backward = match order {
-            Order::Layerwise => kept + self.factors() + self.passing_backward(rank) + stays,
+            Order::Layerwise => kept + self.most(|m| self.factors(m)) + self.passing_backward(rank) + stays,
             Order::After => {
-                let all = self.kept(Keep::All) + self.factors();
-                (self.layers * all).max(kept) + self.passing_backward(rank) + waiting
+                let all: u64 = self.mixers.iter().map(|m| self.kept(m, Keep::All) + self.factors(m)).sum();
+                all.max(kept) + self.passing_backward(rank) + waiting
             }
         };
         let forward = kept + self.passing_forward();
@@ -302,6 +361,29 @@ mod tests {
         for (context, trained, gb) in [(1024, 1024, 4.0), (0, 4096, 8.0), (2048, 256, 4.0)] {
             let budget = (gb * 1e9) as u64 - state;
             let plan = Plan::choose(&a, &batch(context, trained), &settings, budget, Allowed::default());
+            let count = |k| plan.as_ref().map_or(0, |p| p.keep.iter().filter(|x| **x == k).count());
+            let counts = [Keep::All, Keep::Attention, Keep::Stream].map(count);
+            println!(
+                "{context}+{trained} in {gb} GB, {state} of them state: {counts:?}, {:?}",
+                plan.as_ref().map(|p| p.bytes)
+            );
+            assert!(plan.is_ok());
+        }
+    }
+
+    /// Qwen3.5-27B: bytes beyond the weights, and that a long context costs no more than its rows.
+    #[test]
+    fn a_model_with_linear_attention_fits_too() {
+        let config = r#"{"model_type": "qwen3_5_text", "hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 24,
+            "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 17408, "vocab_size": 248320,
+            "linear_num_key_heads": 16, "linear_num_value_heads": 48, "max_position_embeddings": 262144,
+            "tie_word_embeddings": false}"#;
+        let a = Architecture::from_config(&Config::parse(config).unwrap()).unwrap();
+        let settings = Settings::default();
+        let state = missing(&a, &settings);
+        for (context, trained, gb) in [(0, 1024, 8.0), (4096, 256, 8.0), (32768, 1024, 20.0), (32768, 4096, 30.0)] {
+            let plan =
+                Plan::choose(&a, &batch(context, trained), &settings, (gb * 1e9) as u64 - state, Allowed::default());
             let count = |k| plan.as_ref().map_or(0, |p| p.keep.iter().filter(|x| **x == k).count());
             let counts = [Keep::All, Keep::Attention, Keep::Stream].map(count);
             println!(

@@ -1,16 +1,17 @@
 //! Gradients tensor by tensor from what the backward pass left, and the update of each, in stream order and without a word
 //! from the device until the end: what becomes of a tensor is decided there (`compute::cuda::apollo`).
 
-use super::backward::LayerGradients;
+use super::backward::{LayerGradients, MixerGradients};
 use super::head::{Head, Stream};
 use super::state::Moments;
-use super::{Context, Result};
+use super::{Context, Result, delta_net};
 use crate::compute::cuda::apollo::{self, Apply, Factors, Gradient, Judge, Rates, Verdict};
 use crate::compute::cuda::embedding::{self, Lookups};
 use crate::compute::cuda::matmul::{Operand, Output, matmul};
 use crate::compute::cuda::{Buffer, Gpu, Part, Weight, linear, rms_norm};
 use crate::compute::rng::{Purpose, Stream as Random};
 use crate::train::apollo::{form, moment_elements};
+use crate::train::families::Mixer;
 use crate::train::settings::Rounding;
 use crate::train::state::{Form, OptimizerState, TensorState};
 use crate::train::step::{LARGEST, StepError};
@@ -73,14 +74,43 @@ impl Context<'_> {
         rms_norm::again(gpu, g.x_mid.part(), g.rstd_mid.part(), &self.weight(&layer.post_norm), n, normed.part())?;
         // Weights of the norms are read above and below, before they change.
         together(&[&layer.gate, &layer.up], &g.d_gate_up, normed.part())?;
-        together(&[&layer.attention().o], &g.d_mid, g.attended.part())?;
+        match (&layer.mixer, &g.mixer) {
+            (Mixer::Attention(l), MixerGradients::Attention { attended, .. }) => {
+                together(&[&l.o], &g.d_mid, attended.part())?
+            }
+            (Mixer::DeltaNet(l), MixerGradients::DeltaNet { mixed, .. }) => {
+                together(&[&l.out], &g.d_mid, mixed.part())?
+            }
+            _ => unreachable!("a layer's gradients are its own mixer's"),
+        }
         rms_norm::again(gpu, g.x_in.part(), g.rstd_in.part(), &self.weight(&layer.input_norm), n, normed.part())?;
-        together(&[&layer.attention().q, &layer.attention().k, &layer.attention().v], &g.d_qkv, normed.part())?;
+        match (&layer.mixer, &g.mixer) {
+            (Mixer::Attention(l), MixerGradients::Attention { d_qkv, .. }) => {
+                together(&[&l.q, &l.k, &l.v], d_qkv, normed.part())?
+            }
+            (Mixer::DeltaNet(l), MixerGradients::DeltaNet { d_inputs, .. }) => {
+                together(&delta_net::linears(l), d_inputs, normed.part())?
+            }
+            _ => unreachable!("a layer's gradients are its own mixer's"),
+        }
         self.give_vector(sink, &layer.input_norm, g.d_input_norm.part())?;
         self.give_vector(sink, &layer.post_norm, g.d_post_norm.part())?;
-        if let (Some((q, k)), Some(d)) = (&layer.attention().qk_norm, &g.d_qk_norm) {
-            self.give_vector(sink, q, d.part())?;
-            self.give_vector(sink, k, d.from(4 * a.head_dim as u64))?;
+        match (&layer.mixer, &g.mixer) {
+            (Mixer::Attention(l), MixerGradients::Attention { d_qk_norm, .. }) => {
+                if let (Some((q, k)), Some(d)) = (&l.qk_norm, d_qk_norm) {
+                    self.give_vector(sink, q, d.part())?;
+                    self.give_vector(sink, k, d.from(4 * a.head_dim as u64))?;
+                }
+            }
+            (Mixer::DeltaNet(l), MixerGradients::DeltaNet { d_convolution, d_gates, d_norm, .. }) => {
+                let (channels, heads) = (l.shape.channels(), l.shape.v_heads);
+                let g = Gradient::new(d_convolution.part(), true, channels, l.kernel);
+                self.give(sink, &l.convolution, Source::Whole(g))?;
+                self.give_vector(sink, &l.a_log, d_gates.part())?;
+                self.give_vector(sink, &l.dt_bias, d_gates.from(4 * heads as u64))?;
+                self.give_vector(sink, &l.norm, d_norm.part())?;
+            }
+            _ => unreachable!("a layer's gradients are its own mixer's"),
         }
         Ok(())
     }

@@ -13,13 +13,18 @@ __device__ __forceinline__ bf16 to_bf16(float x) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
     return y;
 }
-// Element i of a weight of kind 0 (bf16), 1 (f16) or 2 (f32).
-__device__ __forceinline__ float weight(const void *w, int kind, i64 i) {
-    if (kind == 0) return f32(((const bf16 *)w)[i]);
-    if (kind == 2) return ((const float *)w)[i];
+// Element i of a weight of kind 0 (bf16), 1 (f16) or 2 (f32); 4 more where it is kept as its distance from 1.
+__device__ __forceinline__ float from_f16(bf16 x) {
     float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(((const bf16 *)w)[i]));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
     return y;
+}
+__device__ __forceinline__ float weight(const void *w, int kind, i64 i) {
+    const float from = kind & 4 ? 1.f : 0.f;
+    kind &= 3;
+    if (kind == 0) return from + f32(((const bf16 *)w)[i]);
+    if (kind == 2) return from + ((const float *)w)[i];
+    return from + from_f16(((const bf16 *)w)[i]);
 }
 // W values in one access where W is 8 or 4: the caller knows that the address allows it.
 template <int W> __device__ __forceinline__ void load(const bf16 *from, float (&x)[W]) {
