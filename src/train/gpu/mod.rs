@@ -133,7 +133,6 @@ impl GpuTrainer {
     /// Gives memory of passing values back, when no steps are coming.
     pub fn release_buffers(&self) {
         self.gpu.release();
-        self.moments.release_staging();
         self.model.held.store(0, Ordering::Relaxed);
     }
 
