@@ -493,3 +493,48 @@ fn weights_files_changed_by_others_before_a_fold_are_refused_at_the_next_start()
     assert_same!(setup.disk(), setup.live.bytes());
     assert!(committer.verify(None).unwrap().wrong.is_empty());
 }
+
+/// Large tensors of which much changed are compared on all cores, those of which little did side by side; from staged
+/// copies and from the live weights; over files and over commits that are only in the log.
+#[test]
+fn large_tensors_are_logged_as_small_ones_are() {
+    // 18 MB of three-byte steps off every boundary, and one of bytes between.
+    let tensors = [("a", "U8", 3, 1), ("b", "BF16", 9_000_001, 2), ("c", "F32", 4_400_000, 4), ("d", "BF16", 11, 2)];
+    for (fold, staging_memory) in
+        [(FoldPolicy::Always, 1 << 30), (FoldPolicy::Never, 1 << 30), (FoldPolicy::Never, 1 << 16)]
+    {
+        let directory = tempfile::tempdir().unwrap();
+        let shards = vec![("model.safetensors".to_string(), shard(&tensors, 5))];
+        let model = write_model(directory.path(), &shards);
+        let live = Live::of(&shards);
+        let committer = Committer::open(model, Options { fold, staging_memory, ..Options::default() }).unwrap().0;
+        let mut states = vec![live.bytes()];
+        let header = 8 + u64::from_le_bytes(shards[0].1[..8].try_into().unwrap()) as usize;
+        let (b, c) = (header + 3, header + 3 + 18_000_002);
+        // Little of each; then all of `b` and little of `c`; then all of `c`.
+        let changes: [&[(usize, usize)]; 3] = [
+            &[(b + 1000, 2), (b + 17_999_999, 4), (c + 5_000_000, 3)],
+            &[(b, 18_000_002), (c + 17_599_999, 1)],
+            &[(c, 17_600_000)],
+        ];
+        for (step, ranges) in changes.iter().enumerate() {
+            for &(at, len) in *ranges {
+                let now = &live.bytes()[0][at..at + len];
+                live.set(0, at, &now.iter().map(|b| b ^ 0x41).collect::<Vec<_>>());
+            }
+            let info = commit(&committer, &live, step as u64).commit.unwrap();
+            let (old, new) = (&states[step][0], &live.bytes()[0]);
+            let differ = |start: usize, end: usize, element: usize| {
+                let pairs = old[start..end].chunks(element).zip(new[start..end].chunks(element));
+                pairs.filter(|(a, b)| a != b).count() as u64
+            };
+            let counted = differ(header, b, 1) + differ(b, c, 2) + differ(c, c + 17_600_000, 4);
+            assert_eq!((info.changed_elements, info.changed_tensors), (counted, [2, 2, 1][step]));
+            states.push(live.bytes());
+        }
+        for (id, state) in states.iter().enumerate() {
+            assert_same!(read_all(&committer.snapshot(id as u64).unwrap()), *state);
+        }
+        assert!(committer.verify(None).unwrap().wrong.is_empty());
+    }
+}

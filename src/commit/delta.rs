@@ -14,6 +14,9 @@ use zstd::stream::zio::Writer;
 /// zstd's level: 1 is what the other tools use. Runs of zeros are nearly free at any level.
 const LEVEL: i32 = 1;
 
+/// No difference.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
 /// What a finished encoder knows about its tensor.
 #[derive(Debug, Clone)]
 pub struct Summary {
@@ -27,8 +30,6 @@ pub struct Summary {
 pub struct Scratch {
     xor: raw::Encoder<'static>,
     values: raw::Encoder<'static>,
-    difference: Vec<u8>,
-    new_values: Vec<u8>,
 }
 
 impl Scratch {
@@ -42,7 +43,49 @@ impl Scratch {
             }
             Ok::<_, io::Error>(encoder)
         };
-        Ok(Scratch { xor: encoder()?, values: encoder()?, difference: Vec::new(), new_values: Vec::new() })
+        Ok(Scratch { xor: encoder()?, values: encoder()? })
+    }
+}
+
+/// What a piece of a tensor adds to the two frames. Made on any thread; the encoder takes the pieces in order.
+#[derive(Default)]
+pub struct Difference {
+    xor: Vec<u8>,
+    /// The first `taken` count.
+    values: Vec<u8>,
+    taken: usize,
+    /// Elements with a difference, if the piece begins with one and none is cut at its end.
+    elements: Option<u64>,
+}
+
+impl Difference {
+    /// Compares `old` and `new`, of the same length, of a tensor whose elements have `element` bytes.
+    pub fn compare(&mut self, old: &[u8], new: &[u8], element: usize) {
+        self.xor.clear();
+        self.xor.extend(old.iter().zip(new).map(|(a, b)| a ^ b));
+        // Room for eight more than there can be: a word's values are put down together, and those that count stay.
+        self.values.resize(new.len() + 8, 0);
+        let mut taken = 0;
+        let (words, tail) = self.xor.as_chunks::<8>();
+        for (difference, new) in words.iter().zip(new.as_chunks::<8>().0) {
+            if u64::from_le_bytes(*difference) != 0 {
+                let place = &mut self.values[taken..taken + 8];
+                let mut n = 0;
+                for (&difference, &value) in difference.iter().zip(new) {
+                    place[n & 7] = value;
+                    n += (difference != 0) as usize;
+                }
+                taken += n;
+            }
+        }
+        for (&difference, &value) in tail.iter().zip(&new[words.len() * 8..]) {
+            self.values[taken] = value;
+            taken += (difference != 0) as usize;
+        }
+        self.taken = taken;
+        let mut elements = ElementCounter::new(element);
+        elements.count(&self.xor);
+        self.elements = (elements.phase == 0).then_some(elements.count);
     }
 }
 
@@ -53,14 +96,12 @@ pub struct DeltaEncoder<X: Write, V: Write> {
     hasher: Xxh3Default,
     elements: ElementCounter,
     changed_bytes: u64,
-    difference: Vec<u8>,
-    new_values: Vec<u8>,
 }
 
 impl<X: Write, V: Write> DeltaEncoder<X, V> {
     /// For a tensor of `bytes` bytes whose elements have `element` bytes.
     pub fn new(scratch: Scratch, xor: X, values: V, bytes: u64, element: usize) -> io::Result<DeltaEncoder<X, V>> {
-        let Scratch { xor: mut xor_frame, values: mut values_frame, difference, new_values } = scratch;
+        let Scratch { xor: mut xor_frame, values: mut values_frame } = scratch;
         xor_frame.reinit()?;
         values_frame.reinit()?;
         xor_frame.set_pledged_src_size(Some(bytes))?; // readers that decompress in one call want the size in the frame
@@ -68,50 +109,34 @@ impl<X: Write, V: Write> DeltaEncoder<X, V> {
             xor: Writer::new(xor, xor_frame),
             values: Writer::new(values, values_frame),
             hasher: Xxh3Default::new(),
-            elements: ElementCounter { element, phase: 0, changed: false, count: 0 },
+            elements: ElementCounter::new(element),
             changed_bytes: 0,
-            difference,
-            new_values,
         })
     }
 
-    /// The next bytes of the tensor.
-    pub fn push(&mut self, old: &[u8], new: &[u8]) -> io::Result<()> {
+    /// The next bytes of the tensor, as they are `new`, and what was found to differ.
+    pub fn push(&mut self, new: &[u8], difference: &Difference) -> io::Result<()> {
         self.hasher.update(new);
-        self.difference.clear();
-        self.difference.extend(old.iter().zip(new).map(|(a, b)| a ^ b));
-        // Room for eight more than there can be: a word's values are put down together, and those that count stay.
-        self.new_values.resize(new.len() + 8, 0);
-        let mut taken = 0;
-        let (words, tail) = self.difference.as_chunks::<8>();
-        for (difference, new) in words.iter().zip(new.as_chunks::<8>().0) {
-            if u64::from_le_bytes(*difference) != 0 {
-                let place = &mut self.new_values[taken..taken + 8];
-                let mut n = 0;
-                for (&difference, &value) in difference.iter().zip(new) {
-                    place[n & 7] = value;
-                    n += (difference != 0) as usize;
-                }
-                taken += n;
-            }
+        match difference.elements {
+            Some(changed) if self.elements.phase == 0 => self.elements.count += changed,
+            _ => self.elements.count(&difference.xor),
         }
-        for (&difference, &value) in tail.iter().zip(&new[words.len() * 8..]) {
-            self.new_values[taken] = value;
-            taken += (difference != 0) as usize;
-        }
-        self.changed_bytes += taken as u64;
-        self.elements.count(&self.difference);
-        self.xor.write_all(&self.difference)?;
-        self.values.write_all(&self.new_values[..taken])
+        self.changed_bytes += difference.taken as u64;
+        self.xor.write_all(&difference.xor)?;
+        self.values.write_all(&difference.values[..difference.taken])
     }
 
     /// The next bytes of the tensor, where old and new are the same.
     pub fn push_unchanged(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.hasher.update(bytes);
-        self.difference.clear();
-        self.difference.resize(bytes.len(), 0);
-        self.elements.count(&self.difference);
-        self.xor.write_all(&self.difference)
+        self.elements.pass(bytes.len());
+        let mut left = bytes.len();
+        while left > 0 {
+            let n = left.min(ZEROS.len());
+            self.xor.write_all(&ZEROS[..n])?;
+            left -= n;
+        }
+        Ok(())
     }
 
     /// The summary, the two writers with their frames complete, and the scratch for the next tensor.
@@ -124,9 +149,9 @@ impl<X: Write, V: Write> DeltaEncoder<X, V> {
         };
         self.xor.finish()?;
         self.values.finish()?;
-        let Self { xor, values, difference, new_values, .. } = self;
+        let Self { xor, values, .. } = self;
         let ((xor, xor_frame), (values, values_frame)) = (xor.into_inner(), values.into_inner());
-        Ok((summary, xor, values, Scratch { xor: xor_frame, values: values_frame, difference, new_values }))
+        Ok((summary, xor, values, Scratch { xor: xor_frame, values: values_frame }))
     }
 }
 
@@ -140,6 +165,19 @@ struct ElementCounter {
 }
 
 impl ElementCounter {
+    fn new(element: usize) -> ElementCounter {
+        ElementCounter { element, phase: 0, changed: false, count: 0 }
+    }
+
+    /// `bytes` bytes without a difference.
+    fn pass(&mut self, bytes: usize) {
+        let end = self.phase + bytes;
+        if end >= self.element && self.phase > 0 {
+            self.end();
+        }
+        self.phase = end % self.element;
+    }
+
     fn count(&mut self, difference: &[u8]) {
         let mut rest = difference;
         if self.phase == 0 && matches!(self.element, 1 | 2 | 4 | 8) {
@@ -257,13 +295,15 @@ mod tests {
     fn encode(old: &[u8], new: &[u8], element: usize, cuts: &[usize]) -> (Summary, Vec<u8>, Vec<u8>) {
         let scratch = Scratch::new(if old.len().is_multiple_of(2) { 1 } else { 2 }).unwrap();
         let mut encoder = DeltaEncoder::new(scratch, Vec::new(), Vec::new(), new.len() as u64, element).unwrap();
+        let mut difference = Difference::default();
         let mut at = 0;
         for &cut in cuts.iter().chain([&new.len()]) {
             let cut = cut.clamp(at, new.len());
             if old[at..cut] == new[at..cut] {
                 encoder.push_unchanged(&new[at..cut]).unwrap();
             } else {
-                encoder.push(&old[at..cut], &new[at..cut]).unwrap();
+                difference.compare(&old[at..cut], &new[at..cut], element);
+                encoder.push(&new[at..cut], &difference).unwrap();
             }
             at = cut;
         }

@@ -1,10 +1,11 @@
 //! Log: compares changed blocks with the bytes they replace, and writes the record of the changed elements.
 //!
-//! Tensors are encoded on all cores, and appended as they are ready. The new bytes come from the staged copies, or, when those would take more memory than allowed, from the live weights piece by piece.
+//! Tensors are encoded on all cores, and appended as they are ready. The new bytes come from the staged copies, or, when
+//! those would take more memory than allowed, from the live weights piece by piece.
 
 use super::blocks::{Change, Table};
 use super::container::ContainerWriter;
-use super::delta::{DeltaEncoder, Scratch, Summary};
+use super::delta::{DeltaEncoder, Difference, Scratch, Summary};
 use super::error::CommitError;
 use super::find::Run;
 use super::layout::{Layout, TensorLayout};
@@ -18,13 +19,16 @@ use crate::memory::{BLOCK, hash_into};
 use parking_lot::Mutex;
 use rayon::prelude::*;
 use std::io::Write;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// Tensors beyond this many bytes are encoded one by one, all cores on each, straight into the files. Of the others each
-/// core has the delta of one in memory, which is at most twice as large as the tensor.
+/// Tensors of which more bytes than this may have changed are encoded one by one, all cores on each, straight into the
+/// files. Of the others each core has the delta of one in memory, which is at most a little over twice that.
 const LARGE: u64 = 16 << 20;
-/// Bytes of a tensor compared at a time: old and new ones, and what they make, fit a core's cache.
+/// Bytes of a tensor that one core compares at a time: old and new ones, and what they make, fit its cache.
 const PIECE: u64 = 256 << 10;
+/// Pieces of a large tensor compared at the same time, for each core.
+const PIECES: usize = 4;
 
 /// Where the new bytes of changed blocks come from.
 pub enum NewBytes<'a> {
@@ -73,6 +77,13 @@ impl<'a> Streamed<'a> {
         let mut changes = self.seen.into_inner();
         changes.sort_by_key(|c| (c.shard, c.first));
         changes
+    }
+
+    /// The bytes of the changed runs that overlap `start..end` of a shard.
+    fn overlapping(&self, layout: &Layout, shard: usize, start: u64, end: u64) -> impl Iterator<Item = Range<u64>> {
+        let from = self.runs.partition_point(|r| (r.shard, r.bytes(layout).end) <= (shard, start));
+        let inside = self.runs[from..].iter().take_while(move |r| r.shard == shard).map(|r| r.bytes(layout));
+        inside.take_while(move |r| r.start < end)
     }
 
     /// Puts live bytes of changed blocks over `buffer`. Its ends are ends of blocks or of the tensor, so that a block
@@ -165,18 +176,20 @@ impl Journal<'_> {
     ) -> Result<(Totals, Vec<String>), CommitError> {
         let mut output = Output { xor, values, totals: Totals::default(), names: Vec::new() };
         let threads = rayon::current_num_threads();
-        let (large, mut small): (Vec<_>, Vec<_>) = tensors.iter().partition(|&&at| self.bytes(at) > LARGE);
+        let (large, mut small): (Vec<_>, Vec<_>) = tensors.iter().partition(|&&at| self.changed_at_most(at) > LARGE);
         let mut done = 0;
         let mut scratch = None;
+        let mut pieces = Pieces::new(threads * PIECES);
         for at in large {
             let used = match scratch.take() {
                 Some(scratch) => scratch,
                 None => Scratch::new(threads as u32).map_err(|e| self.failed(e))?,
             };
-            scratch = Some(self.write_large(at, used, &mut output)?);
+            scratch = Some(self.write_large(at, used, &mut pieces, &mut output)?);
             done += self.bytes(at);
             progress(done);
         }
+        drop(pieces);
         // Largest first, so that the workers end together.
         small.sort_by_key(|&at| std::cmp::Reverse(self.bytes(at)));
         let next = AtomicUsize::new(0);
@@ -184,7 +197,7 @@ impl Journal<'_> {
         let output = Mutex::new(output);
         (0..threads.min(small.len())).into_par_iter().with_max_len(1).try_for_each(|_| {
             let mut scratch = Scratch::new(1).map_err(|e| self.failed(e))?;
-            let mut pieces = Pieces::default();
+            let mut pieces = Pieces::new(1);
             let (mut xor, mut values) = (Vec::new(), Vec::new());
             while let Some(&at) = small.get(next.fetch_add(1, Ordering::Relaxed)) {
                 xor.clear();
@@ -210,17 +223,37 @@ impl Journal<'_> {
         self.tensor(at).end - self.tensor(at).start
     }
 
+    /// Bytes of a tensor that may have changed.
+    fn changed_at_most(&self, at: (usize, usize)) -> u64 {
+        let TensorLayout { start, end, .. } = *self.tensor(at);
+        let inside = |from: u64, to: u64| to.min(end).saturating_sub(from.max(start));
+        match self.new {
+            NewBytes::Staged(staged) => {
+                staged.overlapping(at.0, start, end).iter().map(|r| inside(r.start(), r.end())).sum()
+            }
+            NewBytes::Streamed(streamed) => {
+                streamed.overlapping(self.layout, at.0, start, end).map(|r| inside(r.start, r.end)).sum()
+            }
+        }
+    }
+
     fn failed(&self, e: std::io::Error) -> CommitError {
         self.layout.io("write", LOG, e)
     }
 
     /// A tensor too large to have its delta in memory goes to the files as it is made.
-    fn write_large(&self, at: (usize, usize), scratch: Scratch, output: &mut Output) -> Result<Scratch, CommitError> {
+    fn write_large(
+        &self,
+        at: (usize, usize),
+        scratch: Scratch,
+        pieces: &mut Pieces,
+        output: &mut Output,
+    ) -> Result<Scratch, CommitError> {
         let name = &self.tensor(at).name;
         let Output { xor, values, .. } = output;
         xor.begin(name);
         values.begin(name);
-        let (summary, scratch) = self.feed(at, scratch, &mut Pieces::default(), &mut **xor, &mut **values)?;
+        let (summary, scratch) = self.feed(at, scratch, pieces, &mut **xor, &mut **values)?;
         xor.end();
         values.end();
         output.note(name, &summary);
@@ -250,7 +283,7 @@ impl Journal<'_> {
         &self,
         (shard, tensor): (usize, usize),
         scratch: Scratch,
-        Pieces { old, new }: &mut Pieces,
+        Pieces(pieces): &mut Pieces,
         xor: X,
         values: V,
     ) -> Result<(Summary, Scratch), CommitError> {
@@ -258,42 +291,105 @@ impl Journal<'_> {
         let TensorLayout { start, end, element, .. } = *self.tensor((shard, tensor));
         let name = &self.layout.shards[shard].name;
         let file = self.storage.open(name, Access::Read).map_err(|e| self.layout.io("open", name, e))?;
-        let mut committed = Replay::new(self.layout, shard, file, self.layers);
+        let mut committed = Replay::new(self.layout, shard, file.clone(), self.layers);
         let mut encoder = DeltaEncoder::new(scratch, xor, values, end - start, element).map_err(io)?;
         let mut at = start;
         while at < end {
-            let stop = ((at / PIECE + 1) * PIECE).min(end);
-            old.resize((stop - at) as usize, 0);
-            committed.read(at, old, |_| ())?;
-            if let NewBytes::Staged(staged) = self.new
-                && let Some(new) = staged.whole(shard, at, stop)
-            {
-                encoder.push(old, new).map_err(io)?;
-                at = stop;
-                continue;
+            let mut used = 0;
+            for piece in pieces.iter_mut() {
+                if at == end {
+                    break;
+                }
+                let stop = ((at / PIECE + 1) * PIECE).min(end);
+                piece.start = at;
+                piece.old.resize((stop - at) as usize, 0);
+                (at, used) = (stop, used + 1);
             }
-            new.clone_from(old);
-            let any = match self.new {
-                NewBytes::Staged(staged) => staged.overlay(shard, at, new),
-                NewBytes::Streamed(streamed) => streamed.overlay(self.layout, shard, at, new)?,
-            };
-            match any {
-                true => encoder.push(old, new),
-                false => encoder.push_unchanged(old),
+            let pieces = &mut pieces[..used];
+            // Commits that are only in the log yet are read from front to back; files that hold them all, anyhow.
+            if !self.layers.is_empty() {
+                pieces.iter_mut().try_for_each(|p| committed.read(p.start, &mut p.old, |_| ()))?;
             }
-            .map_err(io)?;
-            at = stop;
+            pieces.par_iter_mut().try_for_each(|p| {
+                if self.layers.is_empty() {
+                    file.read_exact_at(&mut p.old, p.start).map_err(|e| self.layout.io("read", name, e))?;
+                }
+                self.compare(shard, element, p)
+            })?;
+            for piece in pieces {
+                match piece.found {
+                    Found::Same => encoder.push_unchanged(&piece.old),
+                    Found::New => encoder.push(&piece.new, &piece.difference),
+                    Found::Staged => {
+                        let stop = piece.start + piece.old.len() as u64;
+                        encoder.push(self.new.whole(shard, piece.start, stop).unwrap_or(&piece.new), &piece.difference)
+                    }
+                }
+                .map_err(io)?;
+            }
         }
         let (summary, _, _, scratch) = encoder.finish().map_err(io)?;
         Ok((summary, scratch))
     }
+
+    /// Finds the new bytes of a piece whose old ones are there, and what differs.
+    fn compare(&self, shard: usize, element: usize, piece: &mut Piece) -> Result<(), CommitError> {
+        let Piece { start, old, new, difference, found } = piece;
+        if let Some(new) = self.new.whole(shard, *start, *start + old.len() as u64) {
+            difference.compare(old, new, element);
+            *found = Found::Staged;
+            return Ok(());
+        }
+        new.clone_from(old);
+        let any = match self.new {
+            NewBytes::Staged(staged) => staged.overlay(shard, *start, new),
+            NewBytes::Streamed(streamed) => streamed.overlay(self.layout, shard, *start, new)?,
+        };
+        *found = Found::Same;
+        if any {
+            difference.compare(old, new, element);
+            *found = Found::New;
+        }
+        Ok(())
+    }
 }
 
-/// Old and new bytes of the piece at hand.
+impl NewBytes<'_> {
+    /// The bytes `start..end` of a shard where all of them are staged in one piece.
+    fn whole(&self, shard: usize, start: u64, end: u64) -> Option<&[u8]> {
+        match self {
+            NewBytes::Staged(staged) => staged.whole(shard, start, end),
+            NewBytes::Streamed(_) => None,
+        }
+    }
+}
+
+/// The pieces at hand, kept for their memory.
+struct Pieces(Vec<Piece>);
+
 #[derive(Default)]
-struct Pieces {
+struct Piece {
+    start: u64,
     old: Vec<u8>,
     new: Vec<u8>,
+    difference: Difference,
+    found: Found,
+}
+
+/// Where a piece's new bytes are.
+#[derive(Default, Clone, Copy)]
+enum Found {
+    /// They are the old ones.
+    #[default]
+    Same,
+    New,
+    Staged,
+}
+
+impl Pieces {
+    fn new(pieces: usize) -> Pieces {
+        Pieces((0..pieces).map(|_| Piece::default()).collect())
+    }
 }
 
 impl Output<'_> {

@@ -341,7 +341,43 @@ def gpu_memory():
     return out.stdout.strip().replace("\n", "; ")
 
 
-def view(scratch, layers):
+def populated(size):
+    """Seconds to take and pin a memfd's memory on all cores, which is what a view's first fill waits for."""
+    import ctypes
+    from concurrent.futures import ThreadPoolExecutor
+    import mmap
+
+    import torch
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    fd = os.memfd_create("peer")
+    os.ftruncate(fd, size)
+    began = time.time()
+    mapping = mmap.mmap(fd, size)
+    first = ctypes.c_char.from_buffer(mapping)
+    start = ctypes.addressof(first)
+
+    def take(at):
+        n = min(256 << 20, size - at)
+        if libc.madvise(start + at, n, 23):  # MADV_POPULATE_WRITE
+            raise OSError(ctypes.get_errno(), "madvise")
+        if int(torch.cuda.cudart().cudaHostRegister(start + at, n, 0)):
+            raise SystemExit("cudaHostRegister failed")
+
+    pieces = range(0, size, 256 << 20)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(take, pieces))
+    seconds = time.time() - began
+    for at in pieces:
+        torch.cuda.cudart().cudaHostUnregister(start + at)
+    del first
+    mapping.close()
+    os.close(fd)
+    return seconds
+
+
+def view(scratch, layers, reading):
     """54 GB in Qwen3.5-27B's shapes: first fill, refreshes, reading."""
     import torch
 
@@ -353,6 +389,8 @@ def view(scratch, layers):
     print(f"engine: {time.time() - began:.1f} s, {engine.facts}")
     free = torch.cuda.mem_get_info()[0]
     log = os.path.join(scratch, "log")
+    total = sum(os.path.getsize(os.path.join(model, f)) for f in harness.shards(model))
+    print(f"the same memory taken and pinned by nobody else: {populated(total):.2f} s, once more {populated(total):.2f} s")
     began = time.time()
     with mounted(model, point, "--weights", engine.manifest, "--log-level", "debug", "--log-file", log):
         total = status(point)["source"]["bytes"]
@@ -373,23 +411,29 @@ def view(scratch, layers):
         pid = status(point)["pid"]
         print("host memory of the daemon:", {k: f"{v / 1e9:.2f} GB" for k, v in memory_of(pid).items()}, announced(point))
         print(f"GPU memory: {gpu_memory()}; taken beside the engine: {(free - torch.cuda.mem_get_info()[0]) / 1e6:.0f} MB")
-        # One shard: of several gigabytes, and so many readers as well.
-        first = harness.shards(point)[:1]
-        sample = os.path.join("/dev/shm", "weightfs-peer")
-        os.makedirs(sample, exist_ok=True)
-        for f in first:
-            shutil.copyfile(os.path.join(point, f), os.path.join(sample, f))
-        for readers in (1, 8):
-            for what, read in (("read", read_all), ("safe_open", safe_open_all)):
-                rates = {}
-                for where in (point, sample) * 3:
-                    seconds, got = read([os.path.join(where, f) for f in first], readers)
-                    rates.setdefault(where, []).append(got / seconds / 1e9)
-                ours, shm = (sorted(rates[w])[1] for w in (point, sample))
-                print(f"  {readers} reader(s), {what}: {ours:.2f} GB/s, /dev/shm {shm:.2f} GB/s, ratio {ours / shm:.2f}")
-        shutil.rmtree(sample)
+        if reading:
+            read_beside(point)
     engine.stop()
     shutil.rmtree(model)
+
+
+def read_beside(point):
+    """The mount beside the same file in /dev/shm."""
+    # One shard: of several gigabytes, and so many readers as well.
+    first = harness.shards(point)[:1]
+    sample = os.path.join("/dev/shm", "weightfs-peer")
+    os.makedirs(sample, exist_ok=True)
+    for f in first:
+        shutil.copyfile(os.path.join(point, f), os.path.join(sample, f))
+    for readers in (1, 8):
+        for what, read in (("read", read_all), ("safe_open", safe_open_all)):
+            rates = {}
+            for where in (point, sample) * 3:
+                seconds, got = read([os.path.join(where, f) for f in first], readers)
+                rates.setdefault(where, []).append(got / seconds / 1e9)
+            ours, shm = (sorted(rates[w])[1] for w in (point, sample))
+            print(f"  {readers} reader(s), {what}: {ours:.2f} GB/s, /dev/shm {shm:.2f} GB/s, ratio {ours / shm:.2f}")
+    shutil.rmtree(sample)
 
 
 READ = """
@@ -482,6 +526,7 @@ def main():
     p.add_argument("what", nargs="*", default=["check", "kill", "view", "commit"])
     p.add_argument("--kills", type=int, default=20)
     p.add_argument("--view-layers", type=int, default=64)
+    p.add_argument("--no-reading", action="store_true")
     p.add_argument("--commit-layers", type=int, default=16)
     a = p.parse_args()
     os.makedirs(a.scratch, exist_ok=True)
@@ -493,7 +538,7 @@ def main():
     if "kill" in a.what:
         kills(a.scratch, a.kills)
     if "view" in a.what:
-        view(a.scratch, a.view_layers)
+        view(a.scratch, a.view_layers, not a.no_reading)
     if "commit" in a.what:
         commits(a.scratch, a.commit_layers)
 

@@ -87,7 +87,9 @@ class Attention(ctypes.Structure):
         [(n, I) for n in "log_rows log_shift q_shift group d window".split()] + [("scale", F)]
 
 
-attention = Module("attention")
+attention, hopper = Module("attention"), None
+if torch.cuda.get_device_capability() == (9, 0):
+    hopper = Module("attention_hopper")
 
 
 def size_class(d):
@@ -98,6 +100,9 @@ def attention_bytes(which, d):
     """Shared memory, as src/compute/cuda/attention.rs asks for it, and the rows of a tile."""
     if d == "plain":
         return 0, 64
+    if isinstance(d, str):
+        d = int(d.split("_")[1])
+        return (2 * 128 + 6 * 64) * d * 2 + (6 * 64 * 4 if which == "kv" else 0) + 1024, 128
     if which == "forward":
         rows = 128 if d < 256 else 64
         return (rows + 4 * 64) * d * 2, rows
@@ -133,7 +138,7 @@ def attention_reference(q, k, v, spans, window, scale):
     return out
 
 
-def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, plain=False):
+def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=None):
     total = max(s[1] for s in spans)
     trained = total - frozen
     extra = 8 if d % 8 == 0 else 3
@@ -147,7 +152,8 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, plain=F
     delta = poison(heads, trained, dtype=torch.float32)
     dq, dk, dv = (poison(trained, heads * d) for _ in range(3))
     scale = d ** -0.5
-    kind = "plain" if plain else size_class(d)
+    kind = kind or size_class(d)
+    own_way = str(kind).startswith("hopper")
     what = f"attention d={d} {kind} heads={heads}/{kv} window={window} spans={spans}"
 
     def launch(which, spans, grid_z=1, **fields):
@@ -156,8 +162,13 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, plain=F
         a = Attention(tiles=t.data_ptr(), ldq=width_q, ldk=width_kv, ldv=width_kv, ldo=heads * d, lddq=heads * d,
                       lddk=heads * d, log_rows=trained, log_shift=frozen, group=heads // kv, d=d, window=window,
                       scale=scale, **{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in fields.items()})
-        name = "attention_forward" if which == "forward" else f"attention_backward_{which}"
-        run = lambda: attention(f"{name}_{kind}", (count, heads, grid_z), 128, a, shared=shared)
+        name = "forward" if which == "forward" else f"backward_{which}"
+        if own_way:
+            name = f"{kind.replace('_', f'_{name}_')}"
+            run = lambda: hopper(name, (heads, count, grid_z), 256, a, shared=shared)
+        else:
+            name = f"attention_{name}_{kind}"
+            run = lambda: attention(name, (heads, count, grid_z), 128, a, shared=shared)
         run()
         if not timed:
             return t
@@ -212,7 +223,15 @@ def attentions():
         attention_case([(0, 64, 0, 0)], 2, 2, d)
         attention_case([(0, 129, 0, 0)], 8, 1, d)
         attention_case([(0, 300, 0, 0), (300, 777, 0, 300)], 6, 2, d, frozen=300)
-        attention_case(packed, 4, 2, d, 17, frozen=75, plain=True)
+        attention_case(packed, 4, 2, d, 17, frozen=75, kind="plain")
+    for d in (64, 128, 96, 8, 80) if hopper else ():
+        kind = "hopper_64" if d <= 64 else "hopper_128"
+        for window in (0, 3, 100):
+            attention_case(packed, 4, 2, d, window, frozen=75, kind=kind)
+        attention_case([(0, 1, 0, 0)], 2, 1, d, kind=kind)
+        attention_case([(0, 64, 0, 0)], 2, 2, d, kind=kind)
+        attention_case([(0, 129, 0, 0)], 8, 1, d, kind=kind)
+        attention_case([(0, 700, 0, 0), (700, 1577, 0, 700)], 6, 2, d, frozen=700, kind=kind)
 
 
 # ---- norms, rope, swiglu, loss
@@ -243,7 +262,7 @@ def norms():
         step = 256 * (8 if wide else 1)
         norm("rms_norm_backward" + wide, (blocks,), 256, dy, kept, rstd, w, I(KIND[kind]), I(n), I(h), index, dx, copy, partial,
              shared=-(-h // step) * step * 4)
-        norm("sum_partial", ((h + 255) // 256,), 256, partial, I(blocks), I(h), dw)
+        norm("sum_partial", ((h + 31) // 32,), 256, partial, I(blocks), I(h), dw)
         xf, wf = kept.float().requires_grad_(), w.float().requires_grad_()
         torch.nn.functional.rms_norm(xf, (h,), wf, 1e-5).backward(dy.float())
         want = before.clone()
@@ -268,13 +287,13 @@ def ropes():
     for t, heads, kv, d, normed in [(50, 4, 2, 6, False), (300, 32, 8, 128, True), (41, 6, 3, 64, True), (70, 4, 4, 256, False),
                                     (33, 4, 2, 80, True), (20, 4, 1, 4, True)]:
         first, eps, half, all_ = t // 3, 1e-6, d // 2, heads + 2 * kv
-        n = t - first
+        n, wide = t - first, "" if d % 4 else "_wide"
         x = random(t, all_ * d)
         angle = torch.rand(t, half, device=DEV) * 6
         cos, sin = angle.cos() * 1.1, angle.sin() * 1.1
         qn, kn = (random(d), random(d, dtype=torch.float32)) if normed else (None, None)
         q, kvs, before, kept = poison(t, heads * d), poison(t, 2 * kv * d), poison(n, (heads + kv) * d), poison(n, heads * d)
-        rope("rope_forward", ((t * all_ + 7) // 8,), 256, x, L(all_ * d), I(t), I(heads), I(kv), I(d), cos, sin, qn, I(0), kn,
+        rope("rope_forward" + wide, ((t * all_ + 7) // 8,), 256, x, L(all_ * d), I(t), I(heads), I(kv), I(d), cos, sin, qn, I(0), kn,
              I(2), F(eps), q, kvs, before if normed else None, kept, I(first))
         xf = x.float().reshape(t, all_, d)
         qf, kf, vf = [y.clone().requires_grad_() for y in xf.split([heads, kv, kv], 1)]
@@ -290,13 +309,13 @@ def ropes():
         if normed:
             check(what + " before", before, x[first:, : (heads + kv) * d], 0)
             again = poison(n, heads * d)
-            rope("rope_again", ((n * heads + 7) // 8,), 256, before, I(n), I(heads), I(kv), I(d), cos[first:], sin[first:], qn,
+            rope("rope_again" + wide, ((n * heads + 7) // 8,), 256, before, I(n), I(heads), I(kv), I(d), cos[first:], sin[first:], qn,
                  I(0), F(eps), again)
             check(what + " again", again, kept, 0)
         dq, dk, dv = (random(n, heads * d) for _ in range(3))
         out, blocks = poison(n, all_ * d), 5
         partial = poison(2 * blocks, d, dtype=torch.float32)
-        rope("rope_backward", (blocks, 3), 256, dq, dk, dv, I(n), I(heads), I(kv), I(d), cos[first:], sin[first:], qn, I(0), kn,
+        rope("rope_backward" + wide, (blocks, 3), 256, dq, dk, dv, I(n), I(heads), I(kv), I(d), cos[first:], sin[first:], qn, I(0), kn,
              I(2), F(eps), before if normed else None, out, partial)
         g = heads // kv
         pad = lambda y: torch.cat([torch.zeros(first, *y.shape[1:], device=DEV), y])
@@ -399,6 +418,19 @@ class Stream(ctypes.Structure):
     _fields_ = [(n, ctypes.c_uint32) for n in "key0 key1 tensor purpose when".split()]
 
 
+class Judge(ctypes.Structure):
+    _fields_ = [(n, P) for n in "sums verdict halted counter".split()] + [("limit", F), ("total", I)]
+
+
+class Limits(ctypes.Structure):
+    _fields_ = [(n, P) for n in "squares sums last factors gain counter".split()] + \
+        [("growth", F), ("rate", F), ("by_channel", I)]
+
+
+def struct(kind, **fields):
+    return kind(**{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in fields.items()})
+
+
 STREAM = Stream(5, 6, 7, 2, 9)
 
 
@@ -432,18 +464,33 @@ def optimizer():
             name = "_f32" if dtype == f32 else "_wide" if n % 8 == 0 else ""
             wide = 8 if name == "_wide" else 1
             s, r = poison(m, dtype=f32), poison(m, dtype=f32)
-            apollo("square_rows" + name, (-(-m // 8),), 256, g, I(m), I(n), pn, r, s)
+            counter = torch.zeros(1, device=DEV, dtype=torch.int32)
+            sums = poison(max(m, n), dtype=torch.float64)
+            at = m // 16 * 8  # in two parts, as a large matrix comes
+            judge = struct(Judge, sums=sums, verdict=verdict, halted=halted, counter=counter, limit=1e30, total=-(-m // 8))
+            for first, rows in ((0, at), (at, m - at)):
+                if rows:
+                    verdict.fill_(7 if m > at else 0)
+                    apollo("square_rows" + name, (-(-rows // 8),), 256, g[first:], I(rows), I(n), pn, r[first:], s[first:], I(first),
+                           judge)
+            if verdict.item() or halted.item() or counter.item():
+                failures.append("square_rows verdict")
             check("square_rows", s, g.float().pow(2).sum(1), 1e-5)
             check("square_rows dot", r, g.double() @ pn.double(), 1e-4)
             span = 20
             count = -(-m // span)
             partial = poison(2 * count, n, dtype=f32)
             apollo("square_columns" + name, (-(-n // (128 * wide)), count), 128, g, I(m), I(n), I(span), pm, partial)
-            check("square_columns", partial[:count].sum(0), g.float().pow(2).sum(0), 1e-5)
-            check("square_columns dot", partial[count:].sum(0), g.double().T @ pm.double(), 1e-4)
+            by_column, dot = poison(n, dtype=f32), poison(n, dtype=f32)
+            judge = struct(Judge, sums=sums, verdict=verdict, halted=halted, counter=counter, limit=1e30, total=-(-n // 32))
+            verdict.fill_(7)
+            apollo("sum_columns", (-(-n // 32),), 256, partial, I(count), I(n), by_column, dot, judge)
+            check("square_columns", by_column, g.float().pow(2).sum(0), 1e-5)
+            check("square_columns dot", dot, g.double().T @ pm.double(), 1e-4)
+            if verdict.item() or halted.item() or counter.item():
+                failures.append("sum_columns verdict")
             tall, channels = m >= n, max(m, n)
-            squares = s if tall else partial[:count].sum(0)
-            apollo("judge", (1,), 1024, squares, I(channels), F(1e30), verdict, halted)
+            squares = s if tall else by_column
             for kind in (torch.bfloat16, torch.float16, f32):
                 for by in (0, 1, 2):
                     w, f = random(m + 3, n + (8 if n % 8 == 0 else 3), dtype=kind, scale=0.02), random(channels, dtype=f32)
@@ -476,37 +523,41 @@ def optimizer():
                     full = r if not halves else (r[:, :rank] + r[:, rank:] if tall else r[:rank] + r[rank:])
                     mm, vv = random(*full.shape, dtype=f32), random(*full.shape, dtype=f32).abs()
                     wm, wv = 0.9 * mm + 0.1 * full, 0.99 * vv + 0.01 * full * full
-                    raw, normed = poison(channels, dtype=f32), poison(channels, dtype=f32)
-                    if tall:
-                        apollo("moments_tall", (-(-channels // 8),), 256, r, I(halves), I(channels), I(rank), F(0.9), F(0.99),
-                               F(1e-8), mm, vv, raw, normed, verdict, halted)
-                    else:
-                        apollo("moments_flat", (-(-channels // 256),), 256, r, I(halves), I(channels), I(rank), F(0.9), F(0.99),
-                               F(1e-8), mm, vv, raw, normed, verdict, halted)
-                    along = 1 if tall else 0
-                    check("moments m", mm, wm, 1e-6)
-                    check("moments v", vv, wv, 1e-6)
-                    check("moments raw", raw, full.pow(2).sum(along), 1e-5)
-                    check("moments normed", normed, (wm / (wv.sqrt() + 1e-8)).pow(2).sum(along), 1e-5)
+                    raw = full.double().pow(2).sum(1 if tall else 0)
+                    normed = (wm / (wv.sqrt() + 1e-8)).double().pow(2).sum(1 if tall else 0)
+                    m0, v0, sums = mm.clone(), vv.clone(), poison(3 * channels, dtype=torch.float64)
                     for by in (0, 1):
                         for before in (-1.0, 0.5):
+                            mm, vv = m0.clone(), v0.clone()
                             last, fs, gain = torch.tensor([before], device=DEV), poison(channels, dtype=f32), poison(1, dtype=f32)
-                            apollo("factors", (1,), 1024, raw, normed, squares, I(channels), I(by), F(1.01), F(0.25), last, fs, gain,
-                                   verdict, halted)
-                            f = (normed.double().sqrt() / (raw.double().sqrt() + 1e-8)) if by else \
-                                (normed.double().sum().sqrt() / (raw.double().sum().sqrt() + 1e-8)).expand(channels)
+                            limits = struct(Limits, squares=squares, sums=sums, last=last, factors=fs, gain=gain, counter=counter,
+                                            growth=1.01, rate=0.25, by_channel=by)
+                            name, per = ("moments_tall", 8) if tall else ("moments_flat", 32)
+                            apollo(name, (-(-channels // per),), 256, r, I(halves), I(channels), I(rank), F(0.9), F(0.99), F(1e-8),
+                                   mm, vv, limits, verdict, halted)
+                            check("moments m", mm, wm, 1e-6)
+                            check("moments v", vv, wv, 1e-6)
+                            f = normed.sqrt() / (raw.sqrt() + 1e-8) if by else \
+                                (normed.sum().sqrt() / (raw.sum().sqrt() + 1e-8)).expand(channels)
                             length = (f * f * squares.double()).sum().sqrt()
                             shrink = 1 if before < 0 else max(float(length) / (before + 1e-8), 1.01) / 1.01
-                            check("factors", fs, f, 1e-6)
-                            check("factors gain", gain, torch.tensor([0.25 / shrink], device=DEV), 1e-6)
-                            check("factors last", last, length[None] / shrink, 1e-6)
+                            check("factors", fs, f, 1e-5)
+                            check("factors gain", gain, torch.tensor([0.25 / shrink], device=DEV), 1e-5)
+                            check("factors last", last, length[None] / shrink, 1e-5)
+                            if counter.item():
+                                failures.append("moments counter")
             # A gradient of zeros, and one that is not finite, touch nothing.
             for bad, code in ((0.0, 1), (math.nan, 2), (math.inf, 2), (1e38, 2)):
                 w = random(m, n)
                 old, one, two = w.clone(), torch.zeros(1, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32)
-                squares2 = torch.zeros(channels, device=DEV)
-                squares2[channels // 2] = bad
-                apollo("judge", (1,), 1024, squares2, I(channels), F(1e30), one, two)
+                spoilt, out = torch.zeros(m, n, device=DEV), poison(max(m, n), dtype=f32)
+                spoilt[m // 2, n // 2] = bad
+                if tall:
+                    judge = struct(Judge, sums=sums, verdict=one, halted=two, counter=counter, limit=1e30, total=-(-m // 8))
+                    apollo("square_rows_f32", (-(-m // 8),), 256, spoilt, I(m), I(n), None, None, out, I(0), judge)
+                else:
+                    judge = struct(Judge, sums=sums, verdict=one, halted=two, counter=counter, limit=1e30, total=-(-n // 32))
+                    apollo("sum_columns", (-(-n // 32),), 256, spoilt.square(), I(m), I(n), out, None, judge)
                 apollo("apply", (-(-m * n // 256),), 256, w, I(0), L(n), g, I(dtype == f32), I(m), I(n), L(0), None, None, I(0),
                        torch.ones(1, device=DEV), F(0.9), I(1), STREAM, one, two)
                 if int(one) != code or int(two) != (code == 2) or not torch.equal(w, old):
@@ -525,6 +576,22 @@ def optimizer():
            F(1e-2), F(0.99), I(1), STREAM, zero, zero)
     a, b = 0.1 * full, 0.001 * full * full
     check("adam", w, (old - 1e-2 * a / (b.sqrt() + 1e-8)) * 0.99, 1e-6)
+    for n in (5, 128, 4096, 5000):
+        for scale, want in ((1.0, 0), (0.0, 1), (math.nan, 2), (math.inf, 2), (1e38, 2)):
+            g, w = random(n, dtype=f32), random(n)
+            g *= scale
+            mm, vv, old = torch.zeros(n, device=DEV), torch.zeros(n, device=DEV), w.clone()
+            verdict, halted = torch.full((1,), 7, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32)
+            apollo("adam_vector", (1,), 1024, w, I(0), g, I(n), mm, vv, F(0.9), F(0.999), F(1e-8), F(1e-2), F(0.99), I(0), STREAM,
+                   F(1e30), verdict, halted)
+            if verdict.item() != want or halted.item() != (want == 2):
+                failures.append(f"adam_vector verdict {scale}: {verdict.item()}, {halted.item()}")
+            if want:
+                check("adam_vector leaves", w, old, 0)
+            else:
+                a, b = 0.1 * g, 0.001 * g * g
+                check("adam_vector", w, (old.float() - 1e-2 * a / (b.sqrt() + 1e-8)) * 0.99, 3e-3)
+                check("adam_vector m", mm, a, 1e-6)
 
 
 if __name__ == "__main__":
@@ -545,5 +612,8 @@ if __name__ == "__main__":
         for d, heads, kv in ((128, 32, 8), (64, 32, 8), (256, 24, 4)):
             attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True)
             attention_case([(0, 1024, 0, 0), (1024, 2048, 0, 1024)], heads, kv, d, frozen=1024, timed=True)
+            if hopper and d <= 128:
+                attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True, kind=f"hopper_{d}")
+                attention_case([(0, 1024, 0, 0), (1024, 2048, 0, 1024)], heads, kv, d, frozen=1024, timed=True, kind=f"hopper_{d}")
     print("all agree" if not failures else f"{len(failures)} FAILED: {sorted(set(failures))[:20]}")
     raise SystemExit(bool(failures))

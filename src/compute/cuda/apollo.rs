@@ -1,7 +1,6 @@
 //! The arithmetic of one update (see `cpu::apollo`), with the same random numbers and the same rounding to the bit. Whether
 //! a tensor is touched at all is decided on the device, so that the host never waits in the middle of a step.
 
-use super::rms_norm::sum_partial;
 use super::{Buffer, Gpu, Part, Result, Weight, blocks, kernels, launch};
 use crate::compute::cpu::weight::Kind;
 use crate::compute::rng::Stream;
@@ -31,11 +30,13 @@ impl Gradient {
 }
 
 /// What becomes of a tensor in this step: `verdict` (i32: 0 update, 1 zero gradient, 2 not finite or too large), and `halted`
-/// (i32), set when any tensor's verdict is 2: no later kernel of the step then changes anything.
+/// (i32), set when any tensor's verdict is 2: no later kernel of the step then changes anything. `counter` (i32) is zero
+/// whenever no kernel runs.
 #[derive(Clone, Copy)]
 pub struct Verdict {
     pub verdict: Part,
     pub halted: Part,
+    pub counter: Part,
 }
 
 impl Verdict {
@@ -43,6 +44,68 @@ impl Verdict {
         (self.verdict.holds(1, 4), self.halted.holds(1, 4))
     }
 }
+
+/// Rows, and columns, that one block of the kernels that judge has.
+const ROWS: usize = BLOCK / 32;
+const COLUMNS: usize = 32;
+
+/// Decides on a gradient while [`measure`] goes over its parts: every channel's sum of squares and their sum may be at most
+/// `limit`.
+pub struct Judge<'a> {
+    verdict: &'a Verdict,
+    limit: f32,
+    /// Sums of blocks (f64), and how many there are of all parts together.
+    sums: Buffer,
+    total: usize,
+}
+
+impl<'a> Judge<'a> {
+    /// Of a gradient of `channels` rows where it is `tall`, else columns.
+    pub fn new(gpu: &Gpu, verdict: &'a Verdict, limit: f32, channels: usize, tall: bool) -> Result<Judge<'a>> {
+        let total = channels.div_ceil(if tall { ROWS } else { COLUMNS });
+        Ok(Judge { verdict, limit, sums: gpu.take(8 * total as u64)?, total })
+    }
+
+    fn words(&self) -> JudgeWords {
+        let (verdict, halted) = self.verdict.parts();
+        let counter = self.verdict.counter.holds(1, 4);
+        let (sums, total) = (self.sums.part().holds(self.total, 8), self.total as i32);
+        JudgeWords { sums, verdict, halted, counter, limit: self.limit, total }
+    }
+}
+
+/// As `struct Judge` in the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct JudgeWords {
+    sums: u64,
+    verdict: u64,
+    halted: u64,
+    counter: u64,
+    limit: f32,
+    total: i32,
+}
+
+// SAFETY: plain numbers in C's layout, the same fields in the same order as the kernels' struct.
+unsafe impl cudarc::driver::DeviceRepr for JudgeWords {}
+
+/// As `struct Limits` in the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    squares: u64,
+    sums: u64,
+    last: u64,
+    factors: u64,
+    gain: u64,
+    counter: u64,
+    growth: f32,
+    rate: f32,
+    by_channel: i32,
+}
+
+// SAFETY: as above.
+unsafe impl cudarc::driver::DeviceRepr for Limits {}
 
 /// How weights are rounded, as `cpu::apollo::Apply`.
 pub struct Apply<'a> {
@@ -103,8 +166,9 @@ pub fn normals(gpu: &Gpu, stream: &Stream, count: usize, scale: f32, out: Part) 
 }
 
 /// The first pass over rows `first..` of a gradient of a matrix m x n, of which `g` is a part (all of it, for a wide matrix):
-/// sums of squares by channel into `squares` (f32), the projected gradient into `projected` (f32, twice the size for ranks
-/// above 1: in two summands).
+/// sums of squares by channel into `squares` (f32), which `judge` sees; the projected gradient into `projected` (f32, twice the
+/// size for ranks above 1: in two summands).
+#[allow(clippy::too_many_arguments)]
 pub fn measure(
     gpu: &Gpu,
     g: &Gradient,
@@ -113,6 +177,7 @@ pub fn measure(
     projection: Option<&Projection>,
     squares: Part,
     projected: Part,
+    judge: &Judge,
 ) -> Result<()> {
     let (rows, n) = (g.rows, g.columns);
     let single = projection.and_then(|p| p.single.as_ref()).map(Buffer::part);
@@ -123,21 +188,21 @@ pub fn measure(
     };
     let width = if suffix == "_wide" { 8 } else { 1 };
     if tall {
+        assert!(first.is_multiple_of(ROWS) && first / ROWS + rows.div_ceil(ROWS) <= judge.total);
         let r = if single.is_some() { projected.from(4 * first as u64).f32(rows) } else { 0 };
-        launch!(gpu, &format!("square_rows{suffix}"), (blocks(rows, 8), 1, 1), (BLOCK as u32, 1, 1), 0;
+        launch!(gpu, &format!("square_rows{suffix}"), (blocks(rows, ROWS), 1, 1), (BLOCK as u32, 1, 1), 0;
             g.part.address, rows as i32, n as i32, single.map_or(0, |p| p.f32(n)), r,
-            squares.from(4 * first as u64).f32(rows));
+            squares.from(4 * first as u64).f32(rows), first as i32, judge.words());
     } else {
-        assert_eq!(first, 0);
+        assert!(first == 0 && n.div_ceil(COLUMNS) == judge.total);
         let count = rows.div_ceil(SPAN);
         let planes = 1 + single.is_some() as usize;
         let partial = gpu.f32(planes * count * n)?;
         launch!(gpu, &format!("square_columns{suffix}"), (blocks(n, 128 * width), count as u32, 1), (128, 1, 1), 0;
             g.part.address, rows as i32, n as i32, SPAN as i32, single.map_or(0, |p| p.f32(rows)), partial.part().address);
-        sum_partial(gpu, partial.part(), count, n, squares)?;
-        if single.is_some() {
-            sum_partial(gpu, partial.from((4 * count * n) as u64), count, n, projected)?;
-        }
+        launch!(gpu, "sum_columns", (blocks(n, COLUMNS), 1, 1), (BLOCK as u32, 1, 1), 0;
+            partial.part().address, count as i32, n as i32, squares.f32(n),
+            if single.is_some() { projected.f32(n) } else { 0 }, judge.words());
     }
     let Some(p) = projection.filter(|p| p.single.is_none()) else { return Ok(()) };
     use super::matmul::{Operand, Output, matmul};
@@ -167,13 +232,6 @@ pub fn measure(
     }
 }
 
-/// Decides, from all sums of squares (f32, `count`), each of which and their sum may be at most `limit`.
-pub fn judge(gpu: &Gpu, squares: Part, count: usize, limit: f32, verdict: &Verdict) -> Result<()> {
-    let (v, h) = verdict.parts();
-    launch!(gpu, "judge", (1, 1, 1), (1024, 1, 1), 0; squares.f32(count), count as i32, limit, v, h);
-    Ok(())
-}
-
 /// Numbers of the optimizer that a tensor's update takes.
 #[derive(Debug, Clone, Copy)]
 pub struct Rates {
@@ -185,8 +243,8 @@ pub struct Rates {
     pub growth: f32,
 }
 
-/// Moments, factors and limiter after [`measure`] and [`judge`]: `factors` (f32, channels) and `gain` (f32). `last` (f32) is the
-/// norm of the update before, negative for none.
+/// Moments, factors and limiter after [`measure`]: `factors` (f32, channels) and `gain` (f32). `last` (f32) is the norm of the
+/// update before, negative for none.
 #[allow(clippy::too_many_arguments)]
 pub fn factors(
     gpu: &Gpu,
@@ -199,18 +257,25 @@ pub fn factors(
     (factors, gain): (Part, Part),
     verdict: &Verdict,
 ) -> Result<()> {
-    let (raw, normed) = (gpu.f32(channels)?, gpu.f32(channels)?);
-    let halves = rank > 1;
-    let (name, per) = if tall { ("moments_tall", 8) } else { ("moments_flat", BLOCK) };
+    let (name, per) = if tall { ("moments_tall", ROWS) } else { ("moments_flat", COLUMNS) };
+    let (halves, grid) = (rank > 1, blocks(channels, per));
+    let sums = gpu.take(24 * grid as u64)?;
     let (vp, hp) = verdict.parts();
     let size = rank * channels;
-    launch!(gpu, name, (blocks(channels, per), 1, 1), (BLOCK as u32, 1, 1), 0;
+    let limits = Limits {
+        squares: squares.f32(channels),
+        sums: sums.part().address,
+        last: last.f32(1),
+        factors: factors.f32(channels),
+        gain: gain.f32(1),
+        counter: verdict.counter.holds(1, 4),
+        growth: rates.growth,
+        rate: rates.rate,
+        by_channel: by_channel as i32,
+    };
+    launch!(gpu, name, (grid, 1, 1), (BLOCK as u32, 1, 1), 0;
         projected.f32(if halves { 2 * size } else { size }), halves as i32, channels as i32, rank as i32,
-        rates.betas.0, rates.betas.1, rates.eps, m.f32(size), v.f32(size), raw.part().address, normed.part().address,
-        vp, hp);
-    launch!(gpu, "factors", (1, 1, 1), (1024, 1, 1), 0;
-        raw.part().address, normed.part().address, squares.f32(channels), channels as i32, by_channel as i32,
-        rates.growth, rates.rate, last.f32(1), factors.f32(channels), gain.f32(1), vp, hp);
+        rates.betas.0, rates.betas.1, rates.eps, m.f32(size), v.f32(size), limits, vp, hp);
     Ok(())
 }
 
@@ -274,6 +339,26 @@ pub fn adam(
         w.address, w.number(), w.stride as i64, g.part.address, g.wide as i32, rows as i32, n as i32, first as i64,
         g.map.map_or(0, |m| m.holds(w.rows, 4)), m.f32(size), v.f32(size), rates.betas.0, rates.betas.1, rates.eps,
         rates.rate, how.keep, how.stochastic.is_some() as i32, words(how.stochastic), vp, hp);
+    Ok(())
+}
+
+/// Adam on a vector whose gradient is `g (f32)`, judged and applied at once: its squares, and their sum, may be at most `limit`.
+#[allow(clippy::too_many_arguments)]
+pub fn adam_vector(
+    gpu: &Gpu,
+    w: &Weight,
+    g: Part,
+    (m, v): (Part, Part),
+    rates: &Rates,
+    how: &Apply,
+    limit: f32,
+    verdict: &Verdict,
+) -> Result<()> {
+    assert_eq!(w.rows, 1);
+    let (n, (vp, hp)) = (w.columns, verdict.parts());
+    launch!(gpu, "adam_vector", (1, 1, 1), (1024, 1, 1), 0;
+        w.address, w.number(), g.f32(n), n as i32, m.f32(n), v.f32(n), rates.betas.0, rates.betas.1, rates.eps, rates.rate,
+        how.keep, how.stochastic.is_some() as i32, words(how.stochastic), limit, vp, hp);
     Ok(())
 }
 

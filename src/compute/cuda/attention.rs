@@ -1,5 +1,6 @@
 //! Causal attention over packed sequences (see `cpu::attention`), rows side by side instead of heads apart. The kernels
-//! for head dimensions in multiples of 8 use the tensor cores; others go to plain ones.
+//! for head dimensions in multiples of 8 use the tensor cores, up to 128 in Hopper's own way where the device is one; others
+//! go to plain ones.
 
 use super::rope::{Heads, LARGEST_HEAD};
 use super::{Buffer, Gpu, Part, Result, blocks, kernels, launch};
@@ -50,24 +51,63 @@ unsafe impl DeviceRepr for Arguments {}
 enum Class {
     Plain,
     Tensor(usize),
+    Hopper(usize),
+}
+
+/// Rows that a block of Hopper's has, and shared memory to align its tiles.
+const HOPPER: usize = 128;
+const ALIGN: usize = 1024;
+
+/// The kernels of `attention_hopper.cu`.
+mod hopper {
+    use super::{Arguments, Gpu, Result, launch};
+
+    static KERNELS: crate::memory::cuda::Ptx = crate::memory::cuda::Ptx {
+        name: "compute/attention_hopper",
+        // For 9.0 alone, which `Class::of` sees to.
+        baseline: (90, include_str!("kernels/attention_hopper.ptx")),
+        exact: &[],
+    };
+
+    pub fn launch(gpu: &Gpu, name: &str, grid: (u32, u32, u32), shared: u32, arguments: Arguments) -> Result<()> {
+        launch!(gpu, name, grid, (256, 1, 1), shared; arguments);
+        Ok(())
+    }
 }
 
 impl Class {
-    fn of(head_dim: usize) -> Class {
+    fn of(gpu: &Gpu, head_dim: usize) -> Class {
         assert!(head_dim <= LARGEST_HEAD);
+        let hopper = gpu.device.capability == (9, 0) && !gpu.is_portable();
         match head_dim {
             d if d % 8 != 0 => Class::Plain,
-            d if d <= 64 => Class::Tensor(64),
-            d if d <= 128 => Class::Tensor(128),
+            d if d <= 128 => {
+                let d = if d <= 64 { 64 } else { 128 };
+                if hopper { Class::Hopper(d) } else { Class::Tensor(d) }
+            }
             _ => Class::Tensor(256),
         }
     }
 
-    fn name(self, of: &str) -> String {
-        match self {
+    /// Runs a kernel over `tiles` tiles of every head. Heads come first: blocks of one tile run side by side, share keys, and
+    /// the longest tiles of all heads begin first.
+    fn launch(
+        self,
+        gpu: &Gpu,
+        of: &str,
+        tiles: usize,
+        (shared, parts): (usize, u32),
+        arguments: Arguments,
+        heads: usize,
+    ) -> Result<()> {
+        let (grid, shared) = ((heads as u32, tiles as u32, parts), shared as u32);
+        let name = match self {
+            Class::Hopper(d) => return hopper::launch(gpu, &format!("hopper_{of}_{d}"), grid, shared, arguments),
             Class::Plain => format!("attention_{of}_plain"),
             Class::Tensor(d) => format!("attention_{of}_{d}"),
-        }
+        };
+        launch!(gpu, &name, grid, (BLOCK, 1, 1), shared; arguments);
+        Ok(())
     }
 
     /// Queries of a tile in the forward pass, and shared memory.
@@ -78,13 +118,20 @@ impl Class {
                 let rows = if d < 256 { 128 } else { 64 };
                 (rows, (rows + 4 * TILE) * 2 * d)
             }
+            Class::Hopper(d) => (HOPPER, 5 * HOPPER * 2 * d + ALIGN),
         }
     }
 
-    fn backward_q(self) -> usize {
+    /// Rows of a tile in the backward pass.
+    fn backward(self) -> usize {
+        if matches!(self, Class::Hopper(_)) { HOPPER } else { TILE }
+    }
+
+    fn backward_q(self) -> (usize, u32) {
         match self {
-            Class::Plain => 0,
-            Class::Tensor(d) => 6 * TILE * 2 * d,
+            Class::Plain => (0, 1),
+            Class::Tensor(d) => (6 * TILE * 2 * d, 1),
+            Class::Hopper(d) => ((2 * HOPPER + 6 * TILE) * 2 * d + ALIGN, 1),
         }
     }
 
@@ -96,12 +143,14 @@ impl Class {
                 let rows = if d < 256 { 64 } else { 32 };
                 ((2 * TILE + 4 * rows) * 2 * d + 4 * rows * 4, if d < 256 { 1 } else { 2 })
             }
+            Class::Hopper(d) => ((2 * HOPPER + 6 * TILE) * 2 * d + 6 * TILE * 4 + ALIGN, 1),
         }
     }
 }
 
 /// Tiles of the spans of a batch, on the device.
 pub struct Tiles {
+    class: Class,
     forward: (Buffer, usize),
     backward: (Buffer, usize),
     /// Those of rows that train, for a forward pass over them alone.
@@ -131,10 +180,12 @@ impl Tiles {
         }
         let own: Vec<Span> = spans.iter().filter(|s| s.rows.start >= frozen).cloned().collect();
         let upload = |tiles: Vec<i32>| Ok::<_, super::GpuError>((gpu.upload(&tiles)?, tiles.len() / 6));
-        let per = Class::of(head_dim).forward().0;
+        let class = Class::of(gpu, head_dim);
+        let per = class.forward().0;
         Ok(Tiles {
+            class,
             forward: upload(tiles(spans, per))?,
-            backward: upload(tiles(&own, TILE))?,
+            backward: upload(tiles(&own, class.backward()))?,
             again: upload(tiles(&own, per))?,
             rows,
             frozen,
@@ -180,7 +231,7 @@ impl Shape<'_> {
 /// `out (rows x qD)` of `q (rows x qD)` and `kv (rows x 2 kvD)`; `log_sums (heads, trained rows, f32)`. With `trained`, of the
 /// rows that train alone: q and out are those.
 pub fn forward(gpu: &Gpu, shape: &Shape, q: Part, kv: Part, out: Part, log_sums: Part, trained: bool) -> Result<()> {
-    let (t, class) = (shape.tiles, Class::of(shape.heads.head_dim));
+    let t = shape.tiles;
     let first = if trained { t.frozen } else { 0 };
     let rows = t.rows - first;
     let (list, count) = if trained { &t.again } else { &t.forward };
@@ -190,9 +241,7 @@ pub fn forward(gpu: &Gpu, shape: &Shape, q: Part, kv: Part, out: Part, log_sums:
         q_shift: first as i32,
         ..shape.arguments(q, rows, kv, log_sums)
     };
-    launch!(gpu, &class.name("forward"), (*count as u32, shape.heads.heads as u32, 1), (BLOCK, 1, 1),
-        class.forward().1 as u32; arguments);
-    Ok(())
+    t.class.launch(gpu, "forward", *count, (t.class.forward().1, 1), arguments, shape.heads.heads)
 }
 
 /// Gradients of the rows that train: `dq`, and `dk` and `dv` by query head, each trained rows x qD. `q`, `out` and `dout` are
@@ -204,7 +253,7 @@ pub fn backward(
     dout: Part,
     [dq, dk, dv]: [Part; 3],
 ) -> Result<()> {
-    let (t, h, class) = (shape.tiles, shape.heads, Class::of(shape.heads.head_dim));
+    let (t, h) = (shape.tiles, shape.heads);
     let rows = t.rows - t.frozen;
     let size = rows * h.q();
     let delta = gpu.f32(rows * h.heads)?;
@@ -222,10 +271,6 @@ pub fn backward(
         q_shift: t.frozen as i32,
         ..shape.arguments(q, rows, kv, log_sums)
     };
-    launch!(gpu, &class.name("backward_q"), (*count as u32, h.heads as u32, 1), (BLOCK, 1, 1),
-        class.backward_q() as u32; arguments);
-    let (shared, parts) = class.backward_kv();
-    launch!(gpu, &class.name("backward_kv"), (*count as u32, h.heads as u32, parts), (BLOCK, 1, 1), shared as u32;
-        arguments);
-    Ok(())
+    t.class.launch(gpu, "backward_q", *count, t.class.backward_q(), arguments, h.heads)?;
+    t.class.launch(gpu, "backward_kv", *count, t.class.backward_kv(), arguments, h.heads)
 }

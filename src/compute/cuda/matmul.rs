@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 
 /// Scratch of the library: what NVIDIA advises for Hopper.
-const WORKSPACE: u64 = 32 << 20;
+pub const WORKSPACE: u64 = 32 << 20;
 /// Candidates that are timed, and from how many operations (multiply-adds) on.
 const CANDIDATES: usize = 6;
 const WORTH_TIMING: u64 = 1 << 30;
@@ -191,6 +191,7 @@ impl Plans {
         load(Library::CublasLt)
             .map_err(|why| GpuError::Library(format!("training on the GPU needs cuBLASLt: {why}")))?;
         let handle = result::create_handle().map_err(failed)?;
+        memory.extend(WORKSPACE)?;
         Ok(Plans { handle, workspace: memory.take(WORKSPACE)?, plans: Mutex::default() })
     }
 }

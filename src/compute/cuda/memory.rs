@@ -52,7 +52,7 @@ pub struct Part {
 }
 
 /// Sizes are rounded up to this, which is also what addresses are multiples of.
-const GRAIN: u64 = 512;
+pub(super) const GRAIN: u64 = 512;
 /// The least that is asked of the device at a time.
 const PIECE: u64 = 64 << 20;
 
@@ -130,6 +130,23 @@ impl Pool {
         }
         state.drop_free();
         let size = (bytes - state.held).next_multiple_of(GRAIN);
+        match self.0.device.alloc(size) {
+            Err(e) if e.is_out_of_memory() => Err(GpuError::Memory(size)),
+            done => {
+                state.add(done?);
+                Ok(())
+            }
+        }
+    }
+
+    /// One piece of just `bytes`, where less lies free.
+    pub fn extend(&self, bytes: u64) -> Result<()> {
+        let mut state = self.0.state.lock();
+        let free: u64 = state.pieces.iter().map(|p| p.free.0.values().sum::<u64>()).sum();
+        if free >= bytes {
+            return Ok(());
+        }
+        let size = bytes.next_multiple_of(GRAIN);
         match self.0.device.alloc(size) {
             Err(e) if e.is_out_of_memory() => Err(GpuError::Memory(size)),
             done => {

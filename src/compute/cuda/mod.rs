@@ -1,8 +1,9 @@
 //! The operations on a GPU, twins of those in [`cpu`](super::cpu): matrices are bf16, sums, norms, softmax and the update
 //! f32. Kernels lie in `kernels/`, each with its launcher here; matrix products are cuBLASLt's ([`matmul`]).
 //!
-//! All work goes to one stream in the order it is asked for, which is what makes it sound that a [`Buffer`] goes back to its
-//! pool as soon as the host drops it: whoever takes it next comes later in the stream. Launchers are safe functions: they
+//! All work of one [`Gpu`] goes to one stream in the order it is asked for, which is what makes it sound that a [`Buffer`]
+//! goes back to its pool as soon as the host drops it: whoever takes it next comes later in the stream. Where two of them work
+//! side by side on one device, who lends a buffer to the other holds it until it has [followed](Gpu::follow) that one's work. Launchers are safe functions: they
 //! check that every operand is as long as its sizes say, and kernels stay inside their operands.
 
 pub mod apollo;
@@ -49,6 +50,7 @@ pub struct Gpu {
     plans: matmul::Plans,
     profile: Mutex<Option<Vec<Timed>>>,
     poisoned: AtomicBool,
+    portable: AtomicBool,
 }
 
 /// A kernel or product with the marks around it.
@@ -84,6 +86,7 @@ impl Gpu {
             plans,
             profile: Mutex::default(),
             poisoned: Default::default(),
+            portable: Default::default(),
         })
     }
 
@@ -99,6 +102,15 @@ impl Gpu {
     /// For tests: buffers begin as NaN from here on, which shows in every result that comes of a value nobody wrote.
     pub fn poison(&self) {
         self.poisoned.store(true, Ordering::Relaxed);
+    }
+
+    /// For tests and measurements: from here on, kernels that run on every device, where the device has some of its own too.
+    pub fn be_portable(&self) {
+        self.portable.store(true, Ordering::Relaxed);
+    }
+
+    fn is_portable(&self) -> bool {
+        self.portable.load(Ordering::Relaxed)
     }
 
     /// Sees to it that passing buffers of `bytes` in all can be taken without asking the device for more.
@@ -139,6 +151,11 @@ impl Gpu {
     /// A buffer that stays from step to step: cut from pieces of its own, so that it holds no passing one's piece.
     pub fn keep(&self, bytes: u64) -> Result<Buffer> {
         self.lasting.take(bytes)
+    }
+
+    /// Sees to it that as many buffers that stay, of `sizes` bytes, can be taken one behind the other.
+    pub fn reserve_lasting(&self, sizes: impl IntoIterator<Item = u64>) -> Result<()> {
+        self.lasting.extend(sizes.into_iter().map(|s| s.max(1).next_multiple_of(memory::GRAIN)).sum())
     }
 
     /// Bytes taken from the device now, and at most: see [`Gpu::forget_peak`].
@@ -219,6 +236,13 @@ impl Gpu {
             result::memcpy_dtod_async(to.address, from.address, from.bytes as usize, self.stream.cu_stream())
         };
         self.noted(done, "copy on the device")
+    }
+
+    /// What is asked of this one from here on begins after all that was asked of `other` so far.
+    pub fn follow(&self, other: &Gpu) -> Result<()> {
+        let event = other.stream.record_event(None).map_err(|e| CudaError::new("mark a place in a stream", e));
+        let event = self.device.noted(event)?;
+        self.noted(self.stream.wait(&event), "wait for another stream")
     }
 
     /// Waits for all work so far.

@@ -60,6 +60,11 @@ impl Angles {
     }
 }
 
+/// The kernel for heads of `d`: two features at a time where half of d is even.
+fn kernel(name: &str, d: usize) -> String {
+    if d.is_multiple_of(4) { format!("{name}_wide") } else { name.to_string() }
+}
+
 /// From rows of q, k and v side by side: turned `q (rows x qD)`, and turned k with v beside it, `kv (rows x 2 kvD)`. Of rows
 /// from `first` on: q and k before their norms into `before` ((q + kv) wide), turned q into `kept`, where given.
 #[allow(clippy::too_many_arguments)]
@@ -78,7 +83,7 @@ pub fn forward(
     let (d, all, left) = (heads.head_dim, heads.heads + 2 * heads.kv_heads, rows - first);
     let [qn, kn] = heads.norm();
     let (cosines, sines) = angles.of(rows, d);
-    launch!(gpu, "rope_forward", (blocks(rows * all, WARPS), 1, 1), (BLOCK, 1, 1), 0;
+    launch!(gpu, &kernel("rope_forward", d), (blocks(rows * all, WARPS), 1, 1), (BLOCK, 1, 1), 0;
         qkv.bf16(rows * all * d), (all * d) as i64, rows as i32, heads.heads as i32, heads.kv_heads as i32, d as i32,
         cosines, sines, qn.0, qn.1, kn.0, kn.1, heads.eps, q.bf16(rows * heads.q()), kv.bf16(rows * 2 * heads.kv()),
         before.bf16_or_none(left * (heads.q() + heads.kv())), kept.bf16_or_none(left * heads.q()), first as i32);
@@ -90,7 +95,7 @@ pub fn again(gpu: &Gpu, before: Part, rows: usize, heads: &Heads, angles: &Angle
     let [qn, _] = heads.norm();
     assert!(heads.norms.is_some());
     let (cosines, sines) = angles.of(rows, heads.head_dim);
-    launch!(gpu, "rope_again", (blocks(rows * heads.heads, WARPS), 1, 1), (BLOCK, 1, 1), 0;
+    launch!(gpu, &kernel("rope_again", heads.head_dim), (blocks(rows * heads.heads, WARPS), 1, 1), (BLOCK, 1, 1), 0;
         before.bf16(rows * (heads.q() + heads.kv())), rows as i32, heads.heads as i32, heads.kv_heads as i32,
         heads.head_dim as i32, cosines, sines, qn.0, qn.1, heads.eps, q.bf16(rows * heads.q()));
     Ok(())
@@ -120,7 +125,7 @@ pub fn backward(
         before.bf16(rows * (heads.q() + heads.kv()));
     }
     let [dq, dk, dv] = [dq, dk, dv].map(|p| p.bf16(rows * heads.q()));
-    launch!(gpu, "rope_backward", (count as u32, 3, 1), (BLOCK, 1, 1), 0;
+    launch!(gpu, &kernel("rope_backward", d), (count as u32, 3, 1), (BLOCK, 1, 1), 0;
         dq, dk, dv, rows as i32, heads.heads as i32, heads.kv_heads as i32, d as i32, cosines, sines, qn.0, qn.1, kn.0,
         kn.1, heads.eps, before.address, d_qkv.bf16(rows * all * d), partial.part().address);
     if normed {

@@ -15,7 +15,7 @@ mod state;
 mod update;
 
 pub use own::OnDevice;
-pub use plan::{Order, Plan};
+pub use plan::{Allowed, Order, Plan};
 
 use super::families::{Architecture, Layer, Linear, Mixer};
 use super::pack::Batch;
@@ -45,9 +45,13 @@ pub type ByName = HashMap<String, Vec<f32>>;
 pub struct GpuTrainer {
     model: Model,
     gpu: Arc<Gpu>,
+    /// Where updates run beside the way back of the layers below.
+    side: Arc<Gpu>,
     moments: Arc<state::Moments>,
     /// Bytes that steps may hold beyond the weights, optimizer state included; `None`: what is free.
     pub budget: Option<u64>,
+    /// Layouts that are not ruled out.
+    pub allowed: Allowed,
     /// How the last step was laid out.
     pub plan: Option<Plan>,
     /// Host milliseconds and device milliseconds of the parts of the last step, where asked for.
@@ -67,19 +71,25 @@ struct Rows<'a> {
 }
 
 /// What a step works with.
+#[derive(Clone)]
 struct Context<'a> {
     gpu: &'a Gpu,
     a: &'a Architecture,
     /// Where each weight is.
-    weights: HashMap<&'a str, Weight>,
-    rows: Rows<'a>,
+    weights: Arc<HashMap<&'a str, Weight>>,
+    rows: Arc<Rows<'a>>,
     plan: &'a Plan,
     settings: &'a Settings,
-    /// Keeps the weights mapped.
+    _mapped: Arc<Mapped<'a>>,
+}
+
+/// Keeps the weights mapped.
+struct Mapped<'a> {
+    gpu: &'a Gpu,
     _held: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
-impl Drop for Context<'_> {
+impl Drop for Mapped<'_> {
     /// After an error work may be under way that reads the weights, which others may unmap or write from here on.
     fn drop(&mut self) {
         let _ = self.gpu.wait();
@@ -121,25 +131,32 @@ impl GpuTrainer {
             Some(on) => return Err(GpuError::Library(format!("the weights are on {}", on.id.uuid))),
             None => return Err(GpuError::Library("the weights are in host memory".into())),
         }
-        let gpu = Arc::new(Gpu::new(device)?);
+        let (gpu, side) = (Arc::new(Gpu::new(device)?), Arc::new(Gpu::new(device)?));
         let moments = Arc::new(state::Moments::new(gpu.clone()));
-        Ok(GpuTrainer { model, gpu, moments, budget: None, plan: None, timed: None })
+        Ok(GpuTrainer { model, gpu, side, moments, allowed: Allowed::default(), budget: None, plan: None, timed: None })
     }
 
     pub fn gpu(&self) -> &Gpu {
         &self.gpu
     }
 
+    /// Bytes taken from the device now, and at most.
+    pub fn held(&self) -> (u64, u64) {
+        let ((now, peak), (side, side_peak)) = (self.gpu.held(), self.side.held());
+        (now + side, peak + side_peak)
+    }
+
     /// Gives memory of passing values back, when no steps are coming.
     pub fn release_buffers(&self) {
         self.gpu.release();
+        self.side.release();
         self.model.held.store(0, Ordering::Relaxed);
     }
 
     /// Bytes that steps of these batches take at their peak beyond the weights, the growth of the optimizer's state not
     /// included; or that there is not enough, with what is needed and free.
     pub fn plan(&self, batch: &Batch, settings: &Settings) -> std::result::Result<Plan, GpuError> {
-        let held = self.gpu.held().0;
+        let held = self.held().0;
         let state = self.moments.bytes();
         let budget = match self.budget {
             Some(budget) => budget.saturating_sub(state),
@@ -150,7 +167,7 @@ impl GpuTrainer {
             }
         };
         let missing = plan::missing_state(&self.model.architecture, settings, &self.moments);
-        Plan::choose(&self.model.architecture, batch, settings, budget.saturating_sub(missing))
+        Plan::choose(&self.model.architecture, batch, settings, budget.saturating_sub(missing), self.allowed)
     }
 
     fn context<'a>(&'a self, batch: &'a Batch, settings: &'a Settings, plan: &'a Plan) -> Result<Context<'a>> {
@@ -188,7 +205,8 @@ impl GpuTrainer {
             _angles: angles,
             tiles: Tiles::new(gpu, &batch.spans, batch.rows(), batch.frozen, a.head_dim)?,
         };
-        Ok(Context { gpu, a, weights, rows, plan, settings, _held: held })
+        let mapped = Arc::new(Mapped { gpu, _held: held });
+        Ok(Context { gpu, a, weights: Arc::new(weights), rows: Arc::new(rows), plan, settings, _mapped: mapped })
     }
 
     /// Losses of the batch's targets, in their order. Changes nothing.
@@ -229,7 +247,8 @@ impl GpuTrainer {
         self.moments.adopt(&mut state.lock(), settings, &self.model)?;
         let plan = self.plan(batch, settings)?;
         // Nothing may be missing once weights change.
-        self.gpu.reserve(plan.bytes)?;
+        self.gpu.reserve(plan.bytes - plan.side - plan::WORKSPACES)?;
+        self.side.reserve(plan.side)?;
         self.moments.prepare(&self.model.architecture, settings)?;
         let mut marks = Marks::new(self.timed.is_some());
         marks.add(&self.gpu, "start")?;
@@ -302,7 +321,7 @@ impl GpuTrainer {
             self.timed = Some(marks.times(&self.gpu)?);
         }
         self.plan = Some(plan);
-        self.model.held.store(self.gpu.held().0 - self.moments.bytes(), Ordering::Relaxed);
+        self.model.held.store(self.held().0 - self.moments.bytes(), Ordering::Relaxed);
         Ok(report)
     }
 
@@ -319,7 +338,8 @@ impl GpuTrainer {
         step.begin_update()?;
         let mut state = state.lock();
         let number = state.step + 1;
-        let mut u = match update::Updater::new(c, &self.moments, &mut state, lr) {
+        let side = (c.plan.side > 0).then(|| &*self.side);
+        let mut u = match update::Updater::new(c, side, &self.moments, &mut state, lr) {
             Ok(u) => u,
             Err(e) => {
                 step.withdraw();
@@ -334,6 +354,7 @@ impl GpuTrainer {
                 return Err(e);
             }
         }
+        drop(u);
         state.step = number;
         step.finish(number).map_err(|source| StepError::Torn { step: number, source })
     }

@@ -36,11 +36,12 @@ impl OnDevice {
         Ok(OnDevice { gpu, tensors, step: Default::default() })
     }
 
-    /// Random weights in bf16, made on the device: normal of deviation 0.02, norms one. Linears that share their input lie one
-    /// behind the other, as an engine keeps them.
+    /// Random weights in bf16, made on the device: normal of deviation 0.02, norms one. All lie one behind the other, so that
+    /// linears that share their input do, as an engine keeps them.
     pub fn random(device: &Arc<Device>, architecture: &Architecture) -> Result<OnDevice, GpuError> {
         let gpu = Gpu::new(device)?;
         let mut tensors = BTreeMap::new();
+        gpu.reserve_lasting(architecture.tensors().iter().map(|(_, shape)| 2 * shape.iter().product::<u64>()))?;
         for (name, shape) in architecture.tensors() {
             let count: u64 = shape.iter().product();
             let buffer = gpu.keep(2 * count)?;

@@ -11,6 +11,24 @@ use crate::train::settings::Settings;
 /// Bytes of the device's free memory that are left alone: an engine beside us may need some at any time.
 pub const RESERVE: u64 = 512 << 20;
 
+/// Bytes of both streams' workspaces, which are there before any step.
+pub(super) const WORKSPACES: u64 = 2 * crate::compute::cuda::matmul::WORKSPACE;
+
+/// What else than what fits decides on a layout: for tests and measurements, which want one of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Allowed {
+    /// Updates after the whole backward pass.
+    pub after: bool,
+    /// Updates of a layer beside the backward pass of the layers below it.
+    pub beside: bool,
+}
+
+impl Default for Allowed {
+    fn default() -> Allowed {
+        Allowed { after: true, beside: true }
+    }
+}
+
 /// When weights are updated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
@@ -37,6 +55,8 @@ pub struct Plan {
     pub keep: Vec<Keep>,
     /// Bytes at the peak, beyond the weights and the optimizer's state.
     pub bytes: u64,
+    /// How many of them are of updates beside the backward pass; 0 where there are none beside it.
+    pub side: u64,
 }
 
 /// Sizes that memory follows from.
@@ -56,10 +76,11 @@ struct Sizes {
     tied: bool,
     head_trains: bool,
     narrow: u64,
+    overlap: bool,
 }
 
 impl Sizes {
-    fn new(a: &Architecture, batch: &Batch, settings: &Settings) -> Sizes {
+    fn new(a: &Architecture, batch: &Batch, settings: &Settings, overlap: bool) -> Sizes {
         let (q, kv) = ((a.heads * a.head_dim) as u64, (a.kv_heads * a.head_dim) as u64);
         let normed = a.layers.iter().any(|l| l.attention().qk_norm.is_some());
         let head = a.head.as_ref().unwrap_or(&a.embedding);
@@ -79,6 +100,7 @@ impl Sizes {
             head_trains: settings.trains(head),
             // A matrix of another type as bf16; the largest may be the head.
             narrow: 0,
+            overlap,
         }
     }
 
@@ -107,6 +129,22 @@ impl Sizes {
         let matrix = self.h * self.inner.max(self.q);
         let update = 2 * matrix + 8 * rank.max(1) * self.inner.max(self.q).max(self.h) + 2 * n * self.h;
         attention.max(update) + self.kept(Keep::All) + 4 * self.h * 600
+    }
+
+    /// What an update beside the backward pass takes: its scratch, and what the layer above still holds of its own.
+    fn beside(&self, order: Order, rank: u64) -> (u64, u64) {
+        if order == Order::After || !self.overlap {
+            return (0, 0);
+        }
+        let matrix = self.h * self.inner.max(self.q);
+        let layer =
+            2 * matrix + 2 * matrix / 64 + 24 * rank.max(1) * self.inner.max(self.q) + 2 * self.trained * self.h;
+        let chunk = 2 * (super::update::VOCABULARY as u64).min(self.vocabulary * self.h)
+            + 8 * rank.max(1) * self.vocabulary
+            + 48 * self.vocabulary
+            + 4 * self.trained * self.h;
+        let lent = 2 * self.trained * (4 * self.h + 2 * self.q + 2 * self.kv + 3 * self.inner);
+        (layer.max(chunk) + (16 << 20), lent)
     }
 
     fn passing_forward(&self) -> u64 {
@@ -146,43 +184,71 @@ impl Sizes {
         };
         let forward = kept + self.passing_forward();
         // The plans' workspace, and what cutting memory into pieces wastes.
-        let wasted = 96 << 20;
-        self.stream() + forward.max(backward).max(kept + head) + wasted
+        let wasted = WORKSPACES + (32 << 20);
+        let (side, lent) = self.beside(order, rank);
+        self.stream() + forward.max(backward + lent).max(kept + head) + wasted + side
     }
 }
 
 impl Plan {
     pub(super) fn forward_only(a: &Architecture) -> Plan {
-        Plan { order: Order::Layerwise, keep: vec![Keep::All; a.layers.len()], bytes: 0 }
+        Plan { order: Order::Layerwise, keep: vec![Keep::All; a.layers.len()], bytes: 0, side: 0 }
     }
 
     /// The first of these that fits `budget`: everything kept and updated after; everything kept and updated layer by layer;
-    /// ever more layers without gate and up; ever more with the stream alone.
-    pub fn choose(a: &Architecture, batch: &Batch, settings: &Settings, budget: u64) -> Result<Plan, GpuError> {
-        let (sizes, layers, rank) = (Sizes::new(a, batch, settings), a.layers.len(), settings.rank() as u64);
+    /// ever more layers without gate and up; ever more with the stream alone. Updates run beside the backward pass where what
+    /// that takes is not missed: it costs about as much time as it saves where a fifth of the layers keeps less for it.
+    pub fn choose(
+        a: &Architecture,
+        batch: &Batch,
+        settings: &Settings,
+        budget: u64,
+        allowed: Allowed,
+    ) -> Result<Plan, GpuError> {
+        let (layers, rank) = (a.layers.len(), settings.rank() as u64);
         let keep = |less: Keep, count: usize, more: Keep| -> Vec<Keep> {
             // The last layers' are used first: those that stay longest keep least.
             (0..layers).map(|i| if i < count { less } else { more }).collect()
         };
-        let plans = std::iter::once((Order::After, keep(Keep::All, 0, Keep::All)))
-            .chain((0..=layers).map(|n| (Order::Layerwise, keep(Keep::Attention, n, Keep::All))))
-            .chain((0..=layers).map(|n| (Order::Layerwise, keep(Keep::Stream, n, Keep::Attention))));
-        let mut least = u64::MAX;
-        for (order, keep) in plans {
-            let bytes = sizes.peak(order, &keep, rank);
-            if bytes <= budget {
-                return Ok(Plan { order, keep, bytes });
-            }
-            least = least.min(bytes);
+        let [alone, beside] = [false, true].map(|overlap| Sizes::new(a, batch, settings, overlap));
+        let plan = |sizes: &Sizes, order: Order, keep: Vec<Keep>| {
+            let (bytes, (side, _)) = (sizes.peak(order, &keep, rank), sizes.beside(order, rank));
+            Plan { order, keep, bytes, side }
+        };
+        let after = plan(&alone, Order::After, keep(Keep::All, 0, Keep::All));
+        if allowed.after && after.bytes <= budget {
+            return Ok(after);
         }
-        Err(GpuError::Memory(least.saturating_sub(budget)))
+        let steps = || {
+            (0..=layers)
+                .map(|n| keep(Keep::Attention, n, Keep::All))
+                .chain((1..=layers).map(|n| keep(Keep::Stream, n, Keep::Attention)))
+        };
+        // With how much less is kept than could be.
+        let first = |sizes: &Sizes| {
+            let plans = steps().map(|keep| plan(sizes, Order::Layerwise, keep)).enumerate();
+            plans.into_iter().find(|(_, plan)| plan.bytes <= budget)
+        };
+        let Some((least, plan_alone)) = first(&alone) else {
+            let least = sizes_of_all(&alone, steps(), rank);
+            return Err(GpuError::Memory(least.saturating_sub(budget)));
+        };
+        match first(&beside).filter(|_| allowed.beside) {
+            Some((less, plan)) if less <= least + layers / 5 => Ok(plan),
+            _ => Ok(plan_alone),
+        }
     }
+}
+
+/// The least that a layout layer by layer takes.
+fn sizes_of_all(sizes: &Sizes, layouts: impl Iterator<Item = Vec<Keep>>, rank: u64) -> u64 {
+    layouts.map(|keep| sizes.peak(Order::Layerwise, &keep, rank)).min().unwrap_or(u64::MAX)
 }
 
 /// Free bytes that a step of `batch` takes at the least, the growth of the optimizer's state not included.
 pub fn least(a: &Architecture, batch: &Batch, settings: &Settings) -> u64 {
     let keep = vec![Keep::Stream; a.layers.len()];
-    Sizes::new(a, batch, settings).peak(Order::Layerwise, &keep, settings.rank() as u64) + RESERVE
+    Sizes::new(a, batch, settings, false).peak(Order::Layerwise, &keep, settings.rank() as u64) + RESERVE
 }
 
 /// Bytes by which the optimizer's state on the device will grow.
@@ -214,7 +280,7 @@ mod tests {
     #[test]
     fn less_memory_costs_atomic_updates_first_then_time_and_then_the_job() {
         let (a, settings, batch) = (qwen3_8b(), Settings::default(), batch(1024, 1024));
-        let plan = |gb: f64| Plan::choose(&a, &batch, &settings, (gb * 1e9) as u64);
+        let plan = |gb: f64| Plan::choose(&a, &batch, &settings, (gb * 1e9) as u64, Allowed::default());
         let all = plan(100.0).unwrap();
         assert_eq!((all.order, all.keep[0]), (Order::After, Keep::All));
         let mut last = all.bytes;
@@ -235,7 +301,7 @@ mod tests {
         let state = missing(&a, &settings);
         for (context, trained, gb) in [(1024, 1024, 4.0), (0, 4096, 8.0), (2048, 256, 4.0)] {
             let budget = (gb * 1e9) as u64 - state;
-            let plan = Plan::choose(&a, &batch(context, trained), &settings, budget);
+            let plan = Plan::choose(&a, &batch(context, trained), &settings, budget, Allowed::default());
             let count = |k| plan.as_ref().map_or(0, |p| p.keep.iter().filter(|x| **x == k).count());
             let counts = [Keep::All, Keep::Attention, Keep::Stream].map(count);
             println!(
@@ -244,6 +310,28 @@ mod tests {
             );
             assert!(plan.is_ok());
         }
+    }
+
+    #[test]
+    fn updates_beside_the_backward_pass_cost_no_layout_its_place() {
+        let (a, settings, batch) = (qwen3_8b(), Settings::default(), batch(1024, 1024));
+        let plan = |bytes: u64, allowed| Plan::choose(&a, &batch, &settings, bytes, allowed);
+        let [alone, both] = [false, true].map(|beside| Allowed { after: false, beside });
+        assert_eq!(plan(u64::MAX, alone).unwrap().side, 0);
+        let most = plan(u64::MAX, both).unwrap();
+        assert!(most.side > 0 && most.order == Order::Layerwise && most.keep[0] == Keep::All);
+        // What fits without them fits with them, and keeps no less than a fifth of the layers more; down to the least.
+        let mut budget = most.bytes;
+        let mut without = 0;
+        while let Ok(least) = plan(budget, alone) {
+            let chosen = plan(budget, both).unwrap();
+            assert!(chosen.bytes <= budget);
+            let lost = |p: &Plan| p.keep.iter().map(|k| 2 - *k as usize).sum::<usize>();
+            assert!(lost(&chosen) <= lost(&least) + a.layers.len() / 5, "{chosen:?} for {least:?}");
+            without += (chosen.side == 0) as usize;
+            budget = least.bytes - 1;
+        }
+        assert!(without > 0, "with the least memory nothing runs beside");
     }
 
     fn missing(a: &Architecture, settings: &Settings) -> u64 {

@@ -113,8 +113,12 @@ impl Moments {
 
     /// Makes what is missing of every tensor that trains, zeros.
     pub(super) fn prepare(&self, a: &Architecture, settings: &Settings) -> Result<(), GpuError> {
-        for (name, shape) in a.tensors().into_iter().filter(|(name, _)| settings.trains(name)) {
-            self.of(name, moment_elements(form(settings, &shape), &shape) as usize)?;
+        let trained = || a.tensors().into_iter().filter(|(name, _)| settings.trains(name));
+        let elements = |shape: &[u64]| moment_elements(form(settings, shape), shape);
+        let missing = trained().filter(|(name, _)| !self.has(name));
+        self.gpu.reserve_lasting(missing.flat_map(|(_, shape)| [4 * elements(&shape); 2]))?;
+        for (name, shape) in trained() {
+            self.of(name, elements(&shape) as usize)?;
         }
         Ok(())
     }

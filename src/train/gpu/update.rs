@@ -5,10 +5,10 @@ use super::backward::LayerGradients;
 use super::head::{Head, Stream};
 use super::state::Moments;
 use super::{Context, Result};
-use crate::compute::cuda::apollo::{self, Apply, Factors, Gradient, Rates, Verdict};
+use crate::compute::cuda::apollo::{self, Apply, Factors, Gradient, Judge, Rates, Verdict};
 use crate::compute::cuda::embedding::{self, Lookups};
 use crate::compute::cuda::matmul::{Operand, Output, matmul};
-use crate::compute::cuda::{Buffer, Part, Weight, linear, rms_norm};
+use crate::compute::cuda::{Buffer, Gpu, Part, Weight, linear, rms_norm};
 use crate::compute::rng::{Purpose, Stream as Random};
 use crate::train::apollo::{form, moment_elements};
 use crate::train::settings::Rounding;
@@ -18,6 +18,9 @@ use std::collections::HashMap;
 
 /// Elements of the embedding's or the head's gradient that are in memory at once.
 pub(super) const VOCABULARY: usize = 32 << 20;
+
+/// Elements of a vector that one block updates by itself.
+const VECTOR: usize = 1 << 16;
 
 /// A gradient: all there, or made some rows at a time (bf16; `fill(first, rows, to)`).
 pub(super) enum Source<'s> {
@@ -44,7 +47,7 @@ impl Context<'_> {
         self.give_vector(sink, &self.a.norm, head.d_norm.part())
     }
 
-    pub(super) fn give_layer(&self, g: LayerGradients, sink: &mut dyn Sink) -> Result<()> {
+    pub(super) fn give_layer(&self, g: &LayerGradients, sink: &mut dyn Sink) -> Result<()> {
         let (gpu, a, layer, n) = (self.gpu, self.a, &self.a.layers[g.layer], self.rows.trained);
         let normed = gpu.bf16(n * a.hidden)?;
         let mut together = |linears: &[&crate::train::families::Linear], dy: &Buffer, x: Part| -> Result<()> {
@@ -96,8 +99,8 @@ impl Context<'_> {
         Ok(matmul(self.gpu, Output::bf16(to, h), rows, h, count, dy, Operand::new(head.normed.part(), h))?)
     }
 
-    pub(super) fn give_own_head(&self, head: Head, sink: &mut dyn Sink) -> Result<()> {
-        let mut fill = |first: usize, rows: usize, to: Part| self.head_part(&head, first, rows, to);
+    pub(super) fn give_own_head(&self, head: &Head, sink: &mut dyn Sink) -> Result<()> {
+        let mut fill = |first: usize, rows: usize, to: Part| self.head_part(head, first, rows, to);
         let name = self.a.head.as_ref().expect("asked where the head is a tensor of its own");
         self.give(sink, name, Source::Parts { at_once: self.vocabulary_part(), fill: &mut fill })
     }
@@ -130,7 +133,7 @@ impl Context<'_> {
     }
 
     /// Embedding and head, tied or not.
-    pub(super) fn give_vocabulary(&self, head: Head, dx: &Stream, sink: &mut dyn Sink) -> Result<()> {
+    pub(super) fn give_vocabulary(&self, head: &Head, dx: &Stream, sink: &mut dyn Sink) -> Result<()> {
         if self.a.head.is_some() {
             self.give_own_head(head, sink)?;
             return self.give_own_embedding(dx, sink);
@@ -141,7 +144,7 @@ impl Context<'_> {
         let (lookups, sums) = self.token_sums(dx)?;
         let ids = self.gpu.upload(&lookups.ids)?;
         let mut fill = |first: usize, rows: usize, to: Part| {
-            self.head_part(&head, first, rows, to)?;
+            self.head_part(head, first, rows, to)?;
             let (tokens, h) = (lookups.ids.len(), self.a.hidden);
             Ok(embedding::add(self.gpu, sums.part(), ids.part(), tokens, h, first, rows, to)?)
         };
@@ -162,9 +165,9 @@ impl Context<'_> {
         for i in (self.lowest()..self.a.layers.len()).rev() {
             let kept = saved.pop().expect("one was kept of every layer");
             let g = self.layer_backward(i, kept, &mut dx)?;
-            self.give_layer(g, &mut sink)?;
+            self.give_layer(&g, &mut sink)?;
         }
-        self.give_vocabulary(head, &dx, &mut sink)
+        self.give_vocabulary(&head, &dx, &mut sink)
     }
 }
 
@@ -211,9 +214,14 @@ impl Sink for Collector<'_, '_> {
     }
 }
 
-/// Updates tensors in the order in which they come.
+/// Updates tensors in the order in which they come, on a stream of their own where there is one: what they are made from is
+/// held until the backward pass has followed.
 pub(super) struct Updater<'u, 'a> {
-    c: &'u Context<'a>,
+    c: Context<'a>,
+    /// Whose buffers gradients are, where that is another.
+    main: Option<&'a Gpu>,
+    layer: Option<LayerGradients>,
+    head: Option<Head>,
     moments: &'u Moments,
     state: &'u mut OptimizerState,
     lr: f64,
@@ -221,6 +229,7 @@ pub(super) struct Updater<'u, 'a> {
     places: HashMap<&'a str, (usize, Vec<u64>)>,
     verdicts: Buffer,
     lasts: Buffer,
+    /// Whether a gradient held everything back, and the kernels' counter.
     halted: Buffer,
     done: Vec<(String, Form, usize)>,
     /// How many of them may have changed their moments or weights, where their verdict lets them.
@@ -228,34 +237,73 @@ pub(super) struct Updater<'u, 'a> {
 }
 
 impl<'u, 'a> Updater<'u, 'a> {
-    pub fn new(c: &'u Context<'a>, moments: &'u Moments, state: &'u mut OptimizerState, lr: f64) -> Result<Self> {
+    pub fn new(
+        c: &Context<'a>,
+        side: Option<&'a Gpu>,
+        moments: &'u Moments,
+        state: &'u mut OptimizerState,
+        lr: f64,
+    ) -> Result<Self> {
+        let main = side.map(|_| c.gpu);
+        let c = Context { gpu: side.unwrap_or(c.gpu), ..c.clone() };
+        if let Some(main) = main {
+            // Moments were made there.
+            c.gpu.follow(main)?;
+        }
         let tensors = c.a.tensors();
         let last = |name: &str| state.tensors.get(name).and_then(|t| t.last_norm).unwrap_or(-1.0);
         let lasts: Vec<f32> = tensors.iter().map(|(name, _)| last(name)).collect();
         let verdicts = c.gpu.zeros(4 * tensors.len() as u64)?;
-        let (lasts, halted) = (c.gpu.upload(&lasts)?, c.gpu.zeros(4)?);
+        let (lasts, halted) = (c.gpu.upload(&lasts)?, c.gpu.zeros(8)?);
         let places = tensors.into_iter().enumerate().map(|(i, (name, shape))| (name, (i, shape))).collect();
-        Ok(Updater { c, moments, state, lr, places, verdicts, lasts, halted, done: Vec::new(), begun: 0 })
+        let (done, begun, layer, head) = (Vec::new(), 0, None, None);
+        Ok(Updater { c, main, layer, head, moments, state, lr, places, verdicts, lasts, halted, done, begun })
+    }
+
+    /// What is asked from here on sees all that the backward pass has done.
+    fn follow(&self) -> Result<()> {
+        Ok(self.main.map_or(Ok(()), |main| self.c.gpu.follow(main))?)
+    }
+
+    /// What the backward pass asks for from here on comes after all updates so far, whose gradients' buffers it may have then.
+    fn give_back(&mut self) -> Result<()> {
+        self.main.map_or(Ok(()), |main| main.follow(self.c.gpu))?;
+        (self.layer, self.head) = (None, None);
+        Ok(())
     }
 
     pub fn norm(&mut self, head: &Head) -> Result<()> {
-        self.c.give_norm(head, self)
+        self.follow()?;
+        self.c.clone().give_norm(head, self)
     }
 
     pub fn layer(&mut self, g: LayerGradients) -> Result<()> {
-        self.c.give_layer(g, self)
+        // The layer above, beside whose updates this one's gradients were made.
+        self.give_back()?;
+        self.follow()?;
+        let done = self.c.clone().give_layer(&g, self);
+        self.layer = Some(g);
+        done
     }
 
     pub fn own_head(&mut self, head: Head) -> Result<()> {
-        self.c.give_own_head(head, self)
+        self.follow()?;
+        let done = self.c.clone().give_own_head(&head, self);
+        self.head = Some(head);
+        // The largest of all buffers is not held for longer than it takes.
+        done.and_then(|()| self.give_back())
     }
 
     pub fn own_embedding(&mut self, dx: &Stream) -> Result<()> {
-        self.c.give_own_embedding(dx, self)
+        self.follow()?;
+        self.c.clone().give_own_embedding(dx, self)
     }
 
     pub fn vocabulary(&mut self, head: Head, dx: &Stream) -> Result<()> {
-        self.c.give_vocabulary(head, dx, self)
+        self.follow()?;
+        let done = self.c.clone().give_vocabulary(&head, dx, self);
+        self.head = Some(head);
+        done
     }
 
     /// After an error: has anything been written, or may it have been? Waits for all.
@@ -301,9 +349,19 @@ impl<'u, 'a> Updater<'u, 'a> {
     }
 }
 
+impl Drop for Updater<'_, '_> {
+    fn drop(&mut self) {
+        // Buffers that were lent go back to their pool.
+        if self.main.is_some() {
+            let _ = self.c.gpu.wait();
+        }
+    }
+}
+
 impl Sink for Updater<'_, '_> {
     fn take(&mut self, name: &str, w: &Weight, source: Source) -> Result<()> {
-        let (gpu, settings) = (self.c.gpu, self.c.settings);
+        let c = self.c.clone();
+        let (gpu, settings) = (c.gpu, c.settings);
         let (place, shape) = self.places[name].clone();
         let form = form(settings, &shape);
         let steps = self.state.tensors.get(name).map_or(0, |t| t.steps);
@@ -311,7 +369,8 @@ impl Sink for Updater<'_, '_> {
         let pair = self.moments.of(name, moment_elements(form, &shape) as usize)?;
         let moments = (pair.m.part(), pair.v.part());
         let at = 4 * place as u64;
-        let verdict = Verdict { verdict: self.verdicts.from(at), halted: self.halted.part() };
+        let verdict =
+            Verdict { verdict: self.verdicts.from(at), halted: self.halted.part(), counter: self.halted.from(4) };
         let random = Random::new(settings.seed, Purpose::Rounding, name, self.state.step);
         let how = Apply {
             stochastic: (settings.rounding == Rounding::Stochastic).then_some(&random),
@@ -328,19 +387,21 @@ impl Sink for Updater<'_, '_> {
         };
         let limit = (LARGEST * LARGEST) as f32;
         let (m, n) = (w.rows, w.columns);
-        let mut pass = Pass::new(self.c, w, source)?;
+        if let (Form::Adam, Source::Whole(g)) = (form, &source)
+            && let (1, true, true, None) = (m, n <= VECTOR, g.wide, g.map)
+        {
+            self.begun = self.done.len();
+            return Ok(apollo::adam_vector(gpu, w, g.part, moments, &rates, &how, limit, &verdict)?);
+        }
+        let mut pass = Pass::new(&c, w, source)?;
 
         let (rank, by_channel) = match form {
             Form::Adam => {
-                // A vector is measured as a matrix, for more than one warp to do it.
-                let vector = m == 1 && n % 64 == 0;
-                let (rows, columns) = if vector { (n / 64, 64) } else { (m, n) };
-                let squares = pass.squares(rows)?;
+                let judge = Judge::new(gpu, &verdict, limit, pass.channels(m), true)?;
+                let squares = pass.squares(m)?;
                 pass.each(|g, first| {
-                    let g = if vector { Gradient { rows, columns, ..*g } } else { *g };
-                    Ok(apollo::measure(gpu, &g, true, first, None, squares.part(), Part::NONE)?)
+                    Ok(apollo::measure(gpu, g, true, first, None, squares.part(), Part::NONE, &judge)?)
                 })?;
-                apollo::judge(gpu, squares.part(), pass.channels(rows), limit, &verdict)?;
                 self.begun = self.done.len();
                 return pass.each(|g, first| Ok(apollo::adam(gpu, w, g, first, moments, &rates, &how, &verdict)?));
             }
@@ -353,9 +414,10 @@ impl Sink for Updater<'_, '_> {
         let projection = apollo::projection(gpu, &random_p, m.min(n), rank, tall)?;
         let width = if rank > 1 { 2 * rank } else { 1 };
         let (mut squares, mut projected) = (pass.squares(channels)?, gpu.f32(width * pass.channels(channels))?);
+        let judge = Judge::new(gpu, &verdict, limit, pass.channels(channels), tall)?;
         pass.each(|g, first| {
             let (s, r) = (squares.part(), projected.part());
-            Ok(apollo::measure(gpu, g, tall, first, Some(&projection), s, r)?)
+            Ok(apollo::measure(gpu, g, tall, first, Some(&projection), s, r, &judge)?)
         })?;
         if let Some(map) = pass.map() {
             // Measured by the rows that there are; channels without one have zeros.
@@ -364,7 +426,6 @@ impl Sink for Updater<'_, '_> {
             apollo::spread(gpu, projected.part(), map, m, width, r.part())?;
             (squares, projected) = (s, r);
         }
-        apollo::judge(gpu, squares.part(), channels, limit, &verdict)?;
         self.begun = self.done.len();
         let rates = Rates { rate: (rate * settings.scale(m, n)) as f32, ..rates };
         let (factors, gain) = (gpu.f32(channels)?, gpu.f32(1)?);

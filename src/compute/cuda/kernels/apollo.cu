@@ -83,17 +83,62 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-// The sum over a block of 1024 in f64, in one order.
+// The sum over a block in f64, in one order.
 __device__ __forceinline__ double block_sum(double x, double *scratch) {
+    const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int w = 16; w; w /= 2) x += __shfl_xor_sync(0xffffffff, x, w);
     __syncthreads();
-    if ((threadIdx.x & 31) == 0) scratch[threadIdx.x / 32] = x;
+    if (lane == 0) scratch[threadIdx.x / 32] = x;
     __syncthreads();
-    x = scratch[threadIdx.x & 31];
+    x = lane < blockDim.x / 32 ? scratch[lane] : 0;
 #pragma unroll
     for (int w = 16; w; w /= 2) x += __shfl_xor_sync(0xffffffff, x, w);
     return x;
+}
+
+// Called by every thread of `total` blocks, after thread 0 has written what its block found: is this the last of them, which
+// sees what all have written? `counter` is zero before and after.
+__device__ __forceinline__ bool last_of(int total, int *counter) {
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(counter, 1) == total - 1;
+        if (last) *counter = 0;
+    }
+    __syncthreads();
+    if (last) __threadfence();
+    return last;
+}
+
+__device__ __forceinline__ double number(const double *x) {
+    double y;
+    asm volatile("ld.global.cg.f64 %0, [%1];" : "=d"(y) : "l"(x) : "memory");
+    return y;
+}
+
+// Is a gradient to be applied? By the sums of squares of its channels, of which thread 0 of block `block` of `total` has a
+// part in `sum`, infinity where one of them is over the limit or not a number. The last block decides, in one order.
+struct Judge {
+    double *sums; // (total)
+    int *verdict, *halted, *counter;
+    float limit;
+    int total;
+};
+__device__ __forceinline__ void judge(const Judge &j, int block, double sum) {
+    __shared__ double scratch[32];
+    if (threadIdx.x == 0) j.sums[block] = sum;
+    if (!last_of(j.total, j.counter)) return;
+    double all = 0;
+    for (int i = threadIdx.x; i < j.total; i += blockDim.x) all += number(j.sums + i);
+    all = block_sum(all, scratch);
+    if (threadIdx.x) return;
+    const bool bad = !(all <= j.limit);
+    *j.verdict = bad ? BAD : all == 0 ? ZERO : 0;
+    if (bad) *j.halted = 1;
+}
+__device__ __forceinline__ double judged(float square, float limit) {
+    return square <= limit ? (double)square : __longlong_as_double(0x7ff0000000000000ll); // NaN is not
 }
 
 // ---- Random numbers: src/compute/rng.rs
@@ -207,25 +252,39 @@ __global__ void projection(Stream s, i64 count, float scale, float *p, bf16 *spl
     }
 }
 
-// squares (rows) = sums of squares of the rows of g, a warp each; with `p` (n): r (rows) = g p, the projection to rank 1.
+// squares (rows) = sums of squares of the rows of g, a warp each; with `p` (n): r (rows) = g p, the projection to rank 1. Rows
+// are `first` .. of what is judged, in blocks of as many rows as warps.
 #define ROWS(NAME, T, W)                                                                                                     \
-    __global__ void square_rows##NAME(const T *g, int rows, int n, const float *p, float *r, float *squares) {               \
-        const i64 row = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;                                              \
-        if (row >= rows) return;                                                                                             \
+    __global__ void square_rows##NAME(const T *g, int rows, int n, const float *p, float *r, float *squares, int first,      \
+                                      Judge j) {                                                                             \
+        __shared__ double parts[32];                                                                                         \
+        const int warps = blockDim.x / 32;                                                                                   \
+        const i64 row = (i64)blockIdx.x * warps + threadIdx.x / 32;                                                          \
         float sum = 0, dot = 0, x[W], y[W];                                                                                  \
-        for (int i = (threadIdx.x & 31) * W; i < n; i += 32 * W) {                                                           \
-            load<W>(g + row * n + i, x);                                                                                     \
-            if (p) load<W>(p + i, y);                                                                                        \
-            _Pragma("unroll") for (int e = 0; e < W; e++) {                                                                  \
-                sum += x[e] * x[e];                                                                                          \
-                if (p) dot += x[e] * y[e];                                                                                   \
+        if (row < rows) {                                                                                                    \
+            _Pragma("unroll 2") for (int i = (threadIdx.x & 31) * W; i < n; i += 32 * W) {                                   \
+                load<W>(g + row * n + i, x);                                                                                 \
+                if (p) load<W>(p + i, y);                                                                                    \
+                _Pragma("unroll") for (int e = 0; e < W; e++) {                                                              \
+                    sum += x[e] * x[e];                                                                                      \
+                    if (p) dot += x[e] * y[e];                                                                               \
+                }                                                                                                            \
             }                                                                                                                \
         }                                                                                                                    \
-        sum = warp_sum(sum), dot = warp_sum(dot);                                                                            \
+        sum = warp_sum(sum);                                                                                                 \
+        if (p) dot = warp_sum(dot);                                                                                          \
         if ((threadIdx.x & 31) == 0) {                                                                                       \
-            squares[row] = sum;                                                                                              \
-            if (p) r[row] = dot;                                                                                             \
+            if (row < rows) {                                                                                                \
+                squares[row] = sum;                                                                                          \
+                if (p) r[row] = dot;                                                                                         \
+            }                                                                                                                \
+            parts[threadIdx.x / 32] = judged(sum, j.limit);                                                                  \
         }                                                                                                                    \
+        __syncthreads();                                                                                                     \
+        double all = 0;                                                                                                      \
+        if (threadIdx.x == 0)                                                                                                \
+            for (int i = 0; i < warps; i++) all += parts[i];                                                                 \
+        judge(j, first / warps + blockIdx.x, all);                                                                           \
     }                                                                                                                        \
     /* By column, of the rows blockIdx.y * span ..: row blockIdx.y of `partial` (two planes with p: squares, then g^T p). */ \
     __global__ void square_columns##NAME(const T *g, int rows, int n, int span, const float *p, float *partial) {            \
@@ -246,92 +305,143 @@ ROWS(, bf16, 1)
 ROWS(_wide, bf16, 8)
 ROWS(_f32, float, 1)
 
-// One block of 1024. Is the gradient to be applied? By its channels' sums of squares.
-__global__ void judge(const float *squares, int channels, float limit, int *verdict, int *halted) {
+// squares (n) = sums over `count` rows of `partial`, in order, and judged; with `r`: r (n) = those of `count` rows more. Blocks
+// of 256: 32 columns, 8 slices of the rows.
+__global__ void __launch_bounds__(256) sum_columns(const float *partial, int count, int n, float *squares, float *r, Judge j) {
+    __shared__ float sums[2][8][32];
+    const int lane = threadIdx.x & 31, slice = threadIdx.x / 32;
+    const i64 i = (i64)blockIdx.x * 32 + lane;
+    float sum = 0, dot = 0;
+    if (i < n) {
+#pragma unroll 4
+        for (int row = slice; row < count; row += 8) sum += partial[(i64)row * n + i];
+        if (r)
+            for (int row = slice; row < count; row += 8) dot += partial[(i64)(count + row) * n + i];
+    }
+    sums[0][slice][lane] = sum, sums[1][slice][lane] = dot;
+    __syncthreads();
+    double all = 0;
+    if (slice == 0) {
+        sum = dot = 0;
+        for (int k = 0; k < 8; k++) sum += sums[0][k][lane], dot += sums[1][k][lane];
+        if (i < n) {
+            squares[i] = sum;
+            if (r) r[i] = dot;
+        }
+        all = judged(sum, j.limit);
+#pragma unroll
+        for (int w = 16; w; w /= 2) all += __shfl_xor_sync(0xffffffff, all, w);
+    }
+    judge(j, blockIdx.x, all);
+}
+
+// What the moments' blocks leave for the last of them, which makes the factors' limit of it.
+struct Limits {
+    const float *squares; // by channel, of the gradient
+    double *sums;         // three of every block
+    float *last, *factors, *gain;
+    int *counter;
+    float growth, rate; // the limiter's, 0 for none; the learning rate with its scale
+    int by_channel;
+};
+
+// In the thread of a channel: sums of squares of its r and of m / (sqrt(v) + eps) make its factor. `part`: what it adds.
+__device__ __forceinline__ void channel(const Limits &f, i64 c, float raw, float normed, double (&part)[3]) {
+    if (f.by_channel) {
+        const double x = sqrt((double)normed) / (sqrt((double)raw) + TINY);
+        f.factors[c] = (float)x;
+        part[0] += x * x * f.squares[c];
+    } else part[0] += raw, part[1] += normed, part[2] += f.squares[c];
+}
+
+// In every thread, after all its channels. `last`: norm of the last update, negative before the first. gain = rate over what
+// the limiter takes.
+__device__ __forceinline__ void limit(const Limits &f, i64 channels, double (&part)[3]) {
     __shared__ double scratch[32];
-    double sum = 0;
-    bool finite = true;
-    for (int i = threadIdx.x; i < channels; i += blockDim.x) {
-        const float x = squares[i];
-        finite = finite && x <= limit; // false for NaN
-        sum += x;
+    const int planes = f.by_channel ? 1 : 3;
+    for (int k = 0; k < planes; k++) {
+        part[k] = block_sum(part[k], scratch);
+        if (threadIdx.x == 0) f.sums[(i64)k * gridDim.x + blockIdx.x] = part[k];
     }
-    sum = block_sum(sum, scratch);
-    finite = __syncthreads_and(finite);
-    if (threadIdx.x) return;
-    const bool bad = !finite || !(sum <= limit);
-    *verdict = bad ? BAD : sum == 0 ? ZERO : 0;
-    if (bad) *halted = 1;
-}
-
-// Moments after one more projected gradient r, and by channel the sums of squares of r and of m / (sqrt(v) + eps). With
-// `halves` r comes in two summands. Tall: r (channels x rank), the halves side by side in a row; a warp a channel.
-__global__ void moments_tall(const float *r, int halves, int channels, int rank, float b1, float b2, float eps, float *m,
-                             float *v, float *raw, float *normed, const int *verdict, const int *halted) {
-    if (*verdict || *halted) return;
-    const i64 c = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (c >= channels) return;
-    float sum = 0, sum2 = 0;
-    for (int k = threadIdx.x & 31; k < rank; k += 32) {
-        const float x = halves ? r[c * 2 * rank + k] + r[c * 2 * rank + rank + k] : r[c * rank + k];
-        const i64 i = c * rank + k;
-        const float mi = ADD(MUL(b1, m[i]), MUL(1.f - b1, x)), vi = ADD(MUL(b2, v[i]), MUL(1.f - b2, MUL(x, x)));
-        m[i] = mi, v[i] = vi;
-        const float y = DIV(mi, ADD(__fsqrt_rn(vi), eps));
-        sum += x * x, sum2 += y * y;
+    if (!last_of(gridDim.x, f.counter)) return;
+    double all[3];
+    for (int k = 0; k < planes; k++) {
+        double sum = 0;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < gridDim.x; i += blockDim.x) sum += number(f.sums + (i64)k * gridDim.x + i);
+        all[k] = block_sum(sum, scratch);
     }
-    sum = warp_sum(sum), sum2 = warp_sum(sum2);
-    if ((threadIdx.x & 31) == 0) raw[c] = sum, normed[c] = sum2;
-}
-
-// Not tall: r (rank x channels), the halves one below the other; a thread a channel.
-__global__ void moments_flat(const float *r, int halves, int channels, int rank, float b1, float b2, float eps, float *m,
-                             float *v, float *raw, float *normed, const int *verdict, const int *halted) {
-    if (*verdict || *halted) return;
-    const i64 c = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (c >= channels) return;
-    float sum = 0, sum2 = 0;
-    for (int k = 0; k < rank; k++) {
-        const i64 i = (i64)k * channels + c;
-        const float x = halves ? r[i] + r[i + (i64)rank * channels] : r[i];
-        const float mi = ADD(MUL(b1, m[i]), MUL(1.f - b1, x)), vi = ADD(MUL(b2, v[i]), MUL(1.f - b2, MUL(x, x)));
-        m[i] = mi, v[i] = vi;
-        const float y = DIV(mi, ADD(__fsqrt_rn(vi), eps));
-        sum += x * x, sum2 += y * y;
+    double total = all[0];
+    if (!f.by_channel) {
+        const double one = sqrt(all[1]) / (sqrt(all[0]) + TINY);
+        total = one * one * all[2];
+        for (i64 c = threadIdx.x; c < channels; c += blockDim.x) f.factors[c] = (float)one;
     }
-    raw[c] = sum, normed[c] = sum2;
-}
-
-// One block of 1024. factors (channels) from the sums of the above, or one for all; `last`: norm of the last update, negative
-// before the first; `growth`: the limit, 0 for none. gain = rate (with its scale) over what the limiter takes.
-__global__ void factors(const float *raw, const float *normed, const float *squares, int channels, int by_channel,
-                        float growth, float rate, float *last, float *factors, float *gain, const int *verdict,
-                        const int *halted) {
-    __shared__ double scratch[32];
-    if (*verdict || *halted) return;
-    double sum_raw = 0, sum_normed = 0, one = 0, total = 0;
-    if (!by_channel) {
-        for (int i = threadIdx.x; i < channels; i += blockDim.x) sum_raw += raw[i], sum_normed += normed[i];
-        sum_raw = block_sum(sum_raw, scratch);
-        sum_normed = block_sum(sum_normed, scratch);
-        one = sqrt(sum_normed) / (sqrt(sum_raw) + TINY);
-    }
-    for (int i = threadIdx.x; i < channels; i += blockDim.x) {
-        const double f = by_channel ? sqrt((double)normed[i]) / (sqrt((double)raw[i]) + TINY) : one;
-        total += f * f * squares[i];
-        factors[i] = (float)f;
-    }
-    total = block_sum(total, scratch);
     if (threadIdx.x) return;
     const double norm = sqrt(total);
     double shrink = 1;
-    if (growth > 0) {
-        if (*last >= 0) {
-            shrink = fmax(norm / ((double)*last + TINY), (double)growth) / (double)growth;
+    if (f.growth > 0) {
+        if (*f.last >= 0) {
+            shrink = fmax(norm / ((double)*f.last + TINY), (double)f.growth) / (double)f.growth;
         }
-        *last = (float)(norm / shrink);
+        *f.last = (float)(norm / shrink);
     }
-    *gain = (float)(rate / shrink);
+    *f.gain = (float)(f.rate / shrink);
+}
+
+// Moments after one more projected gradient r, and the factors of it. With `halves` r comes in two summands. Tall: r
+// (channels x rank), the halves side by side in a row; a warp a channel.
+__global__ void __launch_bounds__(256) moments_tall(const float *r, int halves, int channels, int rank, float b1, float b2,
+                                                    float eps, float *m, float *v, Limits f, const int *verdict,
+                                                    const int *halted) {
+    if (*verdict || *halted) return;
+    const i64 c = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    double part[3] = {0, 0, 0};
+    if (c < channels) {
+        float sum = 0, sum2 = 0;
+        for (int k = threadIdx.x & 31; k < rank; k += 32) {
+            const float x = halves ? r[c * 2 * rank + k] + r[c * 2 * rank + rank + k] : r[c * rank + k];
+            const i64 i = c * rank + k;
+            const float mi = ADD(MUL(b1, m[i]), MUL(1.f - b1, x)), vi = ADD(MUL(b2, v[i]), MUL(1.f - b2, MUL(x, x)));
+            m[i] = mi, v[i] = vi;
+            const float y = DIV(mi, ADD(__fsqrt_rn(vi), eps));
+            sum += x * x, sum2 += y * y;
+        }
+        sum = warp_sum(sum), sum2 = warp_sum(sum2);
+        if ((threadIdx.x & 31) == 0) channel(f, c, sum, sum2, part);
+    }
+    limit(f, channels, part);
+}
+
+// Not tall: r (rank x channels), the halves one below the other. Blocks of 256: 32 channels, 8 slices of the rank.
+__global__ void __launch_bounds__(256) moments_flat(const float *r, int halves, int channels, int rank, float b1, float b2,
+                                                    float eps, float *m, float *v, Limits f, const int *verdict,
+                                                    const int *halted) {
+    __shared__ float sums[2][8][32];
+    if (*verdict || *halted) return;
+    const int lane = threadIdx.x & 31, slice = threadIdx.x / 32;
+    const i64 c = (i64)blockIdx.x * 32 + lane;
+    float sum = 0, sum2 = 0;
+    if (c < channels) {
+#pragma unroll 4
+        for (int k = slice; k < rank; k += 8) {
+            const i64 i = (i64)k * channels + c;
+            const float x = halves ? r[i] + r[i + (i64)rank * channels] : r[i];
+            const float mi = ADD(MUL(b1, m[i]), MUL(1.f - b1, x)), vi = ADD(MUL(b2, v[i]), MUL(1.f - b2, MUL(x, x)));
+            m[i] = mi, v[i] = vi;
+            const float y = DIV(mi, ADD(__fsqrt_rn(vi), eps));
+            sum += x * x, sum2 += y * y;
+        }
+    }
+    sums[0][slice][lane] = sum, sums[1][slice][lane] = sum2;
+    __syncthreads();
+    double part[3] = {0, 0, 0};
+    if (slice == 0 && c < channels) {
+        sum = sum2 = 0;
+        for (int k = 0; k < 8; k++) sum += sums[0][k][lane], sum2 += sums[1][k][lane];
+        channel(f, c, sum, sum2, part);
+    }
+    limit(f, channels, part);
 }
 
 // w <- round((w - factor g) keep) for rows first .. of a matrix of n columns, its rows ld apart. Factors by row (1), by
@@ -406,6 +516,31 @@ __global__ void adam(void *w, int kind, i64 ld, const void *g, int wide, int row
     const i64 to = (first + row) * ld + column;
     const u32 random = stochastic && kind != 2 ? bits16(s, i) : 0;
     put(w, kind, to, MUL(ADD(weight(w, kind, to), -MUL(rate, y)), keep), stochastic, random);
+}
+
+// Adam on a vector whose gradient is f32, judged by itself: one block of 1024.
+__global__ void __launch_bounds__(1024) adam_vector(void *w, int kind, const float *g, int n, float *m, float *v, float b1,
+                                                    float b2, float eps, float rate, float keep, int stochastic, Stream s,
+                                                    float limit, int *verdict, int *halted) {
+    __shared__ double scratch[32];
+    double sum = 0;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) sum += judged(g[i] * g[i], limit);
+    sum = block_sum(sum, scratch);
+    const bool bad = !(sum <= limit), held = *halted;
+    if (threadIdx.x == 0) *verdict = bad ? BAD : sum == 0 ? ZERO : 0;
+    if (bad || sum == 0 || held) {
+        __syncthreads();
+        if (bad && threadIdx.x == 0) *halted = 1;
+        return;
+    }
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        const float x = g[i];
+        const float mi = ADD(MUL(b1, m[i]), MUL(1.f - b1, x)), vi = ADD(MUL(b2, v[i]), MUL(1.f - b2, MUL(x, x)));
+        m[i] = mi, v[i] = vi;
+        const float y = DIV(mi, ADD(__fsqrt_rn(vi), eps));
+        const u32 random = stochastic && kind != 2 ? bits16(s, i) : 0;
+        put(w, kind, i, MUL(ADD(weight(w, kind, i), -MUL(rate, y)), keep), stochastic, random);
+    }
 }
 
 // Row i of `to` (n wide) = row map[i] of `from`, or zeros.

@@ -126,8 +126,8 @@ __device__ __forceinline__ float quad_sum(float x) {
 // MT x 64 queries of one head in a block; every warp has 16 of each 64. Keys and values in tiles of 64, two in flight.
 template <int D, int MT> __device__ __forceinline__ void forward(const Attention &a) {
     const int BM = 64 * MT, BN = 64;
-    const Tile t = tile_at(a, blockIdx.x);
-    const int head = blockIdx.y, kv_head = head / a.group;
+    const Tile t = tile_at(a, blockIdx.y);
+    const int head = blockIdx.x, kv_head = head / a.group;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const u32 sq = (u32)__cvta_generic_to_shared(shared_memory), sk = sq + BM * D * 2, sv = sk + 2 * BN * D * 2;
     const int rows = t.end - t.first, position = t.length + t.first - t.start, last = position + rows - 1;
@@ -265,8 +265,8 @@ template <int D, int MT> __device__ __forceinline__ void forward(const Attention
 // dq of 64 queries of one head. dS = P * (dO V^T - delta) * scale, dQ = dS K.
 template <int D> __device__ __forceinline__ void backward_q(const Attention &a) {
     const int BM = 64, BN = 64;
-    const Tile t = tile_at(a, blockIdx.x);
-    const int head = blockIdx.y, kv_head = head / a.group;
+    const Tile t = tile_at(a, blockIdx.y);
+    const int head = blockIdx.x, kv_head = head / a.group;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const u32 sq = (u32)__cvta_generic_to_shared(shared_memory), so = sq + BM * D * 2, sk = so + BM * D * 2,
               sv = sk + 2 * BN * D * 2;
@@ -368,8 +368,8 @@ template <int D> __device__ __forceinline__ void backward_q(const Attention &a) 
 // turned (keys are the rows), so that P and dS stay in registers as the left operand.
 template <int D, int OUT, int BM> __device__ __forceinline__ void backward_kv(const Attention &a) {
     const int BN = 64;
-    const Tile t = tile_at(a, blockIdx.x);
-    const int head = blockIdx.y, kv_head = head / a.group, column0 = blockIdx.z * OUT;
+    const Tile t = tile_at(a, blockIdx.y);
+    const int head = blockIdx.x, kv_head = head / a.group, column0 = blockIdx.z * OUT;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const u32 sk = (u32)__cvta_generic_to_shared(shared_memory), sv = sk + BN * D * 2, sq = sv + BN * D * 2,
               so = sq + 2 * BM * D * 2;
@@ -541,8 +541,8 @@ struct Columns {
 
 extern "C" {
 __global__ void __launch_bounds__(THREADS) attention_forward_plain(Attention a) {
-    const Tile t = tile_at(a, blockIdx.x);
-    const int head = blockIdx.y, lane = threadIdx.x & 31;
+    const Tile t = tile_at(a, blockIdx.y);
+    const int head = blockIdx.x, lane = threadIdx.x & 31;
     const i64 kv = (i64)(head / a.group) * a.d;
     for (int r = t.first + threadIdx.x / 32; r < t.end; r += THREADS / 32) {
         Columns q, o, x;
@@ -567,8 +567,8 @@ __global__ void __launch_bounds__(THREADS) attention_forward_plain(Attention a) 
 }
 
 __global__ void __launch_bounds__(THREADS) attention_backward_q_plain(Attention a) {
-    const Tile t = tile_at(a, blockIdx.x);
-    const int head = blockIdx.y, lane = threadIdx.x & 31;
+    const Tile t = tile_at(a, blockIdx.y);
+    const int head = blockIdx.x, lane = threadIdx.x & 31;
     const i64 kv = (i64)(head / a.group) * a.d;
     for (int r = t.first + threadIdx.x / 32; r < t.end; r += THREADS / 32) {
         Columns q, o, dq, k, v;
@@ -590,8 +590,8 @@ __global__ void __launch_bounds__(THREADS) attention_backward_q_plain(Attention 
 }
 
 __global__ void __launch_bounds__(THREADS) attention_backward_kv_plain(Attention a) {
-    const Tile t = tile_at(a, blockIdx.x);
-    const int head = blockIdx.y, lane = threadIdx.x & 31;
+    const Tile t = tile_at(a, blockIdx.y);
+    const int head = blockIdx.x, lane = threadIdx.x & 31;
     const i64 kv = (i64)(head / a.group) * a.d;
     for (int r = t.first + threadIdx.x / 32; r < t.end; r += THREADS / 32) {
         Columns k, v, dk, dv, q, o;

@@ -179,12 +179,20 @@ extern "C" {
 NORM(, 1)
 NORM(_wide, 8)
 
-// out (n) = sums over `count` rows of `partial`, in order.
-__global__ void sum_partial(const float *partial, int count, int n, float *out) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
+// out (n) = sums over `count` rows of `partial`, in one order. Blocks of 256: 32 columns, 8 slices of the rows.
+__global__ void __launch_bounds__(256) sum_partial(const float *partial, int count, int n, float *out) {
+    __shared__ float sums[8][32];
+    const int lane = threadIdx.x & 31, slice = threadIdx.x / 32;
+    const i64 i = (i64)blockIdx.x * 32 + lane;
     float sum = 0;
-    for (int r = 0; r < count; r++) sum += partial[(i64)r * n + i];
+    if (i < n)
+#pragma unroll 8
+        for (int r = slice; r < count; r += 8) sum += partial[(i64)r * n + i];
+    sums[slice][lane] = sum;
+    __syncthreads();
+    if (slice || i >= n) return;
+    sum = 0;
+    for (int k = 0; k < 8; k++) sum += sums[k][lane];
     out[i] = sum;
 }
 }
