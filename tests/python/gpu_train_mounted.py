@@ -262,7 +262,9 @@ def main():
         # On from the moments that the commit brought home and the device still has.
         weightfs("train", point, job(os.path.join(a.scratch, "more.json"), vocabulary, 8, **size), "--follow")
         check("it trains on", newest_job(point)["state"] == "finished")
+        start = time.time()
         ctl(point, "rollback 0")
+        print(f"rollback: {time.time() - start:.2f} s: {status(point)['last_command']['says']}", flush=True)
         check("a rollback restores every bit", owner.tell("digest")["digest"] == first)
         check("in the directory too", digest_of(model) == first)
         weightfs("train", point, job(os.path.join(a.scratch, "again.json"), vocabulary, 8, **size), "--follow")
