@@ -90,6 +90,11 @@ impl Elsewhere {
         self.0 = Some(remote);
     }
 
+    /// Takes what [`OptimizerState::taken`] needs and what takes long to get.
+    pub fn prepare(&self) -> Result<(), BadState> {
+        self.0.as_ref().map_or(Ok(()), |remote| remote.prepare()).map_err(BadState)
+    }
+
     pub fn is(&self, remote: &Arc<dyn Remote>) -> bool {
         self.0.as_ref().is_some_and(|r| std::ptr::addr_eq(Arc::as_ptr(r), Arc::as_ptr(remote)))
     }
@@ -161,11 +166,6 @@ impl OptimizerState {
         }
         self.remote.0 = None;
         Ok(())
-    }
-
-    /// Takes what [`OptimizerState::taken`] needs and what takes long to get.
-    pub fn prepare_to_be_taken(&self) -> Result<(), BadState> {
-        self.remote.0.as_ref().map_or(Ok(()), |remote| remote.prepare()).map_err(BadState)
     }
 
     /// The state of this moment, to commit it. No step may be written until [`Taken::arrive`].

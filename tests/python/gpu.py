@@ -254,6 +254,8 @@ def kills(scratch, times):
     import torch
 
     model = os.path.join(scratch, "small")
+    if not os.path.exists(model):
+        write_model(model, qwen35(1024, 4, 3072, 8000, scale=2), 50 << 20)
     point = os.path.join(scratch, "mnt")
     worst = 0.0
     free_before = torch.cuda.mem_get_info()[0]

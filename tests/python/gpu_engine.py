@@ -16,6 +16,7 @@ import os
 import struct
 import sys
 
+import numpy
 import torch
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -88,9 +89,7 @@ def main():
             t = torch.empty(shape, dtype=TORCH[dtype], device="cuda")
             t.view(torch.int16).random_(generator=generator)
             return t
-        with open(path, "rb") as f:
-            f.seek(start)
-            return torch.frombuffer(bytearray(f.read(end - start)), dtype=TORCH[dtype]).reshape(shape)
+        return torch.from_numpy(numpy.fromfile(path, numpy.uint8, end - start, offset=start)).view(TORCH[dtype]).reshape(shape)
 
     entries = headers(a.model)
     by_name = {e[0]: e for e in entries}

@@ -21,7 +21,7 @@ impl Both {
 }
 
 /// `y (rows x qD) = x sigmoid(gate)`; the gate of rows from `first` on into `kept`, where given.
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments)] // as the kernel has them
 pub fn forward(
     gpu: &Gpu,
     both: Both,

@@ -204,9 +204,9 @@ impl Mounted {
     /// Takes the memory that a commit brings moments home to, before weights are held still for it.
     pub(super) fn prepare_optimizer(&self) -> Result<(), CommitError> {
         let Some(queue) = self.training.queue.get() else { return Ok(()) };
-        let state = queue.state();
-        let prepared = state.lock().prepare_to_be_taken();
-        prepared.map_err(optimizer_error)
+        // Not under the lock of the state, for which a step would wait.
+        let remote = queue.state().lock().remote.clone();
+        remote.prepare().map_err(optimizer_error)
     }
 
     /// A commit has made the optimizer's state of `step` durable.

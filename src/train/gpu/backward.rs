@@ -64,6 +64,11 @@ impl MixerGradients {
 pub(super) const PEAKS: usize = 12;
 
 impl Context<'_> {
+    /// What updates that come after the whole backward pass are made from stays until then.
+    pub(super) fn for_updates(&self, bytes: usize) -> Result<Buffer> {
+        self.stays(bytes, self.plan.order == Order::After)
+    }
+
     /// `dx` becomes the gradient of the stream before layer `i`.
     pub fn layer_backward(&self, i: usize, saved: Saved, dx: &mut Stream) -> Result<LayerGradients> {
         let (gpu, a, layer) = (self.gpu, self.a, &self.a.layers[i]);
@@ -76,7 +81,8 @@ impl Context<'_> {
         let Saved { x_in, rstd_in, constant, gate_up, .. } = saved;
         let Mixed { of, x_mid, rstd_mid } = mixed;
 
-        let (bf16, f32) = (|elements: usize| self.waiting(2 * elements), |elements: usize| self.waiting(4 * elements));
+        let bf16 = |elements: usize| self.for_updates(2 * elements);
+        let f32 = |elements: usize| self.for_updates(4 * elements);
 
         // Feed-forward. `act` starts as its own gradient.
         let d_normed = gpu.bf16(n * h)?;
@@ -132,11 +138,6 @@ impl Context<'_> {
         })
     }
 
-    /// A buffer of what an update is made from: where updates come after the whole backward pass it stays until then.
-    pub(super) fn waiting(&self, bytes: usize) -> Result<Buffer> {
-        self.buffer(bytes, self.plan.order == Order::After)
-    }
-
     /// `d_mid` is the gradient of what attention added to the stream; `d_normed` becomes that of its input.
     fn attention_backward(
         &self,
@@ -149,7 +150,7 @@ impl Context<'_> {
         let (gpu, a, n) = (self.gpu, self.a, self.rows.trained);
         let heads = self.heads(l);
         let Attended { q, log_sums, attended, gate } = kept;
-        let (d_attended, d_qkv) = (gpu.bf16(n * heads.q())?, self.waiting(2 * n * heads.qkv())?);
+        let (d_attended, d_qkv) = (gpu.bf16(n * heads.q())?, self.for_updates(2 * n * heads.qkv())?);
         self.back(&[&l.o], d_mid, n, d_attended.part())?;
         if let Some(gate) = &gate {
             let both = Both { part: d_qkv.part(), stride: heads.qkv() };
@@ -171,7 +172,7 @@ impl Context<'_> {
         let by_head = [dq.part(), dk.part(), dv.part()];
         attention::backward(gpu, &shape, forward, d_attended.part(), by_head)?;
         drop((kv, log_sums, d_attended, turned));
-        let d_qk_norm = heads.norms.map(|_| self.waiting(4 * 2 * a.head_dim)).transpose()?;
+        let d_qk_norm = heads.norms.map(|_| self.for_updates(4 * 2 * a.head_dim)).transpose()?;
         let dw = d_qk_norm.as_ref().map_or(Part::NONE, Buffer::part);
         let before = if heads.norms.is_some() { q.part() } else { Part::NONE };
         rope::backward(gpu, by_head, n, &heads, &angles, before, d_qkv.part(), dw)?;

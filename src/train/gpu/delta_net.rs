@@ -126,15 +126,14 @@ impl Context<'_> {
         let (rows, width, values) = (r.rows, row(net)[3], net.shape.v_heads * HEAD);
         // With nothing frozen this is what is kept, and the rows in front are those before each sequence.
         let front = if r.frozen == 0 { s.before } else { 0 };
-        let lasts = whole && r.frozen == 0;
-        let inputs = self.buffer(2 * (front + rows) * width, lasts)?;
+        let inputs = self.stays(2 * (front + rows) * width, whole && r.frozen == 0)?;
         let real = column(inputs.part(), front * width);
         self.linears(&linears(net), normed, rows, real)?;
         let contexts = (s.contexts > 0).then(|| gpu.hold_f32(s.contexts * state(&net.shape))).transpose()?;
         let states = contexts.as_ref().map_or(Part::NONE, Buffer::part);
         let convolved = causal_conv::forward(gpu, &self.convolution(net, real, rows, &s.taps))?;
         let prepared = Prepared::new(gpu, &s.plan, &net.shape, &convolved, &self.gates(net, real), states)?;
-        let o = self.buffer(2 * rows * values, lasts)?;
+        let o = self.stays(2 * rows * values, whole && r.frozen == 0)?;
         prepared.forward(gpu, o.part())?;
         drop(prepared);
         drop(convolved);
@@ -210,8 +209,8 @@ impl Context<'_> {
         let real = column(kept.inputs.part(), s.before * width);
 
         // Through the last linear and the norm: `mixed` begins as its own gradient, `o` ends as it.
-        let (mixed, d_inputs, d_norm) =
-            (self.waiting(2 * n * net.out.inputs)?, self.waiting(2 * n * width)?, self.waiting(4 * HEAD)?);
+        let (mixed, d_inputs) = (self.for_updates(2 * n * net.out.inputs)?, self.for_updates(2 * n * width)?);
+        let d_norm = self.for_updates(4 * HEAD)?;
         self.back(&[&net.out], d_mid, n, mixed.part())?;
         let gate = |x: Part| Gate { part: column(x, z), stride: width };
         let (w, size) = (self.weight(&net.norm), (n, heads));
@@ -229,7 +228,8 @@ impl Context<'_> {
         drop((convolved, kept.o, constants));
 
         // Through gates and convolution.
-        let (small, d_convolution) = (self.waiting(4 * 2 * heads)?, self.waiting(4 * shape.channels() * net.kernel)?);
+        let small = self.for_updates(4 * 2 * heads)?;
+        let d_convolution = self.for_updates(4 * shape.channels() * net.kernel)?;
         let d = d_inputs.part();
         gates_backward(gpu, &gates, &g, (n, heads), (column(d, a), column(d, b), width), small.part())?;
         let by_head = [g.dq.part(), g.dk.part(), g.dv.part()];

@@ -62,9 +62,9 @@ impl Context<'_> {
         Ok((x, saved))
     }
 
-    /// A buffer that stays for much of the step, or one that passes.
-    pub(super) fn buffer(&self, bytes: usize, stays: bool) -> Result<Buffer> {
-        Ok(if stays { self.gpu.hold(bytes as u64) } else { self.gpu.take(bytes as u64) }?)
+    /// What stays, and is kept as it is, lies with what stays.
+    pub(super) fn stays(&self, bytes: usize, kept: bool) -> Result<Buffer> {
+        Ok(if kept { self.gpu.hold(bytes as u64)? } else { self.gpu.take(bytes as u64)? })
     }
 
     /// The tail of a matrix of all rows: those that train.
@@ -99,7 +99,7 @@ impl Context<'_> {
             x: x.part(),
         });
         rms_norm::forward(gpu, x, None, &self.weight(&layer.post_norm), a.eps, rows, normed.part(), kept)?;
-        let gate_up = self.buffer(4 * rows * a.intermediate, keep == Keep::All && r.frozen == 0)?;
+        let gate_up = self.stays(4 * rows * a.intermediate, keep == Keep::All && r.frozen == 0)?;
         self.linears(&[&layer.gate, &layer.up], normed.part(), rows, gate_up.part())?;
         drop(normed);
         let act = gpu.bf16(rows * a.intermediate)?;
@@ -141,9 +141,8 @@ impl Context<'_> {
         let (before, turned) = (part(normed_heads), part(!normed_heads));
         rope::forward(gpu, qkv.part(), rows, &heads, &r.angles, q.part(), kv.part(), before, turned, r.frozen)?;
         let qkv = Some(qkv).filter(|_| heads.gated);
-        // What stays, and is kept as it is where all rows train, lies with what stays.
-        let attended = self.buffer(2 * rows * heads.q(), whole && r.frozen == 0)?;
-        let log_sums = self.buffer(4 * n * a.heads, whole)?;
+        let attended = self.stays(2 * rows * heads.q(), whole && r.frozen == 0)?;
+        let log_sums = self.stays(4 * n * a.heads, whole)?;
         let shape = self.shape(&heads, l);
         attention::forward(gpu, &shape, q.part(), kv.part(), attended.part(), log_sums.part(), false)?;
         let mut gate = None;

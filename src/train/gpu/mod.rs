@@ -154,7 +154,6 @@ impl GpuTrainer {
     pub fn release_buffers(&self) {
         self.gpu.release();
         self.side.release();
-        self.moments.release_staging();
         self.model.held.store(0, Ordering::Relaxed);
     }
 

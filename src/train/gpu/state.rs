@@ -17,7 +17,7 @@ use std::sync::Arc;
 pub struct Moments {
     gpu: Arc<Gpu>,
     held: Mutex<HashMap<String, Arc<Pair>>>,
-    /// Where a commit copies them to, between two commits.
+    /// What a commit copies them to. Kept from one to the next, as the memory that it stages weights in is.
     staging: Arc<Mutex<Option<PinnedBuffer>>>,
 }
 
@@ -123,16 +123,12 @@ impl Moments {
         Ok(())
     }
 
-    /// Gives back what commits copy through.
-    pub(super) fn release_staging(&self) {
-        self.staging.lock().take();
-    }
-
     /// Pinned memory for all moments, the one kept if it is large enough.
     fn take_staging(&self) -> Result<PinnedBuffer, String> {
         let parts: Vec<u64> = self.held.lock().values().flat_map(|p| [p.m.bytes(), p.v.bytes()]).collect();
         let bytes: usize = parts.iter().map(|&b| (b as usize).next_multiple_of(GRAIN)).sum();
-        match self.staging.lock().take().filter(|kept| kept.len() >= bytes) {
+        let kept = self.staging.lock().take();
+        match kept.filter(|kept| kept.len() >= bytes) {
             Some(kept) => Ok(kept),
             None => PinnedBuffer::new(&self.gpu.device, bytes.next_multiple_of(64 << 20)).map_err(|e| e.to_string()),
         }
