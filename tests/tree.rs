@@ -426,3 +426,35 @@ fn a_late_first_fill_leaves_the_view_to_those_who_hold_it() {
     mounted.read_weights(0, 0, &mut shown).unwrap();
     assert!(shown == reference.shard(0) && shown != before);
 }
+
+/// The kernel says that a file is gone only after its close returned, and to another thread than the next open's.
+#[test]
+fn an_open_after_a_close_does_not_join_the_file_that_was_closed() {
+    let cuts = || Keep::Live { cuts: vec![], dtype: None, strided: false, replicas: false };
+    let tensors = vec![TensorRecipe { dtype: Dtype::BF16, shape: vec![40, 99], keep: cuts() }];
+    let recipe = Recipe { shards: vec![ShardRecipe { padding: 0, tensors }], index: false, ranks: 1, seed: 7 };
+    let mut reference = Reference::new(&recipe);
+    let options = ViewOptions { mode: ViewMode::Held, hold: Duration::from_secs(600) };
+    let mounted = Mounted::new(Arc::new(reference.open().unwrap()), None, "/mount".into(), &options).unwrap();
+    let mut shown = vec![0; reference.shard(0).len()];
+    mounted.open_weights(1, 0, std::process::id()).unwrap();
+    assert!(!mounted.open_may_wait(), "who joins a reader is served at once");
+    reference.change(&mut Random(3), 50);
+    mounted.closing_weights(1);
+    assert!(mounted.open_may_wait());
+    std::thread::scope(|scope| {
+        let next = scope.spawn(|| mounted.open_weights(2, 0, std::process::id()).unwrap());
+        mounted.close_weights(1);
+        next.join().unwrap();
+    });
+    mounted.read_weights(0, 0, &mut shown).unwrap();
+    assert!(shown == reference.shard(0), "the step of the file that was closed");
+    // A duplicate was closed: the file stays open, and holds the view.
+    let held = reference.shard(0);
+    reference.change(&mut Random(4), 50);
+    mounted.closing_weights(2);
+    mounted.open_weights(3, 0, std::process::id()).unwrap();
+    assert!(!mounted.open_may_wait());
+    mounted.read_weights(0, 0, &mut shown).unwrap();
+    assert!(shown == held && shown != reference.shard(0));
+}

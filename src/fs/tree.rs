@@ -503,6 +503,13 @@ impl Tree {
     }
 
     /// Closes a file or directory.
+    /// A descriptor of `handle` is being closed: `release` follows if it was the last one.
+    pub fn flush(&self, handle: u64) {
+        if let Some(Handle::Weights(_)) = self.handles.lock().1.get(&handle) {
+            self.mounted.closing_weights(handle);
+        }
+    }
+
     pub fn release(&self, handle: u64) {
         let closed = self.handles.lock().1.remove(&handle);
         match closed {

@@ -1,6 +1,6 @@
 //! Who has weights open, and whether that holds the view still.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 /// One open weights file.
@@ -15,6 +15,8 @@ pub struct Reader {
 #[derive(Debug)]
 pub struct Readers {
     open: BTreeMap<u64, Reader>,
+    /// Those that somebody has closed a descriptor of, and that nobody has waited for yet.
+    closing: BTreeSet<u64>,
     newest: Option<Instant>,
     hold: Duration,
 }
@@ -31,7 +33,7 @@ pub enum Opened {
 impl Readers {
     /// `hold`: how long after the newest open the view stays still for those who have it open.
     pub fn new(hold: Duration) -> Readers {
-        Readers { open: BTreeMap::new(), newest: None, hold }
+        Readers { open: BTreeMap::new(), closing: BTreeSet::new(), newest: None, hold }
     }
 
     /// Whether somebody holds the view at `now`. `mapped` is asked when no file is open: mappings may outlive files.
@@ -49,8 +51,26 @@ impl Readers {
         self.open.insert(handle, reader);
     }
 
+    /// A descriptor of `handle` is being closed; unless there are more of them, it is removed soon.
+    pub fn closing(&mut self, handle: u64) {
+        if self.open.contains_key(&handle) {
+            self.closing.insert(handle);
+        }
+    }
+
+    /// Whether some handle may be removed at any moment.
+    pub fn any_closing(&self) -> bool {
+        !self.closing.is_empty()
+    }
+
+    /// Those that are still here have other descriptors (of a child, a duplicate): they are as open as the rest.
+    pub fn none_closing(&mut self) {
+        self.closing.clear();
+    }
+
     /// Forgets `handle`; true when it was the last one.
     pub fn remove(&mut self, handle: u64) -> bool {
+        self.closing.remove(&handle);
         self.open.remove(&handle).is_some() && self.open.is_empty()
     }
 
@@ -102,5 +122,20 @@ mod tests {
         // A mapping that is left holds it as an open file does.
         assert!(readers.holding(at(609), || true));
         assert!(!readers.holding(at(610), || true));
+    }
+
+    #[test]
+    fn a_handle_is_waited_for_once_after_each_close() {
+        let mut readers = Readers::new(Duration::from_secs(600));
+        let reader = Reader { shard: 0, pid: 7, since: Instant::now() };
+        readers.closing(1);
+        assert!(!readers.any_closing(), "it was never open");
+        readers.add(1, reader.clone());
+        readers.closing(1);
+        assert!(readers.any_closing());
+        readers.none_closing();
+        assert!(!readers.any_closing() && !readers.is_empty());
+        readers.closing(1);
+        assert!(readers.remove(1) && !readers.any_closing());
     }
 }

@@ -19,7 +19,7 @@ use crate::memory;
 use crate::model::ModelDirectory;
 use crate::source::{EngineHttpError, EngineHttpOptions, EngineSync, HoldGuard, ManifestId};
 use crate::view::{CopiedShards, Readers};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -76,6 +76,8 @@ pub struct Mounted {
     /// Whoever opens or moves the view takes turns; in it, when the last move that failed did so, and why.
     moving: Mutex<Option<(Instant, FsError)>>,
     readers: Mutex<Readers>,
+    /// Told when a weights file is gone from `readers`.
+    released: Condvar,
     training: Training,
     /// The engine that is told of new weights over HTTP.
     engine: OnceLock<EngineSync>,
@@ -139,6 +141,7 @@ impl Mounted {
             passthrough: OnceLock::new(),
             moving: Mutex::default(),
             readers: Mutex::new(Readers::new(options.hold)),
+            released: Condvar::new(),
             training,
             engine: OnceLock::new(),
             me: me.clone(),

@@ -6,7 +6,11 @@ use crate::image::ShardBytes;
 use crate::view::{CopiedShards, Opened, Reader};
 use rustix::io::Errno;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// The kernel tells of a close before it returns (FLUSH), and that the file is gone (RELEASE) without waiting for us: an
+/// open waits so long for the second. It is on its way, unless the descriptor was one of several.
+const RELEASE: Duration = Duration::from_secs(1);
 
 impl Mounted {
     /// Fills the view for the first time and finds out what differs from disk; runs beside the mount.
@@ -38,7 +42,11 @@ impl Mounted {
     pub fn open_may_wait(&self) -> bool {
         // Somebody has the view in hand, moves it, or waits for an engine to.
         let Some(_turn) = self.moving.try_lock() else { return self.view.is_some() };
-        self.view.is_some() && !self.is_current() && !self.readers.lock().holding(Instant::now(), || self.is_mapped())
+        if self.view.is_none() || self.is_current() {
+            return false;
+        }
+        let readers = self.readers.lock();
+        readers.any_closing() || !readers.holding(Instant::now(), || self.is_mapped())
     }
 
     /// Whether mappings hold the view: the kernel serves them from the copy itself and keeps no file open for them.
@@ -67,6 +75,7 @@ impl Mounted {
         }
         let asked = Instant::now();
         let mut turn = self.moving.lock();
+        self.wait_for_releases();
         // Looked at in our turn: whoever came before may have begun to hold the view.
         let before = self.readers.lock().before_open(Instant::now(), || self.is_mapped());
         if before == Opened::MoveFirst {
@@ -79,8 +88,26 @@ impl Mounted {
         Ok(Served::Held)
     }
 
+    /// Who closes a file and opens one next is not to be shown the step of the file that is closed: nothing of theirs
+    /// holds the view any more.
+    fn wait_for_releases(&self) {
+        let mut readers = self.readers.lock();
+        let until = Instant::now() + RELEASE;
+        while readers.any_closing() {
+            if self.released.wait_until(&mut readers, until).timed_out() {
+                readers.none_closing();
+            }
+        }
+    }
+
+    /// Somebody closes a descriptor of `handle`, the last one perhaps.
+    pub fn closing_weights(&self, handle: u64) {
+        self.readers.lock().closing(handle);
+    }
+
     pub fn close_weights(&self, handle: u64) {
         self.readers.lock().remove(handle);
+        self.released.notify_all();
         self.changed();
     }
 
