@@ -110,6 +110,11 @@ fn jobs_that_cannot_run_are_refused_by_name_and_touch_nothing() {
         (r#"{"samples": [{"continuation_ids": [1, 2]}], "config": {"rank": 4, "trainable": ["*.mpl.*"]}}"#, "*.mpl.*"),
         (r#"{"samples": [{"continuation_ids": [1, 2]}], "config": {"rank": 4, "lr": -1}}"#, "config.lr"),
         (r#"{"samples": [{"continuation_ids": [1, 2, 3]}], "config": {"rank": 4, "max_length": 2}}"#, "limit of 2"),
+        (
+            r#"{"samples": [{"continuation_ids": [1, 2]}, {"continuation_ids": [3, 4]}],
+                "config": {"rank": 4, "step_tokens": 1, "epochs": 9223372036854775808}}"#,
+            "config.epochs",
+        ),
     ] {
         let error = rig.queue.submit(job, "test").expect_err(job).to_string();
         assert!(error.contains(word), "{job}: {error}");

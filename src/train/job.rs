@@ -5,7 +5,7 @@ use super::families::Architecture;
 use super::pack::{Batch, Tokens};
 use super::sample::{Sample, TextModel, check};
 use super::settings::{Optimizer, Settings};
-use super::state::OptimizerState;
+use super::state::{OptimizerState, TensorState};
 use super::weights::{Weights, device_of};
 use parking_lot::Mutex;
 use serde_json::{Map, Value};
@@ -128,7 +128,7 @@ impl Job {
 
         // What the optimizer will remember, and what of it must be given up.
         let mut notes: Vec<String> = model.left_alone.iter().map(|what| format!("{what} stay as they are")).collect();
-        let (mut growth, mut reset) = (0u64, 0u64);
+        let (mut growth, mut reset, mut at_home) = (0u64, 0u64, 0u64);
         // Locked no longer than this: a running step needs it while readers wait.
         let state = state.lock();
         for (name, shape) in &trained {
@@ -140,6 +140,12 @@ impl Job {
                     growth += 8 * moment_elements(form, shape);
                 }
             }
+        }
+        // Moments on the host, which a step on a GPU takes there first, those of tensors that do not train included.
+        for (name, shape) in model.tensors() {
+            let known = state.tensors.get(name);
+            let goes_on = |t: &&TensorState| !settings.trains(name) || fits(t, form(&settings, &shape), &shape);
+            at_home += known.filter(goes_on).map_or(0, |t| 4 * (t.m.len() + t.v.len()) as u64);
         }
         drop(state);
         if reset > 0 {
@@ -159,6 +165,13 @@ impl Job {
         }
         if on_device {
             super::gpu::libraries().map_err(BadJob)?;
+            growth += at_home;
+        }
+        if settings.epochs.checked_mul(steps.len() as u64).is_none() {
+            return Err(BadJob(format!(
+                "config.epochs is {}: that is more steps than can be counted",
+                settings.epochs
+            )));
         }
         let needs = |step: &Vec<usize>| match on_device {
             true => super::gpu::plan::least(model, &batch(&samples, step), &settings),

@@ -109,6 +109,8 @@ pub struct Options {
     pub threads: usize,
     /// Jobs of former lives, whose ids are not given again. Those that ran or waited are shown as cut.
     pub history: Vec<JobRecord>,
+    /// The first id to give, if those of `history` are below it.
+    pub next_id: u64,
     /// Called after every step and every change of a job's state.
     pub listener: Option<Listener>,
     /// Bytes that a job may use; asked when a job comes in. By default what the system has available.
@@ -120,7 +122,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Options {
         let free_memory = || crate::memory::available().unwrap_or(u64::MAX);
-        Options { threads: 0, history: Vec::new(), listener: None, free_memory, paused: false }
+        Options { threads: 0, history: Vec::new(), next_id: 1, listener: None, free_memory, paused: false }
     }
 }
 
@@ -167,7 +169,7 @@ impl Queue {
                 job.error = Some("the program ended before the job did".into());
             }
         }
-        let next_id = history.iter().map(|j| j.id + 1).max().unwrap_or(1);
+        let next_id = history.iter().map(|j| j.id + 1).max().unwrap_or(1).max(options.next_id);
         let inner = Inner { next_id, history, paused: options.paused, ..Inner::default() };
         let shared = Arc::new(Shared { inner: inner.into(), changed: Condvar::new(), listener: options.listener });
         let pool = rayon::ThreadPoolBuilder::new()

@@ -16,6 +16,8 @@ const KEPT: usize = 1000;
 /// The directory of the records of one model.
 pub struct JobRecords {
     directory: PathBuf,
+    /// The highest id that a file is named after, whatever is in it.
+    highest: u64,
     /// When a running job's record was written last.
     written: Mutex<Option<Instant>>,
 }
@@ -25,7 +27,7 @@ impl JobRecords {
     /// is left alone, and said in the log.
     pub fn open(directory: &Path) -> io::Result<(JobRecords, Vec<JobRecord>)> {
         DirBuilder::new().mode(0o700).recursive(true).create(directory)?;
-        let mut records = Vec::new();
+        let (mut records, mut highest) = (Vec::new(), 0);
         for entry in std::fs::read_dir(directory)? {
             let path = entry?.path();
             let Some(id) = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix(".json")) else {
@@ -35,6 +37,7 @@ impl JobRecords {
                 }
                 continue;
             };
+            highest = highest.max(id.parse().unwrap_or(0u32) as u64);
             let read = std::fs::read(&path).and_then(|b| Ok(serde_json::from_slice::<JobRecord>(&b)?));
             match read {
                 Ok(record) if record.id.to_string() == id => records.push(record),
@@ -43,11 +46,16 @@ impl JobRecords {
             }
         }
         records.sort_by_key(|r| r.id);
-        let this = JobRecords { directory: directory.to_owned(), written: Mutex::default() };
+        let this = JobRecords { directory: directory.to_owned(), highest, written: Mutex::default() };
         while records.len() > KEPT {
             let _ = std::fs::remove_file(this.path(records.remove(0).id));
         }
         Ok((this, records))
+    }
+
+    /// No id from this one on was ever given: a record that cannot be read keeps its own.
+    pub fn next_id(&self) -> u64 {
+        self.highest + 1
     }
 
     /// Keeps what is known of a job: durably when its state changed, now and then while it runs.
@@ -75,5 +83,21 @@ impl JobRecords {
 
     fn path(&self, id: u64) -> PathBuf {
         self.directory.join(format!("{id}.json"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_that_cannot_be_read_keeps_its_id() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(JobRecords::open(directory.path()).unwrap().0.next_id(), 1);
+        // Its writer lost power.
+        std::fs::write(directory.path().join("7.json"), "").unwrap();
+        std::fs::write(directory.path().join("notes.json"), "{}").unwrap();
+        let (records, known) = JobRecords::open(directory.path()).unwrap();
+        assert_eq!((records.next_id(), known.len()), (8, 0));
     }
 }

@@ -102,7 +102,12 @@ impl TextModel {
         let (tokenizer, no_tokenizer) = match path.exists() {
             false => (None, none.no_tokenizer),
             true => match Tokenizer::from_file(&path) {
-                Ok(tokenizer) => (Some(tokenizer), String::new()),
+                Ok(mut tokenizer) => {
+                    // As transformers does: what the file says of cutting and padding is of the run that wrote it.
+                    let _ = tokenizer.with_truncation(None);
+                    tokenizer.with_padding(None);
+                    (Some(tokenizer), String::new())
+                }
                 Err(e) => (None, format!("{} cannot be used ({e}): give token ids", path.display())),
             },
         };
@@ -236,6 +241,22 @@ mod tests {
         assert!(check(&[1], &[]).unwrap_err().contains("empty"));
         assert!(check(&[], &[1]).unwrap_err().contains("one token"));
         assert!(check(&[1, 2, 3], &[4, 5, 6]).unwrap_err().contains("6 tokens, more than the limit of 5"));
+    }
+
+    #[test]
+    fn a_tokenizer_file_neither_cuts_nor_pads_samples() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = r#"{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {"type": "Whitespace"},
+            "truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+            "padding": {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+                        "pad_type_id": 0, "pad_token": "a"},
+            "post_processor": null, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "c": 2}, "unk_token": "a"}}"#;
+        std::fs::write(directory.path().join("tokenizer.json"), file).unwrap();
+        let text = TextModel::read(directory.path());
+        for (words, ids) in [("b c b c b", vec![1, 2, 1, 2, 1]), ("c b", vec![2, 1])] {
+            assert_eq!(text.tokens(&Sample::Text(words.into())).unwrap().continuation, ids);
+        }
     }
 
     #[test]

@@ -79,21 +79,23 @@ impl Default for Settings {
 impl Settings {
     /// Says what is wrong with a value, by its key.
     pub fn check(&self) -> Result<(), String> {
-        let positive = |key: &str, x: f64| match x > 0.0 && x.is_finite() {
+        // The update is computed in f32: what is nothing or infinite there makes weights that are no numbers.
+        let positive = |key: &str, x: f64| match x > 0.0 && (x as f32).is_normal() {
             true => Ok(()),
-            false => Err(format!("config.{key} is {x}: it must be above 0")),
+            false => Err(format!("config.{key} is {x}: it must be above 0, and a number in f32")),
         };
         positive("lr", self.lr)?;
         positive("eps", self.eps)?;
         if let Some(scale) = self.scale {
             positive("scale", scale)?;
+            positive("lr times scale", self.lr * scale)?;
         }
         for beta in self.betas {
             if !(0.0..1.0).contains(&beta) {
                 return Err(format!("config.betas has {beta}: each must be from 0 to below 1"));
             }
         }
-        let not_negative = |key: &str, x: f64| match x >= 0.0 && x.is_finite() {
+        let not_negative = |key: &str, x: f64| match x >= 0.0 && (x as f32).is_finite() {
             true => Ok(()),
             false => Err(format!("config.{key} is {x}: it must be 0 or more")),
         };
@@ -106,9 +108,11 @@ impl Settings {
             ));
         }
         if let Some(limit) = self.norm_growth_limit.filter(|&l| l != 0.0)
-            && !(limit >= 1.0 && limit.is_finite())
+            && !(limit >= 1.0 && (limit as f32).is_finite())
         {
-            return Err(format!("config.norm_growth_limit is {limit}: it must be 1 or more, or 0 for none"));
+            return Err(format!(
+                "config.norm_growth_limit is {limit}: it must be 1 or more and a number in f32, or 0 for none"
+            ));
         }
         let counts = [("proj_refresh", self.proj_refresh), ("epochs", self.epochs)];
         let counts = counts.into_iter().chain([
@@ -210,6 +214,10 @@ mod tests {
             (r#"{"optimizer": "adamw"}"#, "adamw"),
             (r#"{"optimizer": "apollo-mini", "rank": 4}"#, "rank"),
             (r#"{"lr": 10, "weight_decay": 0.5}"#, "weight_decay"),
+            // Numbers in f64 only.
+            (r#"{"norm_growth_limit": 1e39}"#, "norm_growth_limit"),
+            (r#"{"eps": 1e-46}"#, "eps"),
+            (r#"{"lr": 1e30, "scale": 1e30, "weight_decay": 0}"#, "lr times scale"),
         ] {
             let error = with(json).expect_err(json);
             assert!(error.contains(word), "{json}: {error}");

@@ -261,6 +261,8 @@ impl GpuTrainer {
         self.gpu.reserve(plan.bytes - plan.side - plan::WORKSPACES)?;
         self.side.reserve(plan.side)?;
         self.moments.prepare(&self.model.architecture, settings)?;
+        // Jobs that are queued from here on count with it.
+        self.model.held.store(self.held().0 - self.moments.bytes(), Ordering::Relaxed);
         let mut marks = Marks::new(self.timed.is_some());
         marks.add(&self.gpu, "start")?;
         let c = self.context(batch, settings, &plan)?;

@@ -65,8 +65,16 @@ impl Moments {
         if !state.remote.is(&remote) {
             state.come_home().map_err(|e| GpuError::Library(e.to_string()))?;
             self.held.lock().clear();
+            // From here on, whatever the host has no moments of is here: also if an upload fails.
+            state.remote.set(remote);
         }
-        let mut uploaded = false;
+        let uploaded = self.upload_all(state, settings, model);
+        // They may be asked for from here on, past the stream that they came by.
+        let arrived = self.gpu.wait();
+        Ok(uploaded.and(arrived)?)
+    }
+
+    fn upload_all(&self, state: &mut OptimizerState, settings: &Settings, model: &Model) -> Result<(), GpuError> {
         for (name, shape) in model.architecture.tensors() {
             let Some(tensor) = state.tensors.get_mut(name) else {
                 self.held.lock().remove(name);
@@ -84,14 +92,8 @@ impl Moments {
                 let pair = Pair { m: upload(&tensor.m)?, v: upload(&tensor.v)? };
                 self.held.lock().insert(name.to_string(), Arc::new(pair));
                 (tensor.m, tensor.v) = (Vec::new(), Vec::new());
-                uploaded = true;
             }
         }
-        if uploaded {
-            // They may be asked for from here on, past the stream that they came by.
-            self.gpu.wait()?;
-        }
-        state.remote.set(remote);
         Ok(())
     }
 
@@ -123,10 +125,15 @@ impl Moments {
         Ok(())
     }
 
-    /// Pinned memory for all moments, the one kept if it is large enough.
-    fn take_staging(&self) -> Result<PinnedBuffer, String> {
-        let parts: Vec<u64> = self.held.lock().values().flat_map(|p| [p.m.bytes(), p.v.bytes()]).collect();
-        let bytes: usize = parts.iter().map(|&b| (b as usize).next_multiple_of(GRAIN)).sum();
+    /// All of them as they are now; a job that begins meanwhile may make more.
+    fn pairs(&self) -> Vec<(String, Arc<Pair>)> {
+        self.held.lock().iter().map(|(name, pair)| (name.clone(), pair.clone())).collect()
+    }
+
+    /// Pinned memory for these, the one kept if it is large enough.
+    fn take_staging(&self, pairs: &[(String, Arc<Pair>)]) -> Result<PinnedBuffer, String> {
+        let parts = pairs.iter().flat_map(|(_, p)| [p.m.bytes(), p.v.bytes()]);
+        let bytes: usize = parts.map(|b| (b as usize).next_multiple_of(GRAIN)).sum();
         let kept = self.staging.lock().take();
         match kept.filter(|kept| kept.len() >= bytes) {
             Some(kept) => Ok(kept),
@@ -152,15 +159,16 @@ impl Remote for Moments {
     }
 
     fn prepare(&self) -> Result<(), String> {
-        let staging = self.take_staging()?;
+        let staging = self.take_staging(&self.pairs())?;
         *self.staging.lock() = Some(staging);
         Ok(())
     }
 
     fn copy(&self) -> Result<Box<dyn Copies>, String> {
-        let staging = self.take_staging()?;
-        let (mut places, mut pairs, mut parts, mut at) = (HashMap::new(), Vec::new(), Vec::new(), 0);
-        for (name, pair) in self.held.lock().iter() {
+        let pairs = self.pairs();
+        let staging = self.take_staging(&pairs)?;
+        let (mut places, mut parts, mut at) = (HashMap::new(), Vec::new(), 0);
+        for (name, pair) in &pairs {
             let place = [&pair.m, &pair.v].map(|buffer| {
                 let range = at..at + buffer.bytes() as usize;
                 at = range.end.next_multiple_of(GRAIN);
@@ -168,11 +176,11 @@ impl Remote for Moments {
                 range
             });
             places.insert(name.clone(), place);
-            pairs.push(pair.clone());
         }
         // Whoever asks holds the weights still, as for `moments`.
         let downloads = self.gpu.start_downloads(staging, &parts).map_err(|e| e.to_string())?;
-        Ok(Box::new(Home { downloads, places, _pairs: pairs, staging: self.staging.clone() }))
+        let _pairs = pairs.into_iter().map(|(_, pair)| pair).collect();
+        Ok(Box::new(Home { downloads, places, _pairs, staging: self.staging.clone() }))
     }
 }
 
