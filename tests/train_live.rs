@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use reference::{Random, Reference, Tensor, recipes};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use weightfs::image::ShardBytes;
+use weightfs::image::{ImageError, ShardBytes};
 use weightfs::train::{LiveWeights, StepEnd, Weights};
 
 /// The engine's values of elements `from..to`, in the dtype of the place that is read.
@@ -79,6 +79,7 @@ fn a_step_is_told_while_others_are_out_and_torn_when_it_is_not_finished() {
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let recipe = proptest::strategy::ValueTree::current(&recipes().new_tree(&mut runner).unwrap());
     let reference = Reference::new(&recipe);
+    std::fs::create_dir(reference.model().join(".weightfs")).unwrap();
     let image = Arc::new(reference.open().unwrap());
     let (told, steps) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicU64::new(0)));
     let weights = LiveWeights::new(image.clone(), {
@@ -113,7 +114,19 @@ fn a_step_is_told_while_others_are_out_and_torn_when_it_is_not_finished() {
     step.begin_update().unwrap();
     drop(step);
     assert_eq!(*told.lock().unwrap(), [StepEnd::Taken, StepEnd::Torn]);
+    // Nobody is given weights of no step: no view, no commit, no job, also not of a weightfs that comes later.
+    let later = reference.open().unwrap();
+    for image in [&*image, &later] {
+        assert!(matches!(image.hold(), Err(ImageError::Torn)));
+    }
+    assert!(matches!(weights.begin_step().map(drop), Err(ImageError::Torn)));
+    // A rollback does this, and it is over, for all.
+    let alone = image.exclude().unwrap();
+    image.update_begins();
+    image.update_ended(true);
+    drop(alone);
     drop(image.hold().unwrap());
+    drop(reference.open().unwrap().hold().unwrap());
 
     // Taken back before anything was written, nothing happened and nobody is kept out.
     let mut step = weights.begin_step().unwrap();

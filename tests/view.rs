@@ -6,6 +6,7 @@ mod reference;
 use proptest::prelude::*;
 use reference::{Random, Reference, recipes};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use weightfs::image::{Image, ImageError, ShardBytes, StepHold};
 use weightfs::memory::{BLOCK, Hash};
@@ -84,12 +85,17 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     proptest::collection::vec(step, 1..12)
 }
 
-/// What the copy's files hold, which the kernel may serve without asking.
+/// What the copy's files hold, which the kernel may serve without asking. Whoever does ask is given bytes of one step only.
 fn copied(view: &CopiedShards, reference: &Reference) -> Vec<Vec<u8>> {
     let shards = reference.shards.iter().enumerate().map(|(s, shard)| {
         let mut bytes = vec![0; shard.disk.len() + 9];
-        let n = view.read(s, 0, &mut bytes).unwrap();
+        let n = view.file(s).read_at(&mut bytes, 0).unwrap();
         bytes.truncate(n);
+        let mut given = vec![0; n + 9];
+        match view.read(s, 0, &mut given) {
+            Ok(read) => assert!(view.is_whole() && given[..read] == bytes),
+            Err(_) => assert!(!view.is_whole()),
+        }
         bytes
     });
     shards.collect()

@@ -13,7 +13,11 @@ use super::snapshot::Snapshot;
 use super::{CommitRequest, Committer};
 use crate::image::ShardBytes;
 use rayon::prelude::*;
+use std::any::Any;
 use std::ops::Range;
+use std::time::Instant;
+
+type Around<'a> = &'a dyn Fn() -> Box<dyn Any>;
 
 #[derive(Debug, Clone)]
 pub struct RollbackReport {
@@ -28,6 +32,26 @@ impl Committer {
     /// the live weights cannot be written after it, they are a change like any other, and rolling back again is safe.
     /// The optimizer's state is that of [`Committer::optimizer_state`] of the newest commit afterwards.
     pub fn rollback(&self, id: u64, live: Option<&dyn ShardBytes>) -> Result<RollbackReport, CommitError> {
+        self.rollback_to(id, live, &|| Box::new(()))
+    }
+
+    /// The same of weights that are `live`. `around` is called before the first of them is written, with everybody
+    /// excluded; what it returns is dropped when they are let in again.
+    pub fn rollback_around(
+        &self,
+        id: u64,
+        live: &dyn ShardBytes,
+        around: Around,
+    ) -> Result<RollbackReport, CommitError> {
+        self.rollback_to(id, Some(live), around)
+    }
+
+    fn rollback_to(
+        &self,
+        id: u64,
+        live: Option<&dyn ShardBytes>,
+        around: Around,
+    ) -> Result<RollbackReport, CommitError> {
         let _working = self.working.lock();
         let snapshot = Snapshot::open(&self.shared, id)?;
         let message = format!("rollback to commit {id}");
@@ -36,12 +60,17 @@ impl Committer {
         let past = Past::new(&snapshot, &within, live, staging, past::limit(staging))?;
         let wanted =
             Wanted { request: CommitRequest::new(&message, self.step()), within: Some(&within), rollback_to: Some(id) };
-        let commit = self.commit_locked(&past, &wanted)?;
-        let live_bytes = match live {
-            // Of the state that is newest from here on: the one gone back to.
-            Some(live) => write_back(&self.shared.layout, &self.baseline(&|_| ())?.table, &past, live)?,
-            None => 0,
-        };
+        let mut commit = self.commit_locked(&past, &wanted)?;
+        let Some(live) = live else { return Ok(RollbackReport { commit, live_bytes: 0 }) };
+        // Of the state that is newest from here on: the one gone back to.
+        let table = self.baseline(&|_| ())?.table;
+        let alone = live.exclude()?;
+        let start = Instant::now();
+        let around = around();
+        let live_bytes = write_back(&self.shared.layout, &table, &past, live)?;
+        drop(alone);
+        drop(around);
+        commit.times.held = start.elapsed();
         Ok(RollbackReport { commit, live_bytes })
     }
 }
@@ -49,8 +78,14 @@ impl Committer {
 /// Writes the blocks of `live` that `table` has other hashes of, while nobody reads: half a rollback is no step. They are
 /// found where the weights are, and written from several threads in pieces of megabytes.
 fn write_back(layout: &Layout, table: &Table, past: &Past, live: &dyn ShardBytes) -> Result<u64, CommitError> {
-    let _alone = live.exclude()?;
     let runs = find(live, layout, table, None)?;
+    live.update_begins();
+    let written = write_runs(layout, &runs, past, live);
+    live.update_ended(written.is_ok());
+    written
+}
+
+fn write_runs(layout: &Layout, runs: &[Run], past: &Past, live: &dyn ShardBytes) -> Result<u64, CommitError> {
     let pieces: Vec<(usize, Range<u64>)> = runs.iter().flat_map(|run| pieces(layout, run)).collect();
     let write = |(shard, range): &(usize, Range<u64>)| {
         match past.bytes(*shard, range.clone()) {

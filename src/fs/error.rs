@@ -32,9 +32,13 @@ impl fmt::Display for FsError {
 
 impl std::error::Error for FsError {}
 
-/// The errno of an I/O error, EIO where it carries none.
+/// The errno of an I/O error, EIO where it carries none. ESTALE says here that the engine is gone: from a file system
+/// (NFS) it is an error like others.
 pub(crate) fn errno_of(e: &std::io::Error) -> Errno {
-    Errno::from_io_error(e).unwrap_or(Errno::IO)
+    match Errno::from_io_error(e) {
+        None | Some(Errno::STALE) => Errno::IO,
+        Some(errno) => errno,
+    }
 }
 
 impl From<std::io::Error> for FsError {
@@ -53,6 +57,7 @@ impl From<ImageError> for FsError {
             ImageError::Memory(MemoryError::OutOfBounds { .. } | MemoryError::Device { .. }) => Errno::IO,
             ImageError::Disk { source, .. } => errno_of(source),
             ImageError::NoBoundary(_) => Errno::BUSY,
+            ImageError::Torn => Errno::IO,
         };
         FsError::new(errno, e.to_string())
     }

@@ -434,7 +434,8 @@ impl Tree {
 
     /// Whether a read may take long: of weights where they are, it waits for the end of a step.
     pub fn read_may_wait(&self, handle: u64) -> bool {
-        self.mounted.view().is_none() && matches!(self.handles.lock().1.get(&handle), Some(Handle::Weights(_)))
+        self.mounted.view().is_none_or(|view| !view.is_whole())
+            && matches!(self.handles.lock().1.get(&handle), Some(Handle::Weights(_)))
     }
 
     /// Reads up to `size` bytes at `offset`; fewer only at the end of the file.

@@ -34,6 +34,11 @@ impl Image {
         self.attached.read().clone()
     }
 
+    /// What is attached now, for several calls that must be of one engine.
+    pub fn attached(&self) -> Arc<dyn ShardBytes> {
+        self.now()
+    }
+
     pub fn source(&self) -> Arc<Source> {
         self.now().source().clone()
     }
@@ -124,6 +129,14 @@ impl ShardBytes for Image {
 
     fn exclude(&self) -> Result<StepHold, ImageError> {
         self.now().exclude()
+    }
+
+    fn update_begins(&self) {
+        self.now().update_begins();
+    }
+
+    fn update_ended(&self, whole: bool) {
+        self.now().update_ended(whole);
     }
 
     fn read(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), ImageError> {

@@ -32,6 +32,10 @@ pub enum ImageError {
     EngineGone(String),
     #[error("the engine has held its manifest's lock for {0} seconds, so no step boundary could be reached")]
     NoBoundary(u64),
+    #[error(
+        "a step was cut while it was written, so the weights are of no step: `rollback ID` mends them (`weightfs log` lists ids)"
+    )]
+    Torn,
 }
 
 /// While it lives, no optimizer step changes the weights.
@@ -75,13 +79,22 @@ pub trait ShardBytes: Send + Sync {
     }
 
     /// Waits for a step boundary and holds it. Reads and hashes under one hold are of one step. A thread that has a
-    /// hold must not ask for another: a writer may be waiting in between.
+    /// hold must not ask for another: a writer may be waiting in between. Fails where an update was cut.
     fn hold(&self) -> Result<StepHold, ImageError>;
 
     /// Waits until nobody holds the weights still, and keeps everybody out while they are changed (rollback). Reads and
     /// writes under it are the caller's alone.
     fn exclude(&self) -> Result<StepHold, ImageError> {
         self.hold()
+    }
+
+    /// The first write of an update follows. The caller excludes everybody.
+    fn update_begins(&self) {}
+
+    /// The update is written, or nothing of it is (`whole`), or it was cut: nobody is given a [hold](ShardBytes::hold) of
+    /// half a step. The caller still excludes everybody.
+    fn update_ended(&self, whole: bool) {
+        let _ = whole;
     }
 
     /// Copies live bytes from `offset` into `dst`; the range lies inside the shard.

@@ -154,6 +154,9 @@ impl ShardBytes for Attached {
         let hold = self.source.boundary.hold().map_err(|e| ImageError::NoBoundary(e.seconds()))?;
         // An engine that died while we waited let go of its lock half way through a step.
         self.check()?;
+        if !self.source.updates.are_whole() {
+            return Err(ImageError::Torn);
+        }
         Ok(StepHold::new(hold))
     }
 
@@ -162,6 +165,14 @@ impl ShardBytes for Attached {
         let step = self.source.boundary.exclude().map_err(|e| ImageError::NoBoundary(e.seconds()))?;
         self.check()?;
         Ok(StepHold::new(step))
+    }
+
+    fn update_begins(&self) {
+        self.source.updates.begin();
+    }
+
+    fn update_ended(&self, whole: bool) {
+        self.source.updates.end(whole);
     }
 
     fn read(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), ImageError> {

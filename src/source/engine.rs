@@ -36,6 +36,8 @@ pub struct Engine {
     pub manifest: PathBuf,
     pub rank: u32,
     pub pid: Option<u32>,
+    /// When it started, in ticks since the machine did.
+    started: Option<u64>,
     /// Readable once the process has ended; stays with that process when its pid is given to another.
     process: Option<OwnedFd>,
 }
@@ -49,7 +51,7 @@ impl Engine {
         pid: Option<u32>,
         start_time: Option<u64>,
     ) -> Result<Engine, String> {
-        let mut engine = Engine { name, manifest: manifest.to_path_buf(), rank, pid, process: None };
+        let mut engine = Engine { name, manifest: manifest.to_path_buf(), rank, pid, started: None, process: None };
         if let Some(number) = pid {
             let ended = || format!("process {number} has ended");
             let target = i32::try_from(number).ok().and_then(Pid::from_raw).ok_or_else(ended)?;
@@ -64,10 +66,18 @@ impl Engine {
                 Some(start) if start_time.is_some_and(|s| s != start) => {
                     return Err(format!("process {number} is another one now (it started at tick {start})"));
                 }
-                Some(_) => {}
+                Some(start) => engine.started = Some(start),
             }
         }
         Ok(engine)
+    }
+
+    /// The process; for one that is not known, its manifest.
+    pub fn identity(&self) -> String {
+        match (self.pid, self.started) {
+            (Some(pid), Some(start)) => format!("process {pid} that started at {start}"),
+            _ => format!("{} {:?}", self.manifest.display(), ManifestId::of_path(&self.manifest)),
+        }
     }
 
     /// Is the process alive?

@@ -14,6 +14,7 @@ mod manifest;
 mod matching;
 mod own;
 mod shared_file;
+mod updates;
 
 pub use boundary::{Boundary, HoldGuard, StepGuard};
 pub use discover::{ENGINES, directories as manifest_directories, discover};
@@ -22,6 +23,7 @@ pub use engine_http::{EngineHttpError, EngineSync, Options as EngineHttpOptions,
 pub use manifest::{CudaDevice, Manifest, MemoryEntry, TensorMap};
 pub use matching::{Diagnosis, diagnose};
 pub use own::{OwnWeights, load_own};
+pub use updates::Updates;
 
 use crate::memory::cuda::CudaError;
 use crate::memory::{Accelerator, Memory, MemoryError};
@@ -118,6 +120,8 @@ pub struct Source {
     /// The processes that own the memories; empty for weights of our own.
     pub engines: Vec<Engine>,
     pub boundary: Arc<Boundary>,
+    /// Whether an update of them was cut.
+    pub updates: Updates,
 }
 
 impl Source {
@@ -209,9 +213,15 @@ impl Source {
                 memories.push(memory.map(manifest, number, writable)?);
             }
         }
-        let (engines, locks) = manifests.into_iter().map(|m| (m.engine, m.file)).unzip();
+        let (engines, locks): (Vec<Engine>, Vec<_>) = manifests.into_iter().map(|m| (m.engine, m.file)).unzip();
         let boundary = Arc::new(Boundary::new(locks));
-        Ok(Source { memories, places: matched.places, only_live: matched.only_live, engines, boundary })
+        let updates = Updates::of(&directory.state_dir(), &engines);
+        if updates.is_marked() {
+            // By a weightfs that writes at this moment, or by one that was killed while it did: the first ends.
+            let hold = boundary.hold();
+            updates.end(hold.is_ok() && !updates.is_marked());
+        }
+        Ok(Source { memories, places: matched.places, only_live: matched.only_live, engines, boundary, updates })
     }
 }
 

@@ -22,6 +22,7 @@ pub struct OwnWeights {
 /// Reads every shard once: into memory of the host or of `device`, hashing its blocks on the way.
 pub fn load_own(directory: &ModelDirectory, device: Option<&Arc<Device>>) -> Result<OwnWeights, SourceError> {
     let mut source = Source {
+        updates: Default::default(),
         memories: Vec::new(),
         places: Default::default(),
         only_live: Vec::new(),

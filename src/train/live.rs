@@ -87,6 +87,9 @@ impl Weights for LiveWeights {
     fn begin_step(&self) -> Result<Box<dyn Step + '_>, ImageError> {
         // The queue takes one step at a time, and nothing else writes while it has jobs.
         self.image.check()?;
+        if self.image.source().updates.are_torn() {
+            return Err(ImageError::Torn);
+        }
         Ok(Box::new(LiveStep { weights: self, alone: None, around: None }))
     }
 }
@@ -103,6 +106,7 @@ impl Step for LiveStep<'_> {
     fn begin_update(&mut self) -> Result<(), ImageError> {
         self.alone = Some(self.weights.image.exclude()?);
         self.around = self.weights.begins.as_ref().map(|begins| begins());
+        self.weights.image.update_begins();
         Ok(())
     }
 
@@ -110,6 +114,7 @@ impl Step for LiveStep<'_> {
         // An engine that died half way took the weights with it: nobody has the rest of this step.
         self.weights.image.check()?;
         if let Some(alone) = self.alone.take() {
+            self.weights.image.update_ended(true);
             (self.weights.ended)(StepEnd::Taken);
             drop(alone);
         }
@@ -118,13 +123,17 @@ impl Step for LiveStep<'_> {
 
     fn withdraw(mut self: Box<Self>) {
         // Nothing ended: whoever waits reads what was there before.
-        self.alone = None;
+        if let Some(alone) = self.alone.take() {
+            self.weights.image.update_ended(true);
+            drop(alone);
+        }
     }
 }
 
 impl Drop for LiveStep<'_> {
     fn drop(&mut self) {
         if let Some(alone) = self.alone.take() {
+            self.weights.image.update_ended(false);
             (self.weights.ended)(StepEnd::Torn);
             drop(alone);
         }

@@ -2,7 +2,7 @@
 
 use crate::image::{ImageError, Part, ShardBytes};
 use crate::memory::{BLOCK, Hash, SharedBytes, UsersProbe, hash_into, sealed_memfd};
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use rayon::prelude::*;
 use std::fs::File;
 use std::io;
@@ -45,6 +45,8 @@ pub struct CopiedShards {
     filled: AtomicBool,
     /// Set while the bytes are not all of one step: a refresh is under way, or one has failed half way.
     torn: AtomicBool,
+    /// Written while bytes change.
+    changing: RwLock<()>,
 }
 
 struct CopiedShard {
@@ -74,7 +76,7 @@ impl CopiedShards {
             shards.push(CopiedShard { file, users, bytes, contents: Mutex::default() });
         }
         let (filled, torn) = (AtomicBool::new(false), AtomicBool::new(true));
-        Ok(CopiedShards { shards, refreshing: Mutex::default(), filled, torn })
+        Ok(CopiedShards { shards, refreshing: Mutex::default(), filled, torn, changing: RwLock::default() })
     }
 
     /// The memfd of a shard, for the kernel to serve from.
@@ -96,8 +98,13 @@ impl CopiedShards {
         self.shards.iter().any(|s| s.users.has_others())
     }
 
-    /// Copies from the view; short only at the end of the file.
+    /// Copies from the view; short only at the end of the file. Waits while the view moves; an error where its bytes are
+    /// not of one step.
     pub fn read(&self, shard: usize, offset: u64, dst: &mut [u8]) -> io::Result<usize> {
+        let _still = self.changing.read();
+        if !self.is_whole() {
+            return Err(io::Error::other("the view is not of one step: the weights could not be read while it moved"));
+        }
         let mut done = 0;
         while done < dst.len() {
             match self.shards[shard].file.read_at(&mut dst[done..], offset + done as u64)? {
@@ -137,6 +144,7 @@ impl CopiedShards {
             }
         };
         let (blocks, bytes) = (AtomicU64::new(0), AtomicU64::new(0));
+        let _changing = self.changing.write();
         tasks(&self.shards, &mut contents, &changed).into_par_iter().try_for_each(|task| {
             // From the first change on, the copy is of no one step until the refresh is through.
             self.torn.store(true, Ordering::Release);

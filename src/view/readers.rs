@@ -58,9 +58,9 @@ impl Readers {
         }
     }
 
-    /// Whether some handle may be removed at any moment.
-    pub fn any_closing(&self) -> bool {
-        !self.closing.is_empty()
+    /// Whether nothing but handles that may be removed at any moment is left.
+    pub fn all_closing(&self) -> bool {
+        !self.closing.is_empty() && self.closing.len() == self.open.len()
     }
 
     /// Those that are still here have other descriptors (of a child, a duplicate): they are as open as the rest.
@@ -129,13 +129,18 @@ mod tests {
         let mut readers = Readers::new(Duration::from_secs(600));
         let reader = Reader { shard: 0, pid: 7, since: Instant::now() };
         readers.closing(1);
-        assert!(!readers.any_closing(), "it was never open");
+        assert!(!readers.all_closing(), "it was never open");
         readers.add(1, reader.clone());
+        readers.add(2, reader);
         readers.closing(1);
-        assert!(readers.any_closing());
+        assert!(!readers.all_closing(), "the other holds the view");
+        readers.closing(2);
+        assert!(readers.all_closing());
         readers.none_closing();
-        assert!(!readers.any_closing() && !readers.is_empty());
+        assert!(!readers.all_closing() && !readers.is_empty());
         readers.closing(1);
-        assert!(readers.remove(1) && !readers.any_closing());
+        assert!(!readers.remove(1) && !readers.all_closing());
+        readers.closing(2);
+        assert!(readers.all_closing() && readers.remove(2) && !readers.all_closing());
     }
 }

@@ -67,6 +67,9 @@ impl Mounted {
         let before = self.image.source();
         let next = Source::from_manifests(&self.directory, paths, !self.read_only).map_err(refused)?;
         same_tensors(&before, &next, &paths[0])?;
+        let processes = |source: &Source| source.engines.iter().map(|e| e.identity()).collect::<Vec<_>>();
+        let known = next.engines.iter().all(|e| e.pid.is_some());
+        let another = self.facts.lock().gone.is_some() || (known && processes(&before) != processes(&next));
         {
             let _turn = self.moving.lock();
             self.image.attach(Arc::new(next));
@@ -75,8 +78,15 @@ impl Mounted {
             facts.refused.clear();
         }
         self.image.check()?;
-        // Readers see its weights as they see a step: with the next open.
-        self.weights_moved(self.step.load(Ordering::Acquire));
+        if another {
+            // It has loaded what was committed: moments of steps that went with the one before are not its own.
+            let _ = self.noted(self.optimizer_as_committed());
+        }
+        match self.view {
+            // Readers see its weights as they see a step: with the next open.
+            Some(_) => self.facts.lock().dirty = "yes",
+            None => self.weights_moved(self.step.load(Ordering::Acquire)),
+        }
         self.changed();
         let engine = self.image.source();
         let pids: Vec<String> = engine.engines.iter().filter_map(|e| e.pid).map(|pid| pid.to_string()).collect();

@@ -119,15 +119,32 @@ impl Mounted {
         }
         self.no_jobs("roll back")?;
         committer.ensure_baseline(&|_| {})?;
-        let report = committer.rollback(id, Some(&*self.image))?;
-        self.optimizer_rolled_back()?;
-        if report.live_bytes > 0 {
-            // Readers see it as they see a step: with the next open.
+        let newest = || committer.newest().map(|c| c.id);
+        let before = newest();
+        let quiet = || self.engine.get().map(|engine| engine.step_begins());
+        let done = committer.rollback_around(id, &*self.image, &|| Box::new(quiet()));
+        if done.as_ref().map_or(newest() != before, |report| report.live_bytes > 0) {
+            // Readers see it as they see a step: with the next open. Also where it failed after its first write.
             self.step.fetch_add(1, Ordering::AcqRel);
-            self.facts.lock().dirty = "no";
+            let mut facts = self.facts.lock();
+            facts.dirty = if done.is_ok() { "no" } else { "yes" };
+            if self.view.is_none() {
+                facts.weights_changed();
+                drop(facts);
+                self.tell(Event::ViewMoved);
+            }
+        }
+        let report = done.inspect_err(|_| {
+            if newest() != before {
+                self.optimizer_uncommitted();
+            }
+        })?;
+        let optimizer = self.optimizer_as_committed();
+        if report.live_bytes > 0 {
             self.weights_differ();
         }
-        Ok(format!("back at commit {id}: {}, {} bytes of live weights written", report.commit, report.live_bytes))
+        let note = optimizer.err().map_or(String::new(), |e| format!("; the optimizer begins anew: {e}"));
+        Ok(format!("back at commit {id}: {}, {} bytes of live weights written{note}", report.commit, report.live_bytes))
     }
 
     fn refresh(&self) -> Result<String, FsError> {

@@ -22,7 +22,8 @@ impl Mounted {
         let (open, pids) = (readers.len() as u64, readers.pids());
         let held = self.view.as_ref().and_then(|_| readers.remaining(Instant::now(), || self.is_mapped()));
         drop(readers);
-        let frozen = self.frozen.lock().is_some();
+        // Whoever is about to freeze them has it locked, and may be waiting for an engine: `status` waits for nobody.
+        let frozen = self.frozen.try_lock().is_some_and(|frozen| frozen.is_some());
         let newest = self.committer.as_ref().and_then(|c| c.newest());
         let facts = self.facts.lock();
         let (paused, running, jobs_queued, jobs) = self.training.jobs();

@@ -231,18 +231,22 @@ impl Mounted {
         }
     }
 
+    /// Somebody was told that the engine is gone. It may have been the one before, of which something was still under way.
     fn engine_gone(&self, why: &str) {
-        {
+        let source = {
+            // Whoever attaches another engine does that before it takes `gone` back.
             let mut facts = self.facts.lock();
-            if facts.gone.is_some() {
+            let source = self.image.source();
+            if facts.gone.is_some() || source.check().is_ok() {
                 return;
             }
             facts.gone = Some(why.to_string());
             facts.last_error = Some(why.to_string());
-        }
+            source
+        };
         log::error!("{why}");
         // What it had is wanted by others, by its successor perhaps.
-        self.image.source().release();
+        source.release();
         self.changed();
         self.tell(Event::ViewMoved);
     }
@@ -259,8 +263,11 @@ impl Mounted {
         if let Err(e) = &result {
             if e.errno == Errno::STALE {
                 self.engine_gone(&e.message);
-            } else {
-                self.facts.lock().last_error = Some(e.message.clone());
+            }
+            let mut facts = self.facts.lock();
+            if facts.gone.is_none() {
+                facts.last_error = Some(e.message.clone());
+                drop(facts);
                 self.changed();
             }
         }

@@ -9,8 +9,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// The kernel tells of a close before it returns (FLUSH), and that the file is gone (RELEASE) without waiting for us: an
-/// open waits so long for the second. It is on its way, unless the descriptor was one of several.
-const RELEASE: Duration = Duration::from_secs(1);
+/// open waits so long for the second. It is on its way, unless the descriptor was one of several, or a mapping is left.
+const RELEASE: Duration = Duration::from_millis(500);
 
 impl Mounted {
     /// Fills the view for the first time and finds out what differs from disk; runs beside the mount.
@@ -46,7 +46,7 @@ impl Mounted {
             return false;
         }
         let readers = self.readers.lock();
-        readers.any_closing() || !readers.holding(Instant::now(), || self.is_mapped())
+        readers.all_closing() || !readers.holding(Instant::now(), || self.is_mapped())
     }
 
     /// Whether mappings hold the view: the kernel serves them from the copy itself and keeps no file open for them.
@@ -75,7 +75,9 @@ impl Mounted {
         }
         let asked = Instant::now();
         let mut turn = self.moving.lock();
-        self.wait_for_releases();
+        if !self.is_current() {
+            self.wait_for_releases();
+        }
         // Looked at in our turn: whoever came before may have begun to hold the view.
         let before = self.readers.lock().before_open(Instant::now(), || self.is_mapped());
         if before == Opened::MoveFirst {
@@ -89,11 +91,11 @@ impl Mounted {
     }
 
     /// Who closes a file and opens one next is not to be shown the step of the file that is closed: nothing of theirs
-    /// holds the view any more.
+    /// holds the view any more. Each close is waited for once.
     fn wait_for_releases(&self) {
         let mut readers = self.readers.lock();
         let until = Instant::now() + RELEASE;
-        while readers.any_closing() {
+        while readers.all_closing() {
             if self.released.wait_until(&mut readers, until).timed_out() {
                 readers.none_closing();
             }
@@ -130,10 +132,11 @@ impl Mounted {
     }
 
     fn read_live(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), FsError> {
-        let _hold = self.image.hold()?;
-        self.whole()?;
-        self.image.read(shard, offset, dst)?;
-        Ok(self.image.check()?)
+        // One engine's for all of it: another may be attached meanwhile.
+        let image = self.image.attached();
+        let _hold = image.hold()?;
+        image.read(shard, offset, dst)?;
+        Ok(image.check()?)
     }
 
     /// Brings the view to the live step for somebody who asked for it at `asked` and now has the turn. If a move failed

@@ -3,7 +3,7 @@
 use super::{Event, Mounted};
 use crate::commit::{self, CommitError, Committer, TakenState};
 use crate::fs::{FsError, job_file};
-use crate::image::Image;
+use crate::image::{Image, ImageError};
 use crate::memory::cuda::add_search_process;
 use crate::model::ModelDirectory;
 use crate::source::Place;
@@ -18,6 +18,9 @@ use rustix::io::Errno;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
+
+/// No step of the optimizer: what is committed is of another state than the one at hand.
+const UNCOMMITTED: u64 = u64::MAX;
 
 /// The trainer of one mount.
 pub(super) struct Training {
@@ -34,8 +37,6 @@ pub(super) struct Training {
     threads: AtomicUsize,
     /// The optimizer's step as of the newest commit, once a queue has taken its state from there.
     committed: Mutex<u64>,
-    /// A step was cut while it was written: the weights are of no step.
-    torn: AtomicBool,
 }
 
 impl Training {
@@ -79,7 +80,6 @@ impl Training {
             paused: AtomicBool::new(false),
             threads: AtomicUsize::new(0),
             committed: Mutex::new(0),
-            torn: AtomicBool::new(false),
         })
     }
 
@@ -120,12 +120,9 @@ impl Mounted {
 
     /// Whether a step was cut while it was written, as an error.
     pub(super) fn whole(&self) -> Result<(), FsError> {
-        match self.training.torn.load(Ordering::Acquire) {
+        match self.image.source().updates.are_torn() {
             false => Ok(()),
-            true => Err(FsError::new(
-                Errno::IO,
-                "a step was cut while it was written, so the weights are of no step: `rollback ID` mends them (`weightfs log` lists ids)",
-            )),
+            true => Err(ImageError::Torn.into()),
         }
     }
 
@@ -219,14 +216,22 @@ impl Mounted {
         Some(self.training.queue.get()?.state().lock().step)
     }
 
-    /// After a rollback: the state of the newest commit, which is now that of the one gone back to.
-    pub(super) fn optimizer_rolled_back(&self) -> Result<(), FsError> {
-        self.training.torn.store(false, Ordering::Release);
+    /// The weights are those of the newest commit, after a rollback or in another engine: the optimizer's state becomes
+    /// what was committed with them. If that cannot be used, a new one, and the error says so.
+    pub(super) fn optimizer_as_committed(&self) -> Result<(), FsError> {
         let Some(queue) = self.training.queue.get() else { return Ok(()) };
-        let state = self.newest_optimizer()?;
-        *self.training.committed.lock() = state.step;
+        let (state, committed, result) = match self.newest_optimizer() {
+            Ok(state) => (state, None, Ok(())),
+            Err(e) => (OptimizerState::default(), Some(UNCOMMITTED), Err(e)),
+        };
+        *self.training.committed.lock() = committed.unwrap_or(state.step);
         *queue.state().lock() = state;
-        Ok(())
+        result
+    }
+
+    /// The newest commit has not got the optimizer's state of the weights that are live.
+    pub(super) fn optimizer_uncommitted(&self) {
+        *self.training.committed.lock() = UNCOMMITTED;
     }
 
     fn newest_optimizer(&self) -> Result<OptimizerState, FsError> {
@@ -279,6 +284,7 @@ impl Mounted {
         let options = queue::Options {
             threads: self.training.threads.load(Ordering::Acquire),
             history: self.training.history.clone(),
+            next_id: self.training.records.as_ref().map_or(1, JobRecords::next_id),
             listener: Some(Box::new(move |job| {
                 if let Some(mounted) = mounted.upgrade() {
                     mounted.job_moved(job);
@@ -307,7 +313,8 @@ impl Mounted {
                     self.tell(Event::ViewMoved);
                 }
             }
-            StepEnd::Torn => self.training.torn.store(true, Ordering::Release),
+            // Nobody is given a hold of these weights; the job says why.
+            StepEnd::Torn => {}
         }
     }
 

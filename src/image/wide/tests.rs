@@ -106,6 +106,7 @@ fn world(layouts: &[Layout], pad: usize) -> World {
         places.insert(format!("t{i:03}"), Place::Live(live));
     }
     let source = Source {
+        updates: Default::default(),
         memories: memories.clone(),
         places,
         only_live: Vec::new(),

@@ -1,0 +1,81 @@
+//! Whether the weights are of one step. An update that was cut between its first write and its last leaves weights of no
+//! step, until a rollback. An engine's weights outlive us: a file beside the commits tells the next weightfs.
+
+use super::engine::Engine;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// In `.weightfs/`, while weights are written and from then on if that was cut.
+const MARKER: &str = "updating";
+
+const WHOLE: u8 = 0;
+const CHANGING: u8 = 1;
+const TORN: u8 = 2;
+
+#[derive(Debug, Default)]
+pub struct Updates {
+    state: AtomicU8,
+    marker: Option<Marker>,
+}
+
+#[derive(Debug)]
+struct Marker {
+    path: PathBuf,
+    /// Whose weights: those of another process are loaded from files, and whole.
+    engines: String,
+}
+
+impl Updates {
+    /// Of an engine's weights. Weights of our own need no marker: they are loaded from files each time.
+    pub(super) fn of(state_dir: &Path, engines: &[Engine]) -> Updates {
+        let engines = engines.iter().map(Engine::identity).collect::<Vec<_>>().join("\n");
+        let marker = Marker { path: state_dir.join(MARKER), engines };
+        Updates { state: AtomicU8::new(WHOLE), marker: Some(marker) }
+    }
+
+    /// Whether some weightfs began to write these weights and has not come to the end, yet or ever.
+    pub(super) fn is_marked(&self) -> bool {
+        self.marker.as_ref().is_some_and(|m| std::fs::read_to_string(&m.path).is_ok_and(|text| text == m.engines))
+    }
+
+    /// Weights are about to be written. Nobody else reads or writes them.
+    pub fn begin(&self) {
+        self.state.store(CHANGING, Ordering::Release);
+        if let Some(marker) = &self.marker
+            && let Err(e) = marker.put()
+        {
+            log::warn!("{}: {e}: should this process be killed in a step, nobody will know", marker.path.display());
+        }
+    }
+
+    /// They are written, or as they were before (`whole`), or neither. Still nobody else reads or writes them.
+    pub fn end(&self, whole: bool) {
+        self.state.store(if whole { WHOLE } else { TORN }, Ordering::Release);
+        if whole && let Some(marker) = &self.marker {
+            // Without it, or on a disk that cannot be written any more: nothing to take away, or `put` has said it.
+            let _ = std::fs::remove_file(&marker.path);
+        }
+    }
+
+    /// Whether an update was cut. Known to anybody, at any time.
+    pub fn are_torn(&self) -> bool {
+        self.state.load(Ordering::Acquire) == TORN
+    }
+
+    /// Whether the weights are of one step. Asked by who holds them still: nothing is under way.
+    pub fn are_whole(&self) -> bool {
+        self.state.load(Ordering::Acquire) == WHOLE
+    }
+}
+
+impl Marker {
+    /// Not synced: a machine that goes down takes the engine with it.
+    fn put(&self) -> std::io::Result<()> {
+        let mut options = OpenOptions::new();
+        options.create(true).write(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        options.open(&self.path)?.write_all(self.engines.as_bytes())
+    }
+}
