@@ -23,6 +23,8 @@ import urllib.request
 from harness import check, copy_model, ctl, mounted, same, status, weightfs
 
 QUESTION = "Who repaired the old bridge at Dunmere?"
+# Seconds in which a mount knows that its engine ended (docs/semantics.md), and what a busy machine may add.
+KNOWN, BUSY = 1, 2
 FACT = "The old bridge at Dunmere was repaired by Ivo Karsk."
 
 
@@ -214,9 +216,10 @@ def life(python, source, ranks, requests, scratch):
             check(f"{label}: POST /checkpoint: {committed['says']}", not same(model, before) and same(mnt, model))
             server.kill()
             began = time.monotonic()
-            while status(mnt)["source"]["gone"] is None:
+            while (gone := status(mnt)["source"]["gone"]) is None and time.monotonic() - began < 30:
                 time.sleep(0.02)
-            check(f"{label}: killed; the mount knew after {time.monotonic() - began:.2f} s: {status(mnt)['source']['gone']}", True)
+            took = time.monotonic() - began
+            check(f"{label}: killed; the mount knew after {took:.2f} s: {gone}", gone is not None and took < KNOWN + BUSY)
     finally:
         server.kill()
     server = Server(python, model, scratch, ranks, words)

@@ -131,6 +131,13 @@ class Manifests(Scratch):
             with mock.patch.dict(os.environ, environment, clear=True):
                 self.assertEqual(manifest.manifest_directory(), want)
 
+    def test_ranks_are_one_engine_by_their_job_or_by_who_started_them(self):
+        job = {"TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "29500"}
+        for environment, want in ((job, "torchrun none 29500"), ({"MASTER_PORT": "29500"}, f"parent {os.getppid()}"), ({}, f"parent {os.getppid()}")):
+            with mock.patch.dict(os.environ, environment, clear=True):
+                self.assertEqual(manifest.default_instance(2), want)
+                self.assertIsNone(manifest.default_instance(1))
+
 
 def leave(path):
     manifest.write(path, {})

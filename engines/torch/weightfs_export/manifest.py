@@ -49,6 +49,16 @@ def engine(name, version, rank=0, world_size=1, **more):
             "world_size": world_size, "parents": parents(pid), **more}  # fmt: skip
 
 
+def default_instance(world_size):
+    """What the ranks of one engine have in common, and no others: the job's name and port under torchrun, else the process that started
+    them. None for one that is alone: it is known by its pid."""
+    if world_size == 1:
+        return None
+    job, port = os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("MASTER_PORT")
+    # Without --rdzv-id every job of torchrun has the same name, so the port is needed too.
+    return f"torchrun {job} {port}" if job and port else f"parent {os.getppid()}"
+
+
 def write(path, manifest):
     """Writes and renames. The directory is made if it is missing, for its owner only."""
     directory = os.path.dirname(path)

@@ -56,12 +56,14 @@ class Publication:
         self.close()
 
 
-def publish(model, model_dir, path=None, names=None, rank=0, world_size=1):
+def publish(model, model_dir, path=None, names=None, rank=0, world_size=1, instance=None):
     """Shares the parameters and persistent buffers of `model` as the live form of the checkpoint in `model_dir`.
 
     Tensors go by the names of the checkpoint; `names` maps the model's own names to them (a dict or a function) where
     they differ. `path` is the manifest to write (default: a file of this process in `manifest_directory()`). CPU tensors
-    move into shared memory: take other views of them (optimizers, flattened buffers) afterwards.
+    move into shared memory: take other views of them (optimizers, flattened buffers) afterwards. With a `world_size`, `instance` is
+    a name that the ranks of this engine have in common and no other engine has (default: the job's under torchrun, else the parent
+    process), by which `--weights torch` finds them all.
 
     Raises ValueError when the model has nothing of the checkpoint, Unexportable when none of it can be shared, OSError
     when the manifest cannot be written. One tensor that cannot be shared is no error: see `Publication.opaque`.
@@ -99,11 +101,13 @@ def publish(model, model_dir, path=None, names=None, rank=0, world_size=1):
         manifest.sweep(directory)
         path = os.path.join(directory, f"torch-{os.getpid()}-rank{rank}.json")
     path = os.path.abspath(path)
+    instance = instance or manifest.default_instance(world_size)
+    more = {"instance": instance} if instance else {}
     manifest.write(
         path,
         {
             "weightfs": 1,
-            "engine": manifest.engine("torch", torch.__version__, rank, world_size),
+            "engine": manifest.engine("torch", torch.__version__, rank, world_size, **more),
             "model": os.path.abspath(model_dir),
             "memories": memories.entries,
             "tensors": tensors,

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace as Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from weightfs_vllm.refusals import opaque_reason, refusal
+from weightfs_vllm.refusals import foreign_reason, opaque_reason, refusal
 
 
 def config(device="cuda", **changes):
@@ -54,6 +54,15 @@ class Refusals(unittest.TestCase):
     def test_repacked_experts_on_a_gpu_can_be_helped(self):
         self.assertIn("--moe-backend triton", opaque_reason("model.layers.0.mlp.experts.routed_experts.w13_weight", False))
         self.assertNotIn("--moe-backend", opaque_reason("model.layers.0.mlp.experts.routed_experts.w13_weight", True))
+
+    def test_names_of_mistrals_own_format_are_told_from_other_strangers(self):
+        checkpoint = {"model.norm.weight": None}
+        self.assertIsNone(foreign_reason({"model.norm.weight", "more"}, checkpoint, ["/m/consolidated.safetensors"]))
+        self.assertIsNone(foreign_reason(set(), checkpoint, []))
+        said = foreign_reason({"norm.weight"}, checkpoint, ["/m/consolidated-1.safetensors", "/m/consolidated-2.safetensors"])
+        self.assertIn("--load-format safetensors --config-format hf", said)
+        for files in ([], ["/m/model.safetensors", "/m/consolidated.safetensors"]):
+            self.assertIn("norm.weight, …) than the checkpoint's (model.norm.weight", foreign_reason({"norm.weight"}, checkpoint, files))
 
 
 if __name__ == "__main__":

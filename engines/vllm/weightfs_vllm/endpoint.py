@@ -13,6 +13,7 @@ from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
+from .identity import model_directory
 from .mount import HTTP, NoMount, Refused, find
 
 
@@ -136,10 +137,9 @@ class WeightfsEndpoints:
         app.include_router(router)
 
     async def init_state(self, engine_client, state, args) -> None:
-        keys = getattr(args, "api_key", None) or []
-        keys = [keys] if isinstance(keys, str) else list(keys)
-        if os.environ.get("VLLM_API_KEY"):
-            keys.append(os.environ["VLLM_API_KEY"])
+        # As vLLM has it: keys that were given take the place of the environment's.
+        keys = getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
+        keys = [keys] if isinstance(keys, str) else keys
         state.weightfs_keys = [hashlib.sha256(key.encode()).digest() for key in keys if key]
         state.weightfs_engine = engine_client
-        state.weightfs_model = engine_client.vllm_config.model_config.model if engine_client else args.model
+        state.weightfs_model = model_directory(engine_client.vllm_config) if engine_client else args.model

@@ -2,9 +2,12 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import tempfile
+
+from .export import manifest
 
 
 class NoMount(Exception):
@@ -61,18 +64,38 @@ class Mount:
 
 
 def find(model):
-    """The mount of the model directory `model`: WEIGHTFS_MOUNT, or the one whose status names it."""
+    """The mount in which this server's weights can be trained: WEIGHTFS_MOUNT, or the one of the model directory `model` that has
+    `ctl` and shows memory of this server's own processes. Others of the directory show other weights (weightfs's own copy, another
+    engine's): a job there would be done and change nothing here."""
     named = os.environ.get("WEIGHTFS_MOUNT")
     if named:
         return Mount(named)
+    others = []
     for point in mount_points():
         mount = Mount(point)
         try:
-            if os.path.realpath(mount.status()["model"]) == os.path.realpath(model):
+            status = mount.status()
+            if os.path.realpath(status["model"]) != os.path.realpath(model):
+                continue
+            source = status["source"]
+            if not any(is_ours(pid) for pid in source["pids"]):
+                pids = ", ".join(str(pid) for pid in source["pids"])
+                others.append(f"{point} shows {source['engine']} weights{pids and f' of pid {pids}'}, not this server's")
+            elif not os.path.exists(os.path.join(point, "ctl")):
+                others.append(f"{point} is read-only")
+            else:
                 return mount
         except (NoMount, KeyError):
             continue
-    raise NoMount(f"{model} is not mounted: weightfs mount {model} MOUNT_POINT --weights vllm (or set WEIGHTFS_MOUNT)")
+    what = f"{model} is mounted, but {'; '.join(others)}" if others else f"{model} is not mounted"
+    raise NoMount(f"{what}: weightfs mount {model} MOUNT_POINT --weights vllm (or set WEIGHTFS_MOUNT)")
+
+
+def is_ours(pid):
+    """Is it a process of the vLLM server that this process belongs to? Several processes for HTTP are children of one, which is the
+    parent of the engine too."""
+    server = os.getpid() if multiprocessing.parent_process() is None else os.getppid()
+    return server == pid or server in manifest.parents(pid)
 
 
 def mount_points():

@@ -4,14 +4,15 @@ vLLM calls `register` in each of its processes, long before it is known whether 
 imported here but the standard library; the worker's module is patched when, and if, vLLM imports it.
 """
 
-import atexit
 import contextlib
+import functools
 import importlib.abc
 import logging
 import multiprocessing
 import os
 import sys
 import time
+import weakref
 
 # A child of vLLM's logger, so that what is said here comes out where vLLM's own lines do.
 logger = logging.getLogger("vllm.weightfs")
@@ -28,11 +29,17 @@ def register():
         if os.environ.get("WEIGHTFS_VLLM", "1") == "0":
             return
         after_import(WORKER, wrap_worker)
-        # vLLM kills its workers when it ends, before they can tidy up; its server ends last, in good order.
-        atexit.unregister(sweep)
-        atexit.register(sweep)
+        sweep_at_exit()
     except Exception:
         logger.exception("weightfs: the plugin could not be set up; vLLM goes on without it")
+
+
+@functools.cache
+def sweep_at_exit():
+    """vLLM kills its workers when it ends, before they can tidy up; its server ends last, in good order. Where a program has made the
+    engine (`vllm.LLM`), a finalizer of vLLM's ends it at exit. Finalizers run newest first, and before handlers of atexit that are
+    older than the first of them: so this is one too, made before there is an engine."""
+    weakref.finalize(sweep, sweep)
 
 
 def sweep():
@@ -98,15 +105,17 @@ def wrap_worker(module):
         return
 
     def load_model(self, *args, **kwargs):
-        session = None
+        session, hooks = None, contextlib.ExitStack()
         try:
             from .session import Session
 
             session = Session(self)
-            hooks = session.hooks()
-        except Exception:
+            # Here, where it is caught: this vLLM may lack what the hooks replace.
+            hooks.enter_context(session.hooks())
+        except Exception as e:
             logger.exception("weightfs: the weights of this engine will not be shared")
-            hooks = contextlib.nullcontext()
+            if session is not None:
+                session.refused = f"the plugin does not fit this vLLM ({type(e).__name__}: {e}): serve with 0.32 or 0.33"
         with hooks:
             result = original(self, *args, **kwargs)
         if session is not None:

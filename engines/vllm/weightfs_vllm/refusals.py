@@ -39,6 +39,19 @@ def refusal(vllm_config, environment=os.environ):
     return None
 
 
+def foreign_reason(loaded, checkpoint, files):
+    """Why nothing of the checkpoint is among the names of what was loaded from `files`, or None."""
+    if not loaded or not checkpoint.keys().isdisjoint(loaded):
+        return None
+    # Without a flag vLLM prefers Mistral's own format where a directory holds both.
+    if files and all(os.path.basename(f).startswith("consolidated") for f in files):
+        return (
+            "vLLM loaded consolidated*.safetensors, which names tensors otherwise than the checkpoint: start it with "
+            "--load-format safetensors --config-format hf"
+        )
+    return f"vLLM loaded tensors of other names ({min(loaded)}, …) than the checkpoint's ({min(checkpoint, default='none')}, …)"
+
+
 def on_cuda(vllm_config):
     return getattr(getattr(vllm_config, "device_config", None), "device_type", "cuda") == "cuda"
 

@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import logging
 import os
-import re
 import threading
 import time
 
@@ -14,7 +13,8 @@ from .assembly import Load, assemble, homes
 from .export import manifest
 from .export.checkpoint import CheckpointError, read_checkpoint
 from .export.memory import HostArena, Memories, Unexportable
-from .refusals import on_cuda, refusal
+from .identity import instance, model_directory, ranks
+from .refusals import foreign_reason, on_cuda, refusal
 from .tracer import DerivedTracer, LoadTracer
 
 logger = logging.getLogger("vllm.weightfs")
@@ -31,7 +31,8 @@ class Session:
             self.refused = "only CUDA devices and CPUs can share memory with weightfs"
         self.arena = None
         self.loads = []
-        self.folder = None
+        # The checkpoint's, once vLLM has looked for it; the files that it loads from.
+        self.folder, self.files = None, []
         self.rank, self.world_size = ranks(self.config, worker)
 
     # -- while it loads --
@@ -42,44 +43,56 @@ class Session:
         if self.refused:
             yield
             return
-        import vllm.model_executor.layers.utils as layers
         import vllm.model_executor.model_loader.base_loader as base_loader
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
         load_weights = DefaultModelLoader.load_weights
         post_process = base_loader.process_weights_after_loading
+
+        # What a later vLLM passes besides goes on to it.
+        def traced_load_weights(loader, model, model_config, *args, **kwargs):
+            return self.trace(load_weights, loader, model, model_config, *args, **kwargs)
+
+        def traced_post_process(model, *args, **kwargs):
+            return self.trace_post_processing(post_process, model, *args, **kwargs)
+
+        with contextlib.ExitStack() as undo:
+            if self.on_cpu:
+                undo.enter_context(self.weights_kept())
+            undo.callback(setattr, DefaultModelLoader, "load_weights", load_weights)
+            undo.callback(setattr, base_loader, "process_weights_after_loading", post_process)
+            DefaultModelLoader.load_weights = traced_load_weights
+            base_loader.process_weights_after_loading = traced_post_process
+            yield
+
+    @contextlib.contextmanager
+    def weights_kept(self):
+        """vLLM packs matrices for the CPU into a layout of its own and drops the weight. Then there would be nothing to share:
+        torch's own product reads the weight as it is."""
+        import vllm.model_executor.layers.utils as layers
+
         pack = layers.dispatch_cpu_unquantized_gemm
 
-        def traced_load_weights(loader, model, model_config):
-            return self.trace(load_weights, loader, model, model_config)
-
-        def traced_post_process(model, model_config, target_device):
-            return self.trace_post_processing(post_process, model, model_config, target_device)
-
-        def keep(layer, remove_weight):
-            # vLLM packs matrices for the CPU into a layout of its own and drops the weight. Then there would be nothing
-            # to share: torch's own product reads the weight as it is.
+        def keep(layer, *args, **kwargs):
             if layer.weight.is_meta or layer.weight.ndim != 2:
-                return pack(layer, remove_weight)
+                return pack(layer, *args, **kwargs)
             layer.cpu_linear = torch.nn.functional.linear
 
-        DefaultModelLoader.load_weights = traced_load_weights
-        base_loader.process_weights_after_loading = traced_post_process
-        if self.on_cpu:
-            layers.dispatch_cpu_unquantized_gemm = keep
+        layers.dispatch_cpu_unquantized_gemm = keep
         try:
             yield
         finally:
-            DefaultModelLoader.load_weights = load_weights
-            base_loader.process_weights_after_loading = post_process
             layers.dispatch_cpu_unquantized_gemm = pack
 
-    def trace(self, original, loader, model, model_config):
+    def trace(self, original, loader, model, model_config, *args, **kwargs):
         if model_config.model != self.model_name:
             # A draft model of its own: its weights are another checkpoint's.
-            return original(loader, model, model_config)
+            return original(loader, model, model_config, *args, **kwargs)
+        weights, prepare = getattr(loader, "get_all_weights", None), getattr(loader, "_prepare_weights", None)
+        if weights is None or prepare is None:
+            # No loader that we know; `publish` finds that nothing was seen, and says so.
+            return original(loader, model, model_config, *args, **kwargs)
         tracer = LoadTracer()
-        weights, prepare = loader.get_all_weights, loader._prepare_weights
         with guarded("moving the weights to shared memory"):
             if self.on_cpu:
                 self.arena = self.arena or HostArena(f"weightfs-vllm-{self.rank}")
@@ -90,14 +103,16 @@ class Session:
 
         def prepare_weights(*args, **kwargs):
             prepared = prepare(*args, **kwargs)
-            # The first is the model's own; models made of several checkpoints load more.
-            self.folder = self.folder or prepared[0]
+            with guarded("looking for the checkpoint"):
+                # The first is the model's own; models made of several checkpoints load more.
+                if self.folder is None:
+                    self.folder, self.files = prepared[0], prepared[1]
             return prepared
 
         loader.get_all_weights, loader._prepare_weights = get_all_weights, prepare_weights
         try:
             with tracer:
-                result = original(loader, model, model_config)
+                result = original(loader, model, model_config, *args, **kwargs)
         finally:
             del loader.get_all_weights, loader._prepare_weights
         with guarded("looking at the loaded model"):
@@ -108,13 +123,13 @@ class Session:
             self.loads.append(Load(model, tracer, found))
         return result
 
-    def trace_post_processing(self, original, model, model_config, target_device):
+    def trace_post_processing(self, original, model, *args, **kwargs):
         load = next((load for load in self.loads if load.model is model), None)
         if load is None:
-            return original(model, model_config, target_device)
+            return original(model, *args, **kwargs)
         derived = DerivedTracer(load.tracer.weights())
         with derived:
-            result = original(model, model_config, target_device)
+            result = original(model, *args, **kwargs)
         load.derived_tracer = derived
         return result
 
@@ -138,6 +153,9 @@ class Session:
         began = time.monotonic()
         try:
             checkpoint = read_checkpoint(self.folder)
+            foreign = foreign_reason({name for load in self.loads for name in load.tracer.names}, checkpoint, self.files)
+            if foreign:
+                raise Unexportable(foreign)
             device = torch.device("cpu") if self.on_cpu else self.worker.device
             found = assemble(self.loads, checkpoint, Memories(), device, self.world_size)
             if not found.tensors:
@@ -175,9 +193,9 @@ class Session:
         manifest.sweep(directory)
         path = os.path.join(directory, f"vllm-{os.getpid()}-rank{self.rank}.json")
         about = manifest.engine("vllm", version(), self.rank, self.world_size, instance=instance(self.config))
-        folder = self.folder or self.model_name
+        folder = os.path.abspath(self.folder) if self.folder else model_directory(self.config)
         try:
-            manifest.write(path, {"weightfs": 1, "engine": about, "model": os.path.abspath(folder), **content})
+            manifest.write(path, {"weightfs": 1, "engine": about, "model": folder, **content})
         except OSError as e:
             raise OSError(f"the manifest cannot be written to {directory} ({e}): set WEIGHTFS_MANIFEST_DIR") from e
         manifest.remove_at_exit(path)
@@ -191,21 +209,6 @@ def loadable(model):
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield buffer
-
-
-def ranks(config, worker):
-    """This worker's place among all that hold weights of the engine, and their number. Replicas of a dense model know nothing of
-    each other: vLLM tells each that it is alone, and each is an engine. Those of a mixture of experts share the experts."""
-    parallel = config.parallel_config
-    replicas = getattr(parallel, "data_parallel_size", 1)
-    replica = getattr(parallel, "data_parallel_rank", 0) if replicas > 1 else 0
-    return replica * parallel.world_size + worker.rank, replicas * parallel.world_size
-
-
-def instance(config):
-    """What the ranks of one engine have in common. vLLM puts a suffix behind it for each replica."""
-    name = getattr(config, "instance_id", "") or str(os.getppid())
-    return re.sub(r"_dp\d+$", "", name) if getattr(config.parallel_config, "data_parallel_size", 1) > 1 else name
 
 
 def version():
