@@ -3,7 +3,7 @@
 use super::device_memory::open_ipc;
 use super::shared_file::map_file;
 use super::{Engine, Segment, SourceError, handles};
-use crate::memory::Memory;
+use crate::memory::{Memory, process_owner};
 use crate::memory::cuda::IpcHandle;
 use crate::model::{Dtype, ModelDirectory, parse_dtype};
 use serde::Deserialize;
@@ -175,6 +175,7 @@ impl Manifest {
         let EngineJson { name, version, pid, start_time, rank, .. } = json.engine;
         let engine = Engine::find(format!("{name} {version}").trim().to_string(), path, rank, pid, start_time)
             .map_err(|why| SourceError::EngineGone { path: path.to_path_buf(), why })?;
+        trust_process(path, foreign_owner, pid)?;
         Ok(Manifest {
             path: path.to_path_buf(),
             engine,
@@ -206,6 +207,7 @@ impl Manifest {
             None => None,
         };
         let engine = Engine::find("torch handles".into(), path, 0, live.pid, start_time).map_err(gone)?;
+        trust_process(path, foreign_owner, live.pid)?;
         let entry =
             |m: handles::LiveMemory| MemoryEntry::CudaIpc { device: m.device, handle: m.handle, bytes: m.bytes };
         Ok(Manifest {
@@ -258,4 +260,18 @@ pub(super) fn trust(path: &Path, metadata: &std::fs::Metadata) -> Result<Option<
         return Err(untrusted(format!("user {owner} wrote it, and you are user {me}")));
     }
     Ok(Some(owner))
+}
+
+/// Another user speaks for processes of their own only: what we take a process for decides what is done with its memory
+/// and its libraries.
+fn trust_process(path: &Path, foreign_owner: Option<u32>, pid: Option<u32>) -> Result<(), SourceError> {
+    let (Some(owner), Some(pid)) = (foreign_owner, pid) else { return Ok(()) };
+    // One that has ended since is noticed as every other that does.
+    match process_owner(pid).map(|p| p.uids[1]) {
+        Some(its) if its != owner => {
+            let why = format!("user {owner} wrote it, and process {pid}, which it names, is another user's");
+            Err(SourceError::Untrusted { path: path.to_path_buf(), why })
+        }
+        _ => Ok(()),
+    }
 }
