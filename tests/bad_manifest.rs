@@ -158,6 +158,10 @@ fn a_manifest_file_that_is_not_to_be_trusted_is_refused() {
     refused("no manifest", &["engine.json", "No such file"]);
     std::fs::create_dir(&engine.manifest).unwrap();
     refused("a directory for a manifest", &["engine.json"]);
+    std::fs::remove_dir(&engine.manifest).unwrap();
+    let fifo = rustix::fs::FileType::Fifo;
+    rustix::fs::mknodat(rustix::fs::CWD, &engine.manifest, fifo, 0o600.into(), 0).unwrap();
+    refused("a pipe for a manifest", &["engine.json", "not a regular file"]);
 }
 
 #[test]

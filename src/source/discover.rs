@@ -1,6 +1,6 @@
 //! Finds the manifests of a running engine by the model it serves: `--weights vllm`.
 
-use super::manifest::trust;
+use super::manifest::{self, trust};
 use super::{ModelDirectory, SourceError};
 use crate::memory::process_start;
 use serde::Deserialize;
@@ -107,8 +107,7 @@ fn candidates(place: &Path) -> Vec<Candidate> {
             continue;
         }
         let read = || -> Option<Head> {
-            let file = std::fs::File::open(&path).ok()?;
-            let metadata = file.metadata().ok()?;
+            let (file, metadata) = manifest::open(&path).ok()?;
             if let Err(e) = trust(&path, &metadata) {
                 log::warn!("{e}");
                 return None;
@@ -207,6 +206,9 @@ mod tests {
         assert!(said.contains("place") && said.contains("other"), "{said}");
     }
 
+        // Nobody will ever write it.
+        let pipe = world.scratch.path().join("place/pipe.json");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
     #[test]
     fn two_engines_of_one_model_are_named_and_a_refusal_is_passed_on() {
         let world = World::new();

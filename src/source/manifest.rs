@@ -3,13 +3,13 @@
 use super::device_memory::open_ipc;
 use super::shared_file::map_file;
 use super::{Engine, Segment, SourceError, handles};
-use crate::memory::{Memory, process_owner};
 use crate::memory::cuda::IpcHandle;
+use crate::memory::{Memory, process_owner};
 use crate::model::{Dtype, ModelDirectory, parse_dtype};
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -135,14 +135,7 @@ impl Manifest {
     pub fn read(path: &Path, directory: &ModelDirectory) -> Result<Manifest, SourceError> {
         let io = |source| SourceError::Io { path: path.to_path_buf(), source };
         let bad = |why: String| SourceError::BadManifest { path: path.to_path_buf(), why };
-        let file = File::open(path).map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
-        if !metadata.is_file() {
-            return Err(bad("it is not a regular file".into()));
-        }
-        if metadata.len() > MAX_BYTES {
-            return Err(bad(format!("it has {} bytes, over the limit of {MAX_BYTES}", metadata.len())));
-        }
+        let (file, metadata) = open(path)?;
         let foreign_owner = trust(path, &metadata)?;
         let mut text = Vec::new();
         std::io::Read::read_to_end(&mut &file, &mut text).map_err(io)?;
@@ -223,6 +216,23 @@ impl Manifest {
             foreign_owner,
         })
     }
+}
+
+/// Opens what may be a manifest, and looks at what it is before a byte is read.
+pub(super) fn open(path: &Path) -> Result<(File, std::fs::Metadata), SourceError> {
+    let io = |source| SourceError::Io { path: path.to_path_buf(), source };
+    let bad = |why: String| SourceError::BadManifest { path: path.to_path_buf(), why };
+    // Never waits for the other end of a pipe.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = File::options().read(true).custom_flags(flags).open(path).map_err(io)?;
+    let metadata = file.metadata().map_err(io)?;
+    if !metadata.is_file() {
+        return Err(bad("it is not a regular file".into()));
+    }
+    if metadata.len() > MAX_BYTES {
+        return Err(bad(format!("it has {} bytes, over the limit of {MAX_BYTES}", metadata.len())));
+    }
+    Ok((file, metadata))
 }
 
 fn tensor_map(json: TensorJson) -> Result<TensorMap, String> {
