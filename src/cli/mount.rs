@@ -150,7 +150,7 @@ fn serve(
             eprintln!("weightfs: {cut}");
         }
     }
-    let tree = Arc::new(Tree::new(mounted.clone()));
+    let tree = Arc::new(Tree::new(mounted.clone()).shared(a.allow_other));
     let (gone, is_gone) = channel();
     let _serving =
         fuse::serve(tree, &point, fuse::Options { allow_other: a.allow_other, passthrough: !a.no_passthrough }, gone)
