@@ -175,16 +175,19 @@ fn serve(
 fn until_the_end(mounted: &Mounted, ends: &Receiver<End>, point: &Path) -> anyhow::Result<()> {
     loop {
         match ends.recv_timeout(WATCH) {
+                mounted.finish_command();
             Err(RecvTimeoutError::Timeout) => mounted.watch(),
             Err(RecvTimeoutError::Disconnected) | Ok(End::Unmounted) => {
                 mounted.finish_steps();
                 log::info!("unmounted");
                 return Ok(());
             }
+                // Gone at once, whatever runs: a command that runs is still answered, as its writer has `ctl` open.
+                let detached = mounts::detach(point);
             Ok(End::Signal(signal)) => {
                 log::info!("signal {signal}: unmounting");
                 mounted.finish_command();
-                mounts::detach(point).with_context(|| format!("unmounting {}", point.display()))?;
+                detached.with_context(|| format!("unmounting {}", point.display()))?;
                 // Readers have a moment to close what they have open; passthrough and mappings survive us anyway.
                 while !matches!(ends.recv_timeout(GRACE), Ok(End::Unmounted) | Err(_)) {}
                 mounted.finish_steps();
