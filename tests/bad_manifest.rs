@@ -134,7 +134,11 @@ fn a_manifest_file_that_is_not_to_be_trusted_is_refused() {
     mode(0o600);
     // Another user's manifest must not make root write files that are not that user's.
     std::os::unix::fs::chown(&engine.manifest, Some(user::NOBODY), None).unwrap();
-    refused("another user's manifest over our memory", &["another user"]);
+    refused("another user's manifest of our process", &["another user", &std::process::id().to_string()]);
+    let ours = engine.description(&model, None);
+    publish(&engine.manifest, &ours);
+    std::os::unix::fs::chown(&engine.manifest, Some(user::NOBODY), None).unwrap();
+    refused("another user's manifest over our memory", &["another user", engine.memory(0).to_str().unwrap()]);
     std::os::unix::fs::chown(&engine.manifest, Some(0), None).unwrap();
 
     let mut manifest = engine.description(&model, None);
@@ -154,6 +158,10 @@ fn a_manifest_file_that_is_not_to_be_trusted_is_refused() {
     refused("no manifest", &["engine.json", "No such file"]);
     std::fs::create_dir(&engine.manifest).unwrap();
     refused("a directory for a manifest", &["engine.json"]);
+    std::fs::remove_dir(&engine.manifest).unwrap();
+    let fifo = rustix::fs::FileType::Fifo;
+    rustix::fs::mknodat(rustix::fs::CWD, &engine.manifest, fifo, 0o600.into(), 0).unwrap();
+    refused("a pipe for a manifest", &["engine.json", "not a regular file"]);
 }
 
 #[test]

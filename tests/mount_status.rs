@@ -176,6 +176,40 @@ fn other_users_see_nothing_of_a_mount() {
 }
 
 #[test]
+fn a_link_in_a_shared_mount_leads_others_no_further_than_their_rights_do() {
+    if !have("setpriv") {
+        return;
+    }
+    let scratch = Scratch::new();
+    std::fs::set_permissions(scratch.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let model = Model::sharded(scratch.join("model"));
+    let closed = scratch.dir("closed");
+    for name in ["secret", "open"] {
+        std::fs::write(closed.join(name), "rootsown").unwrap();
+    }
+    std::fs::set_permissions(closed.join("secret"), PermissionsExt::from_mode(0o600)).unwrap();
+    std::fs::set_permissions(&closed, PermissionsExt::from_mode(0o700)).unwrap();
+    std::os::unix::fs::symlink(closed.join("open"), model.path.join("out")).unwrap();
+    std::fs::write(model.path.join("mine"), "nobody's").unwrap();
+    std::os::unix::fs::symlink("mine", model.path.join("alias")).unwrap();
+    std::os::unix::fs::chown(&model.path, Some(65534), Some(65534)).unwrap();
+    let mount = Mounting::of(&model, scratch.join("mnt")).arg("--allow-other").mount();
+    assert_eq!(as_nobody("cat \"$1/mine\" \"$1/alias\"", &mount), "nobody'snobody's");
+    assert!(as_nobody("cat \"$1/out\"", &mount).contains("Permission denied"));
+    // What the kernel remembers of a name is what the file was before it was exchanged: the open decides, not that.
+    let script = format!(
+        "cd '{}'; stat \"$1/mine\" > ../said; ln -sf '{}' new; mv new mine; cat \"$1/mine\"",
+        model.path.display(),
+        closed.join("secret").display()
+    );
+    std::fs::write(scratch.join("said"), "").unwrap();
+    std::os::unix::fs::chown(scratch.join("said"), Some(65534), None).unwrap();
+    let said = as_nobody(&script, &mount);
+    assert!(said.contains("Permission denied") && !said.contains("rootsown"), "{said}");
+    assert_eq!(std::fs::read(mount.path("mine")).unwrap(), b"rootsown", "for its owner it is as it is");
+}
+
+#[test]
 fn with_allow_other_other_users_read_what_modes_let_them_and_command_nothing() {
     if !have("setpriv") {
         return;

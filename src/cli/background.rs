@@ -5,7 +5,6 @@ use anyhow::Context;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
 /// Set for the process that stays; its stdout is the pipe on which it says that it is ready.
@@ -49,14 +48,14 @@ pub fn leave_terminal() {
 
 /// In the process that stays: tells the one that started us, and lets go of its terminal. From here on messages go to
 /// `log` or nowhere. Fails if the other is gone (somebody pressed Ctrl-C): then nobody wants this mount.
-pub fn ready(log: Option<&Path>) -> anyhow::Result<()> {
+pub fn ready(log: Option<File>) -> anyhow::Result<()> {
     std::io::stdout()
         .write_all(READY)
         .and_then(|()| std::io::stdout().flush())
         .context("the command that started us is gone")?;
     let null = File::options().read(true).write(true).open("/dev/null")?;
     let errors = match log {
-        Some(path) => File::options().append(true).open(path)?,
+        Some(file) => file,
         None => null.try_clone()?,
     };
     rustix::stdio::dup2_stdin(&null)?;

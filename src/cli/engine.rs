@@ -39,9 +39,34 @@ impl EngineArguments {
                 Sync::None => When::Never,
             },
             pause: self.engine_pause,
-            // What is no time at all (negative, not a number) is the shortest; years are no different from days.
-            patience: Duration::from_secs_f64(self.engine_timeout.clamp(0.001, 86400.0)),
+            patience: patience(self.engine_timeout),
             key: std::env::var("WEIGHTFS_ENGINE_KEY").ok().filter(|key| !key.is_empty()),
         })
+    }
+}
+
+/// What is no time at all (negative, not a number) is the shortest; years are no different from days.
+fn patience(seconds: f64) -> Duration {
+    let seconds = if seconds.is_nan() { 0.0 } else { seconds };
+    Duration::from_secs_f64(seconds.clamp(0.001, 86400.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_number_is_given_there_is_a_time() {
+        let shortest = Duration::from_millis(1);
+        for (seconds, time) in [
+            (f64::NAN, shortest),
+            (-f64::NAN, shortest),
+            (f64::NEG_INFINITY, shortest),
+            (0.0, shortest),
+            (2.5, Duration::from_millis(2500)),
+            (f64::INFINITY, Duration::from_secs(86400)),
+        ] {
+            assert_eq!(patience(seconds), time, "{seconds}");
+        }
     }
 }

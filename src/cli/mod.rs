@@ -6,6 +6,7 @@ mod device;
 mod diagnose;
 mod engine;
 mod history;
+mod log_file;
 mod mount;
 mod policy;
 mod train;

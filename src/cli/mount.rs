@@ -2,6 +2,7 @@
 
 use super::background;
 use super::engine::EngineArguments;
+use super::log_file::open_log;
 use super::policy::PolicyArguments;
 use super::weights::WeightsArguments;
 use crate::commit::{CommitError, Committer, Options as CommitOptions};
@@ -15,7 +16,6 @@ use rustix::io::Errno;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -26,8 +26,6 @@ use std::time::Duration;
 const WATCH: Duration = Duration::from_millis(250);
 /// How long a signal waits for readers to close their files before the daemon ends under them.
 const GRACE: Duration = Duration::from_secs(5);
-/// The background's log starts anew beyond this, one old one is kept.
-const LOG_BYTES: u64 = 8 << 20;
 
 #[derive(Args)]
 pub struct MountArguments {
@@ -91,18 +89,18 @@ pub fn run(a: MountArguments, arguments: &[OsString]) -> anyhow::Result<ExitCode
     }
     let directory = Arc::new(ModelDirectory::open(&a.model_dir)?);
     let (point, turn) = free_mount_point(&a.mount_point, &directory.path)?;
-    let log = log_file(&a, &directory)?;
+    let log = open_log(a.log_file.as_deref(), &directory, a.read_only)?;
     // Without a log, what is not trouble is nobody's to read: the command that waits for us is about to end.
     let level =
         if log.is_none() && background::is_background() { a.log_level.min(LevelFilter::Warn) } else { a.log_level };
     super::log_to(
         level,
         match &log {
-            Some(path) => env_logger::Target::Pipe(Box::new(File::options().append(true).open(path)?)),
+            Some(file) => env_logger::Target::Pipe(Box::new(file.try_clone()?)),
             None => env_logger::Target::Stderr,
         },
     );
-    serve(&a, directory, (point, turn), log.as_deref())?;
+    serve(&a, directory, (point, turn), log)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -110,7 +108,7 @@ fn serve(
     a: &MountArguments,
     directory: Arc<ModelDirectory>,
     (point, turn): (PathBuf, File),
-    log: Option<&Path>,
+    log: Option<File>,
 ) -> anyhow::Result<()> {
     // Signals are ours from here on: one that comes while we load ends us before anything is mounted.
     let (end, ends) = channel();
@@ -150,7 +148,7 @@ fn serve(
             eprintln!("weightfs: {cut}");
         }
     }
-    let tree = Arc::new(Tree::new(mounted.clone()));
+    let tree = Arc::new(Tree::new(mounted.clone()).shared(a.allow_other));
     let (gone, is_gone) = channel();
     let _serving =
         fuse::serve(tree, &point, fuse::Options { allow_other: a.allow_other, passthrough: !a.no_passthrough }, gone)
@@ -177,14 +175,17 @@ fn until_the_end(mounted: &Mounted, ends: &Receiver<End>, point: &Path) -> anyho
         match ends.recv_timeout(WATCH) {
             Err(RecvTimeoutError::Timeout) => mounted.watch(),
             Err(RecvTimeoutError::Disconnected) | Ok(End::Unmounted) => {
+                mounted.finish_command();
                 mounted.finish_steps();
                 log::info!("unmounted");
                 return Ok(());
             }
             Ok(End::Signal(signal)) => {
                 log::info!("signal {signal}: unmounting");
+                // Gone at once, whatever runs: a command that runs is still answered, as its writer has `ctl` open.
+                let detached = mounts::detach(point);
                 mounted.finish_command();
-                mounts::detach(point).with_context(|| format!("unmounting {}", point.display()))?;
+                detached.with_context(|| format!("unmounting {}", point.display()))?;
                 // Readers have a moment to close what they have open; passthrough and mappings survive us anyway.
                 while !matches!(ends.recv_timeout(GRACE), Ok(End::Unmounted) | Err(_)) {}
                 mounted.finish_steps();
@@ -269,30 +270,6 @@ pub fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
         (Some(parent), Some(name)) => Ok(parent.join(name)),
         _ => Ok(path),
     }
-}
-
-/// Where the log goes: a file that is there and ours, or nothing for stderr.
-fn log_file(a: &MountArguments, directory: &ModelDirectory) -> anyhow::Result<Option<PathBuf>> {
-    let path = match &a.log_file {
-        Some(path) => std::path::absolute(path)?,
-        None if !background::is_background() || a.read_only => return Ok(None),
-        None => {
-            let state = directory.state_dir();
-            match std::fs::DirBuilder::new().mode(0o700).create(&state) {
-                Err(e) if e.kind() != ErrorKind::AlreadyExists => {
-                    let hint = "mount with --read-only if it must not be written";
-                    return Err(anyhow::Error::from(e).context(format!("{} cannot be made ({hint})", state.display())));
-                }
-                _ => state.join("mount.log"),
-            }
-        }
-    };
-    if std::fs::metadata(&path).is_ok_and(|m| m.len() > LOG_BYTES) {
-        std::fs::rename(&path, path.with_extension("log.1"))?;
-    }
-    let open = File::options().append(true).create(true).mode(0o600).open(&path);
-    open.with_context(|| format!("the log file {}", path.display()))?;
-    Ok(Some(path))
 }
 
 /// What else can be done when the directory cannot be had for writing.

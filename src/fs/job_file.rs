@@ -5,6 +5,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Above this a file is no job somebody wrote: reading it would fill the memory.
@@ -13,11 +14,13 @@ const LARGEST: u64 = 1 << 30;
 /// What `writer` (a process or thread) calls `path`.
 pub fn path_of(path: &str, writer: u32) -> Result<PathBuf, FsError> {
     let given = Path::new(path);
-    // The writer may live in a container: its root is not ours. Where its root cannot be looked at, ours has to do.
-    let root = PathBuf::from(format!("/proc/{writer}/root"));
+    // The writer may live in a container, or in mounts of its own (systemd's PrivateTmp): what it calls by a name is not
+    // what we do. Where that cannot be looked at, ours has to do.
+    let elsewhere = writer != 0 && !shares_our_files(writer);
     match given.strip_prefix("/") {
-        Ok(below) if writer != 0 && !is_ours(&root) => Ok(root.join(below)),
+        Ok(below) if elsewhere => Ok(PathBuf::from(format!("/proc/{writer}/root")).join(below)),
         Ok(_) => Ok(given.to_owned()),
+        Err(_) if elsewhere => Ok(PathBuf::from(format!("/proc/{writer}/cwd")).join(given)),
         Err(_) => {
             let directory = PathBuf::from(format!("/proc/{writer}/cwd"));
             // Where that leads: the link goes when its process does.
@@ -64,11 +67,43 @@ pub fn read(path: &str, writer: u32) -> Result<(String, String), FsError> {
     }
 }
 
-/// Whether that root is our own, or cannot be looked at.
-fn is_ours(root: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    match (std::fs::metadata(root), std::fs::metadata("/")) {
-        (Ok(its), Ok(ours)) => (its.dev(), its.ino()) == (ours.dev(), ours.ino()),
-        _ => true,
+/// Whether the writer has our root and our mounts, as far as they can be looked at.
+fn shares_our_files(writer: u32) -> bool {
+    let root = |process: &str| std::fs::metadata(format!("/proc/{process}/root")).map(|m| (m.dev(), m.ino())).ok();
+    let mounts = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+    let writer = writer.to_string();
+    let differ = |its: Option<PathBuf>| its.is_some() && its != mounts("thread-self");
+    !differ(mounts(&writer)) && root(&writer).is_none_or(|its| Some(its) == root("thread-self"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader, Write};
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn a_writer_with_mounts_of_its_own_means_its_own_files() {
+        let scratch = tempfile::tempdir().unwrap();
+        let job = scratch.path().join("job.json");
+        std::fs::write(&job, "ours").unwrap();
+        let script = "mount -t tmpfs none \"$1\" && cd \"$1\" && printf its > job.json && echo ready && read end";
+        let mut unshare = Command::new("unshare");
+        unshare.args(["-m", "sh", "-c", script, "sh"]).arg(scratch.path());
+        let Ok(mut writer) = unshare.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn() else {
+            return eprintln!("skipped: there is no unshare here");
+        };
+        let mut said = String::new();
+        BufReader::new(writer.stdout.as_mut().unwrap()).read_line(&mut said).unwrap();
+        if said != "ready\n" {
+            let _ = writer.wait();
+            return eprintln!("skipped: no mounts of one's own may be made here");
+        }
+        let text = |path: &str, writer| read(path, writer).map(|(text, _)| text).unwrap();
+        let absolute = job.to_str().unwrap();
+        let read = [text(absolute, writer.id()), text("job.json", writer.id()), text(absolute, std::process::id())];
+        writer.stdin.take().unwrap().write_all(b"\n").unwrap();
+        writer.wait().unwrap();
+        assert_eq!(read, ["its", "its", "ours"]);
     }
 }

@@ -10,6 +10,7 @@ mod job_file;
 mod links;
 mod mounted;
 pub mod mounts;
+mod permission;
 mod status;
 mod tree;
 

@@ -4,6 +4,7 @@
 //!
 //! Lock order: `nodes` and `handles` are leaves, never held while anything else is called.
 
+use super::permission::{Reader, open_for};
 use super::{FsError, Mounted, Served, links};
 use crate::model::STATE_DIR;
 use parking_lot::Mutex;
@@ -113,6 +114,7 @@ pub struct Tree {
     nodes: Mutex<Nodes>,
     handles: Mutex<(u64, HashMap<u64, Handle>)>,
     born: SystemTime,
+    shared: bool,
 }
 
 impl Tree {
@@ -124,7 +126,12 @@ impl Tree {
             nodes.by_ino.insert(ino, (node.clone(), 1));
             nodes.by_node.insert(node, ino);
         }
-        Tree { mounted, nodes: Mutex::new(nodes), handles: Mutex::default(), born: SystemTime::now() }
+        Tree { mounted, nodes: Mutex::new(nodes), handles: Mutex::default(), born: SystemTime::now(), shared: false }
+    }
+
+    /// For a mount that other users may read: a file of the model directory is opened with their rights, not with ours.
+    pub fn shared(self, shared: bool) -> Tree {
+        Tree { shared, ..self }
     }
 
     pub fn mounted(&self) -> &Arc<Mounted> {
@@ -417,8 +424,12 @@ impl Tree {
                 Ok(Opening { handle: self.add(Handle::CommitWeights(id, shard)), content: Content::Stable })
             }
             Node::Disk(_, path) => {
-                // What was a file when it was looked up may be a pipe by now, whose open would wait for a writer.
-                let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(self.on_disk(&path))?;
+                let other = if self.shared { Reader::other(pid) } else { None };
+                let file = match other {
+                    Some(reader) => open_for(&reader, &self.mounted.directory.path, &path)?,
+                    // What was a file when it was looked up may be a pipe by now, whose open would wait for a writer.
+                    None => File::options().read(true).custom_flags(libc::O_NONBLOCK).open(self.on_disk(&path))?,
+                };
                 let kind = file.metadata()?.file_type();
                 if kind.is_dir() {
                     return Err(FsError::new(Errno::ISDIR, "it is a directory"));
@@ -503,14 +514,15 @@ impl Tree {
         Ok(made != self.mounted.version())
     }
 
-    /// Closes a file or directory.
     /// A descriptor of `handle` is being closed: `release` follows if it was the last one.
     pub fn flush(&self, handle: u64) {
-        if let Some(Handle::Weights(_)) = self.handles.lock().1.get(&handle) {
+        let weights = matches!(self.handles.lock().1.get(&handle), Some(Handle::Weights(_)));
+        if weights {
             self.mounted.closing_weights(handle);
         }
     }
 
+    /// Closes a file or directory.
     pub fn release(&self, handle: u64) {
         let closed = self.handles.lock().1.remove(&handle);
         match closed {

@@ -1,10 +1,11 @@
 //! Finds the manifests of a running engine by the model it serves: `--weights vllm`.
 
-use super::manifest::trust;
+use super::manifest::{self, trust};
 use super::{ModelDirectory, SourceError};
 use crate::memory::process_start;
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// Engines whose plugins write manifests where [`directories`] says.
@@ -26,6 +27,7 @@ struct EngineHead {
     start_time: Option<u64>,
     #[serde(default)]
     rank: u32,
+    world_size: Option<u32>,
     /// What the ranks of one engine have in common.
     instance: Option<String>,
 }
@@ -33,6 +35,14 @@ struct EngineHead {
 struct Candidate {
     path: PathBuf,
     head: Head,
+}
+
+impl fmt::Display for Candidate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let EngineHead { pid, rank, world_size, .. } = &self.head.engine;
+        let rank = world_size.filter(|&n| n > 1).map_or(String::new(), |n| format!(" rank {rank} of {n}"));
+        write!(f, "pid {pid}{rank} ({})", self.path.display())
+    }
 }
 
 /// Where engines leave their manifests: `WEIGHTFS_MANIFEST_DIR` if it is set; else the user's own place and the
@@ -83,11 +93,10 @@ pub fn discover(engine: &str, model: &ModelDirectory, places: &[PathBuf]) -> Res
         }
         1 => engines.into_values().next().unwrap_or_default(),
         _ => {
-            let list = engines
-                .values()
-                .filter_map(|e| e.first())
-                .map(|c| format!("pid {} ({})", c.head.engine.pid, c.path.display()));
-            let list = list.collect::<Vec<_>>().join(", ");
+            let mut all: Vec<Candidate> = engines.into_values().flatten().collect();
+            // Ranks that nothing joins into one engine are named as ranks: each alone would be refused for the others.
+            all.sort_by_key(|c| (c.head.engine.instance.clone(), c.head.engine.rank));
+            let list = all.iter().map(Candidate::to_string).collect::<Vec<_>>().join(", ");
             return Err(SourceError::SeveralEngines { engine: engine.into(), model: model.path.clone(), list });
         }
     };
@@ -107,8 +116,7 @@ fn candidates(place: &Path) -> Vec<Candidate> {
             continue;
         }
         let read = || -> Option<Head> {
-            let file = std::fs::File::open(&path).ok()?;
-            let metadata = file.metadata().ok()?;
+            let (file, metadata) = manifest::open(&path).ok()?;
             if let Err(e) = trust(&path, &metadata) {
                 log::warn!("{e}");
                 return None;
@@ -198,6 +206,9 @@ mod tests {
         world.manifest("reused.json", "model", |m| m["engine"]["start_time"] = (start + 1).into());
         world.manifest("ended.json", "model", |m| m["engine"]["pid"] = u32::MAX.into());
         std::fs::write(world.scratch.path().join("place/torn.json"), "{").unwrap();
+        // Nobody will ever write it.
+        let pipe = world.scratch.path().join("place/pipe.json");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
         let open = world.manifest("open.json", "model", |_| {});
         std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o666)).unwrap();
         world.manifest("elsewhere.json", "other", |_| {});
@@ -215,6 +226,16 @@ mod tests {
         let error = world.discover().unwrap_err();
         assert!(matches!(error, SourceError::SeveralEngines { .. }));
         assert!(error.to_string().contains("a.json") && error.to_string().contains("b.json"), "{error}");
+        // Two ranks, which nothing but the user joins.
+        for (name, rank, pid) in [("b.json", 0, std::process::id()), ("a.json", 1, std::os::unix::process::parent_id())]
+        {
+            world.manifest(name, "model", |m| {
+                m["engine"] = json!({"name": "vllm", "pid": pid, "rank": rank, "world_size": 2});
+            });
+        }
+        let error = world.discover().unwrap_err().to_string();
+        let (first, last) = (error.find("rank 0 of 2").unwrap(), error.find("rank 1 of 2").unwrap());
+        assert!(first < last && error.contains("--weights MANIFEST for each of its ranks"), "{error}");
         std::fs::remove_file(second).unwrap();
         world.manifest("a.json", "model", |m| m["refused"] = "sleep mode: start it without".into());
         let error = world.discover().unwrap_err();

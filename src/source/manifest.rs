@@ -3,13 +3,13 @@
 use super::device_memory::open_ipc;
 use super::shared_file::map_file;
 use super::{Engine, Segment, SourceError, handles};
-use crate::memory::Memory;
 use crate::memory::cuda::IpcHandle;
+use crate::memory::{Memory, process_owner};
 use crate::model::{Dtype, ModelDirectory, parse_dtype};
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -135,14 +135,7 @@ impl Manifest {
     pub fn read(path: &Path, directory: &ModelDirectory) -> Result<Manifest, SourceError> {
         let io = |source| SourceError::Io { path: path.to_path_buf(), source };
         let bad = |why: String| SourceError::BadManifest { path: path.to_path_buf(), why };
-        let file = File::open(path).map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
-        if !metadata.is_file() {
-            return Err(bad("it is not a regular file".into()));
-        }
-        if metadata.len() > MAX_BYTES {
-            return Err(bad(format!("it has {} bytes, over the limit of {MAX_BYTES}", metadata.len())));
-        }
+        let (file, metadata) = open(path)?;
         let foreign_owner = trust(path, &metadata)?;
         let mut text = Vec::new();
         std::io::Read::read_to_end(&mut &file, &mut text).map_err(io)?;
@@ -175,6 +168,7 @@ impl Manifest {
         let EngineJson { name, version, pid, start_time, rank, .. } = json.engine;
         let engine = Engine::find(format!("{name} {version}").trim().to_string(), path, rank, pid, start_time)
             .map_err(|why| SourceError::EngineGone { path: path.to_path_buf(), why })?;
+        trust_process(path, foreign_owner, pid)?;
         Ok(Manifest {
             path: path.to_path_buf(),
             engine,
@@ -206,6 +200,7 @@ impl Manifest {
             None => None,
         };
         let engine = Engine::find("torch handles".into(), path, 0, live.pid, start_time).map_err(gone)?;
+        trust_process(path, foreign_owner, live.pid)?;
         let entry =
             |m: handles::LiveMemory| MemoryEntry::CudaIpc { device: m.device, handle: m.handle, bytes: m.bytes };
         Ok(Manifest {
@@ -221,6 +216,23 @@ impl Manifest {
             foreign_owner,
         })
     }
+}
+
+/// Opens what may be a manifest, and looks at what it is before a byte is read.
+pub(super) fn open(path: &Path) -> Result<(File, std::fs::Metadata), SourceError> {
+    let io = |source| SourceError::Io { path: path.to_path_buf(), source };
+    let bad = |why: String| SourceError::BadManifest { path: path.to_path_buf(), why };
+    // Never waits for the other end of a pipe.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = File::options().read(true).custom_flags(flags).open(path).map_err(io)?;
+    let metadata = file.metadata().map_err(io)?;
+    if !metadata.is_file() {
+        return Err(bad("it is not a regular file".into()));
+    }
+    if metadata.len() > MAX_BYTES {
+        return Err(bad(format!("it has {} bytes, over the limit of {MAX_BYTES}", metadata.len())));
+    }
+    Ok((file, metadata))
 }
 
 fn tensor_map(json: TensorJson) -> Result<TensorMap, String> {
@@ -258,4 +270,18 @@ pub(super) fn trust(path: &Path, metadata: &std::fs::Metadata) -> Result<Option<
         return Err(untrusted(format!("user {owner} wrote it, and you are user {me}")));
     }
     Ok(Some(owner))
+}
+
+/// Another user speaks for processes of their own only: what we take a process for decides what is done with its memory
+/// and its libraries.
+fn trust_process(path: &Path, foreign_owner: Option<u32>, pid: Option<u32>) -> Result<(), SourceError> {
+    let (Some(owner), Some(pid)) = (foreign_owner, pid) else { return Ok(()) };
+    // One that has ended since is noticed as every other that does.
+    match process_owner(pid).map(|p| p.uids[1]) {
+        Some(its) if its != owner => {
+            let why = format!("user {owner} wrote it, and process {pid}, which it names, is another user's");
+            Err(SourceError::Untrusted { path: path.to_path_buf(), why })
+        }
+        _ => Ok(()),
+    }
 }

@@ -56,7 +56,9 @@ pub(super) fn read_all(directory: &ModelDirectory, paths: &[PathBuf]) -> Result<
     }
     // A rank left out would keep old values of every tensor that is replicated on all ranks.
     if let Some(missing) = (0..world).find(|rank| !seen.contains_key(rank)) {
-        let why = format!("rank {missing} of {world} is missing: pass the manifests of all ranks");
+        let why = format!(
+            "rank {missing} of {world} is missing: pass the manifests of all ranks, --weights MANIFEST for each"
+        );
         return Err(SourceError::BadManifest { path: paths[0].clone(), why });
     }
     Ok(manifests)

@@ -58,7 +58,9 @@ pub enum SourceError {
          or name the manifest"
     )]
     NoEngine { engine: String, model: PathBuf, looked: String, serving: String },
-    #[error("several {engine} serve {model}, {list}: name the manifest of one with --weights MANIFEST")]
+    #[error(
+        "several {engine} serve {model}, {list}: name one of them by its manifests, --weights MANIFEST for each of its ranks"
+    )]
     SeveralEngines { engine: String, model: PathBuf, list: String },
     #[error("tensor '{tensor}' does not fit the model directory: {why} (`weightfs diagnose` lists every tensor)")]
     Mismatch { tensor: String, why: String },

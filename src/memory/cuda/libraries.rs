@@ -4,11 +4,18 @@
 //! Searched in this order: `WEIGHTFS_CUDA_LIBRARY_PATH`; what an engine that we serve has mapped; the Python environment
 //! that is active; the toolkit; the loader's own path. The library is loaded by its full path, and found by its name from
 //! then on.
+//!
+//! A library's initialisers run with our rights. Of an engine only what nobody else than we or root could have written
+//! is loaded: the process must be ours or root's, and so must the file.
 
+use crate::memory::process_owner;
 use parking_lot::Mutex;
 use std::ffi::{CStr, CString, OsString};
 use std::fmt;
+use std::fs::{File, Metadata};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// A library of the CUDA toolkit.
@@ -31,6 +38,13 @@ impl Library {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found(pub PathBuf);
 
+/// A file that may be the library.
+struct Candidate {
+    path: PathBuf,
+    /// Another process named it, and not our own user or the machine's administrator.
+    mapped: bool,
+}
+
 /// The versions whose interface we speak, newest first.
 const MAJORS: [&str; 2] = ["13", "12"];
 const VARIABLE: &str = "WEIGHTFS_CUDA_LIBRARY_PATH";
@@ -38,7 +52,7 @@ const VARIABLE: &str = "WEIGHTFS_CUDA_LIBRARY_PATH";
 static PROCESSES: Mutex<Vec<u32>> = Mutex::new(Vec::new());
 static LOADED: Mutex<Vec<(Library, Result<Found, String>)>> = Mutex::new(Vec::new());
 
-/// The libraries that process `pid` has mapped may be used: an engine's, which fit the driver.
+/// The libraries that process `pid` has mapped may be used: an engine's, which fit the driver. Another user's are not.
 pub fn add_search_process(pid: u32) {
     let mut processes = PROCESSES.lock();
     if !processes.contains(&pid) {
@@ -61,11 +75,11 @@ pub fn load(library: Library) -> Result<Found, String> {
 }
 
 fn search(library: Library) -> Result<Found, String> {
-    let mut failures = Vec::new();
-    for candidate in candidates(library) {
+    let (candidates, mut failures) = candidates(library);
+    for candidate in candidates {
         match open_with_builtins(library, &candidate) {
-            Ok(()) if is_present(library) => return Ok(Found(candidate)),
-            Ok(()) => failures.push(format!("{} was loaded under another name", candidate.display())),
+            Ok(()) if is_present(library) => return Ok(Found(candidate.path)),
+            Ok(()) => failures.push(format!("{} was loaded under another name", candidate.path.display())),
             Err(why) => failures.push(why),
         }
     }
@@ -93,30 +107,51 @@ fn is_present(library: Library) -> bool {
     }
 }
 
-/// Files that may be the library, best first.
-fn candidates(library: Library) -> Vec<PathBuf> {
+/// Files that may be the library, best first, and why others are none.
+fn candidates(library: Library) -> (Vec<Candidate>, Vec<String>) {
+    let mut refused = Vec::new();
     let mut files = Vec::new();
     for folder in std::env::var_os(VARIABLE).iter().flat_map(std::env::split_paths) {
-        files.extend(in_folder(&folder, library));
+        files.extend(named(in_folder(&folder, library)));
     }
     for pid in PROCESSES.lock().iter() {
-        let maps = std::fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
-        let mapped = mapped_in(&maps, library);
-        // The path is the process's own: it may live in a container.
-        files
-            .extend(mapped.map(|p| PathBuf::from([OsString::from(format!("/proc/{pid}/root")), p.into()].concat_os())));
+        match in_process(*pid, library) {
+            Ok(mapped) => files.extend(mapped.into_iter().map(|path| Candidate { path, mapped: true })),
+            Err(why) => refused.push(why),
+        }
     }
     for environment in ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(std::env::var_os) {
-        files.extend(in_environment(Path::new(&environment), library));
+        files.extend(named(in_environment(Path::new(&environment), library)));
     }
     let toolkits = ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(std::env::var_os).map(PathBuf::from);
     for toolkit in toolkits.chain(["/usr/local/cuda".into(), "/opt/cuda".into()]) {
         for folder in ["lib64", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib"] {
-            files.extend(in_folder(&toolkit.join(folder), library));
+            files.extend(named(in_folder(&toolkit.join(folder), library)));
         }
     }
-    files.dedup();
-    files
+    files.dedup_by(|a, b| a.path == b.path);
+    (files, refused)
+}
+
+fn named(files: Vec<PathBuf>) -> impl Iterator<Item = Candidate> {
+    files.into_iter().map(|path| Candidate { path, mapped: false })
+}
+
+/// What process `pid` has mapped of `library`. Another user's process may say that it has mapped anything.
+fn in_process(pid: u32, library: Library) -> Result<Vec<PathBuf>, String> {
+    let Some(owner) = process_owner(pid) else { return Ok(Vec::new()) };
+    if let Some(other) = owner.uids.into_iter().find(|&uid| !is_trusted(uid)) {
+        return Err(format!("what process {pid} has loaded is not used: it is user {other}'s"));
+    }
+    let maps = std::fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
+    // The path is the process's own: it may live in a container.
+    let root = || OsString::from(format!("/proc/{pid}/root"));
+    Ok(mapped_in(&maps, library).map(|path| PathBuf::from([root(), path.into()].concat_os())).collect())
+}
+
+/// Root and we ourselves.
+fn is_trusted(uid: u32) -> bool {
+    uid == 0 || uid == rustix::process::geteuid().as_raw()
 }
 
 trait ConcatOs {
@@ -169,8 +204,9 @@ fn mapped_in(maps: &[u8], library: Library) -> impl Iterator<Item = PathBuf> {
 }
 
 /// NVRTC looks for its builtins by name alone: they are loaded first, from beside it.
-fn open_with_builtins(library: Library, path: &Path) -> Result<(), String> {
-    let folder = path.parent().unwrap_or(Path::new("/"));
+fn open_with_builtins(library: Library, candidate: &Candidate) -> Result<(), String> {
+    let open = if candidate.mapped { open_checked } else { open };
+    let folder = candidate.path.parent().unwrap_or(Path::new("/"));
     if library == Library::Nvrtc {
         for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
             let name = entry.file_name();
@@ -179,15 +215,44 @@ fn open_with_builtins(library: Library, path: &Path) -> Result<(), String> {
             }
         }
     }
-    open(path)
+    open(&candidate.path)
+}
+
+/// Loads the file that `path` leads to now, if nobody but root and us may have written it.
+fn open_checked(path: &Path) -> Result<(), String> {
+    let fail = |why: &dyn fmt::Display| format!("{}: {why}", path.display());
+    // A pipe must not hold us up before we see what it is.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = File::options().read(true).custom_flags(flags).open(path).map_err(|e| fail(&e))?;
+    may_be_loaded(&file.metadata().map_err(|e| fail(&e))?).map_err(|why| fail(&why))?;
+    // By its descriptor: its name may lead to another file by now.
+    open(&PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))).map_err(|why| fail(&why))?;
+    // Open for good: the loader remembers the library under this number, which no other file must get.
+    std::mem::forget(file);
+    Ok(())
+}
+
+fn may_be_loaded(file: &Metadata) -> Result<(), String> {
+    if !file.is_file() {
+        return Err("it is no regular file".into());
+    }
+    if !is_trusted(file.uid()) {
+        return Err(format!("it is user {}'s, and is not loaded for another user", file.uid()));
+    }
+    // pip makes files that the group may write where every user has a group of their own (umask 002).
+    let own_group = file.gid() == rustix::process::getegid().as_raw();
+    if file.mode() & 0o002 != 0 || (file.mode() & 0o020 != 0 && !own_group) {
+        return Err(format!("others may write it (mode {:o}): chmod go-w it", file.mode() & 0o777));
+    }
+    Ok(())
 }
 
 fn open(path: &Path) -> Result<(), String> {
     let Ok(name) = CString::new(path.as_os_str().as_bytes()) else {
         return Err(format!("{} holds a zero byte", path.display()));
     };
-    // SAFETY: loads a library and keeps it for good. It was named by the user, mapped by an engine that the user serves,
-    // or lies where CUDA is installed; its initialisers are the vendor's.
+    // SAFETY: loads a library and keeps it for good. It was named by the user, lies where CUDA is installed, or was mapped
+    // by an engine of this user or root and written by nobody else; its initialisers are the vendor's.
     let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
     if !handle.is_null() {
         return Ok(());
@@ -240,5 +305,73 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let why = open(file.path()).unwrap_err();
         assert!(why.contains(&*file.path().to_string_lossy()), "{why}");
+    }
+
+    /// A file that others can write and one that they cannot, both no libraries.
+    #[test]
+    fn of_an_engine_only_files_are_loaded_that_nobody_else_could_write() {
+        let folder = tempfile::tempdir().unwrap();
+        let library = folder.path().join("libcublasLt.so.13");
+        std::fs::write(&library, "no library").unwrap();
+        let said = |mode| {
+            std::fs::set_permissions(&library, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+            open_checked(&library).unwrap_err()
+        };
+        assert!(said(0o646).contains("others may write it"), "{}", said(0o646));
+        // Looked at and found to be no library.
+        for mode in [0o644, 0o664] {
+            assert!(!said(mode).contains("others") && said(mode).contains("libcublasLt.so.13"), "{}", said(mode));
+        }
+        if !rustix::process::geteuid().is_root() {
+            return eprintln!("skipped: only root can give a file away");
+        }
+        std::os::unix::fs::chown(&library, Some(0), Some(12345)).unwrap();
+        assert!(said(0o664).contains("others may write it"));
+        std::os::unix::fs::chown(&library, Some(12345), None).unwrap();
+        assert!(said(0o644).contains("user 12345's"));
+        std::fs::remove_file(&library).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &library, rustix::fs::FileType::Fifo, 0o644.into(), 0).unwrap();
+        assert!(open_checked(&library).unwrap_err().contains("no regular file"));
+    }
+
+    #[test]
+    fn what_our_own_process_has_mapped_is_loaded_by_the_file_and_not_by_its_name() {
+        // A small library of glibc, under another name.
+        let folders = ["/lib/x86_64-linux-gnu", "/lib64", "/lib/aarch64-linux-gnu", "/lib"];
+        let Some(original) = folders.iter().map(|f| Path::new(f).join("libutil.so.1")).find(|f| f.exists()) else {
+            return eprintln!("skipped: there is no libutil.so.1 here");
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let library = folder.path().canonicalize().unwrap().join("libnvrtc.so.13");
+        std::fs::write(&library, std::fs::read(original).unwrap()).unwrap();
+        let file = File::open(&library).unwrap();
+        // SAFETY: nobody writes the file, and nothing is read of it.
+        let mapping = unsafe { memmap2::Mmap::map(&file) }.unwrap();
+        let found = in_process(std::process::id(), Library::Nvrtc).unwrap();
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].ends_with(library.strip_prefix("/").unwrap()));
+        drop(mapping);
+        let candidate = Candidate { path: found[0].clone(), mapped: true };
+        open_with_builtins(Library::Nvrtc, &candidate).unwrap();
+        // What lies beside it is looked at as well.
+        let builtins = folder.path().join("libnvrtc-builtins.so.13.0");
+        std::fs::write(&builtins, "").unwrap();
+        std::fs::set_permissions(&builtins, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+        assert!(open_with_builtins(Library::Nvrtc, &candidate).unwrap_err().contains("others may write it"));
+    }
+
+    #[test]
+    fn a_process_of_another_user_is_not_believed() {
+        use std::os::unix::process::CommandExt;
+        if !rustix::process::geteuid().is_root() {
+            return eprintln!("skipped: needs root, to be another user");
+        }
+        let waits = || std::process::Stdio::piped();
+        let mut other = std::process::Command::new("cat").uid(12345).stdin(waits()).spawn().unwrap();
+        let refused = in_process(other.id(), Library::Nvrtc).unwrap_err();
+        drop(other.stdin.take());
+        other.wait().unwrap();
+        assert!(refused.contains("user 12345's"), "{refused}");
+        assert!(in_process(other.id(), Library::Nvrtc).unwrap().is_empty(), "it has ended");
     }
 }
