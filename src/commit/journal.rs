@@ -72,11 +72,13 @@ impl<'a> Streamed<'a> {
         Ok(Streamed { live, table, runs, shared, seen })
     }
 
-    /// The changes of all blocks, once every tensor was encoded.
-    pub fn into_changes(self) -> Vec<Change> {
+    /// The changes of all blocks, once every tensor was encoded, in order.
+    pub fn into_changes(self) -> Result<Vec<Change>, CommitError> {
+        // What was read from an engine that is gone by now may be anything: its memory is somebody else's.
+        self.live.check()?;
         let mut changes = self.seen.into_inner();
         changes.sort_by_key(|c| (c.shard, c.first));
-        changes
+        Ok(changes)
     }
 
     /// The bytes of the changed runs that overlap `start..end` of a shard.

@@ -186,7 +186,7 @@ impl Committer {
         let (totals, changed) = journal.write(tensors, &mut xor, &mut values, progress)?;
         let changes = match new {
             NewBytes::Staged(staged) => staged.changes(),
-            NewBytes::Streamed(streamed) => streamed.into_changes(),
+            NewBytes::Streamed(streamed) => streamed.into_changes()?,
         };
         if changes.is_empty() && !self.optimizer_changed(wanted)? {
             return Ok(None);
