@@ -2,12 +2,17 @@
 
 mod commit_support;
 
+use commit_support::memory::Op;
+use commit_support::world::World;
 use commit_support::*;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
+use weightfs::commit::storage::Storage;
 use weightfs::commit::*;
 use weightfs::model::ModelDirectory;
+
+const BLOCKS: &str = ".weightfs/blocks";
 
 struct Setup {
     directory: tempfile::TempDir,
@@ -135,6 +140,30 @@ fn staging_beyond_its_limit_streams_and_commits_the_same() {
         for id in 1..6 {
             assert_eq!(committer.verify(Some(id)).unwrap().wrong, Vec::<String>::new());
         }
+    }
+}
+
+#[test]
+fn the_table_of_hashes_is_written_in_large_pieces() {
+    for staging_memory in [u64::MAX, 0] {
+        let mut world = World::new(Options { staging_memory, ..Options::default() }, false);
+        let (committer, _) = world.open_on(&world.storage);
+        committer.ensure_baseline(&|_| ()).unwrap();
+        world.storage.record();
+        // Every other block of both shards.
+        for (shard, bytes) in world.live.bytes().iter().enumerate() {
+            (4000..bytes.len()).step_by(8192).for_each(|at| world.live.set(shard, at, &[!bytes[at]]));
+        }
+        let report = world.commit(&committer, None);
+        assert!(report.commit.unwrap().changed_blocks > 5);
+        let hashes = |op: &Op| matches!(op, Op::Write { bytes, .. } if bytes.len() == 16);
+        assert!(!world.storage.recording().ops.iter().any(hashes), "staging {staging_memory}");
+        // It is what hashing the weights gives.
+        let written = world.storage.tree().file(BLOCKS).map(<[u8]>::to_vec);
+        drop(committer);
+        world.storage.remove_file(BLOCKS).unwrap();
+        world.open_on(&world.storage).0.ensure_baseline(&|_| ()).unwrap();
+        assert_same!(world.storage.tree().file(BLOCKS).map(<[u8]>::to_vec), written);
     }
 }
 

@@ -108,12 +108,9 @@ impl<'a> Streamed<'a> {
             any = true;
             let mut hashes = vec![0; count as usize];
             hash_into(bytes, &mut hashes);
-            let mut seen = self.seen.lock();
-            for (block, hash) in (first..).zip(hashes) {
-                if hash != self.table.0[shard][block as usize] {
-                    seen.push(Change { shard, first: block, hashes: vec![hash] });
-                }
-            }
+            let known = &self.table.0[shard][first as usize..(first + count) as usize];
+            let changes = Change::differing(shard, first, &hashes, known);
+            self.seen.lock().extend(changes);
         }
         Ok(any)
     }
