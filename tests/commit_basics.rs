@@ -437,6 +437,27 @@ fn blocks_that_cannot_be_believed_are_hashed_again() {
 }
 
 #[test]
+fn blocks_that_cannot_be_read_cost_no_commit() {
+    let setup = Setup::new();
+    let committer = setup.open();
+    setup.live.set(0, 4000, b"mine");
+    commit(&committer, &setup.live, 1);
+    drop(committer);
+    let path = setup.path().join(".weightfs/blocks");
+    std::fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink("blocks", &path).unwrap(); // ELOOP, for root as well
+    let committer = setup.open();
+    setup.live.set(0, 4000, b"more");
+    assert_eq!(commit(&committer, &setup.live, 2).commit.unwrap().changed_blocks, 1);
+    drop(committer);
+    let weights = setup.path().join(&setup.shards[0].0);
+    let mut wrong = std::fs::read(&weights).unwrap();
+    wrong[9000] ^= 1;
+    std::fs::write(&weights, &wrong).unwrap();
+    assert_eq!(verify_readonly(setup.path(), None).unwrap().wrong.len(), 1);
+}
+
+#[test]
 fn damage_to_any_file_of_the_log_is_noticed() {
     let setup = Setup::new();
     let committer = setup.open();
@@ -521,6 +542,36 @@ fn weights_files_changed_by_others_before_a_fold_are_refused_at_the_next_start()
     assert!(recovery.to_string().contains("recovered commit 1"), "{recovery}");
     assert_same!(setup.disk(), setup.live.bytes());
     assert!(committer.verify(None).unwrap().wrong.is_empty());
+}
+
+#[test]
+fn what_others_changed_where_the_log_has_nothing_is_refused_at_the_next_start_too() {
+    for table in [true, false] {
+        let setup = Setup::new();
+        let committer = setup.open_with(Options { fold: FoldPolicy::Never, ..Options::default() });
+        setup.live.set(0, 4000, b"mine"); // in tensor `a`
+        commit(&committer, &setup.live, 1);
+        drop(committer);
+        let path = setup.path().join(&setup.shards[0].0);
+        let good = std::fs::read(&path).unwrap();
+        let mut theirs = good.clone();
+        theirs[20000] ^= 1; // in tensor `c`
+        std::fs::write(&path, &theirs).unwrap();
+        if !table {
+            std::fs::remove_file(setup.path().join(".weightfs/blocks")).unwrap();
+        }
+        let state = std::fs::read(setup.path().join(".weightfs/state.json")).unwrap();
+        let error = Committer::open(setup.model.clone(), Options::default()).map(|_| ()).unwrap_err();
+        assert!(matches!(error, CommitError::Foreign { .. }), "{error}");
+        assert_same!(std::fs::read(&path).unwrap(), theirs);
+        assert_eq!(std::fs::read(setup.path().join(".weightfs/state.json")).unwrap(), state);
+        // Put back: the commit that waited is folded.
+        std::fs::write(&path, &good).unwrap();
+        let committer = setup.open();
+        assert_same!(setup.disk(), setup.live.bytes());
+        assert_eq!(committer.dirty_blocks(&setup.live).unwrap(), 0);
+        assert!(committer.verify(None).unwrap().wrong.is_empty());
+    }
 }
 
 /// Large tensors of which much changed are compared on all cores, those of which little did side by side; from staged
