@@ -16,7 +16,8 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::Xxh3Default;
 
 pub fn open(storage: Arc<dyn Storage>, layout: Layout, options: Options) -> Result<(Committer, Recovery), CommitError> {
-    let new = storage.list(STATE_DIR).is_err();
+    // Whoever made `.weightfs` (a mount's log goes there) need not have synced its entry.
+    let new = storage.stat(super::state::STATE).is_err();
     let make = |path: &str| storage.create_directory(path).map_err(|e| layout.io("create", path, e));
     make(STATE_DIR)?;
     let writer = lock::lock_writer(&*storage, &layout, options.mount_point.clone())?;
