@@ -458,6 +458,30 @@ fn blocks_that_cannot_be_read_cost_no_commit() {
 }
 
 #[test]
+fn a_log_that_lost_its_newest_commits_is_damaged_also_for_those_who_only_read() {
+    let setup = Setup::new();
+    let committer = setup.open_with(Options { keep: Keep::Newest(3), ..Options::default() });
+    for step in 1..=5 {
+        setup.live.set(0, 4000, &[step; 7]);
+        commit(&committer, &setup.live, step as u64);
+    }
+    drop(committer);
+    let check = |id| verify_readonly(setup.path(), id).map(|report| report.wrong);
+    assert!(check(None).unwrap().is_empty() && check(Some(5)).unwrap().is_empty());
+    assert!(matches!(check(Some(2)), Err(CommitError::Pruned { id: 2, oldest: 3 })));
+    for id in [5, 4, 3] {
+        std::fs::remove_dir_all(setup.path().join(format!(".weightfs/log/weight_v{id:06}"))).unwrap();
+        for damaged in [check(None), check(Some(5)), history_readonly(setup.path()).map(|_| Vec::new())] {
+            let error = damaged.unwrap_err();
+            assert!(matches!(error, CommitError::Corrupt { .. }), "{error}");
+            assert!(error.to_string().contains("commit 5 is not in it"), "{error}");
+        }
+        let error = Committer::open(setup.model.clone(), Options::default()).map(|_| ()).unwrap_err();
+        assert!(error.to_string().contains("commit 5 is not in it"), "{error}");
+    }
+}
+
+#[test]
 fn damage_to_any_file_of_the_log_is_noticed() {
     let setup = Setup::new();
     let committer = setup.open();

@@ -84,17 +84,27 @@ fn state(storage: &dyn Storage, layout: &Layout, records: &[Arc<Record>]) -> Res
             state
         }
     };
+    check_log(layout, &state, records)?;
     if let Some(newest) = records.last() {
-        if newest.id() < state.newest || state.folded < oldest - 1 {
-            let why = format!("commit {} is not in it", state.newest.min(oldest - 1));
-            return Err(CommitError::corrupt(layout.root.join(LOG), why));
-        }
         state.newest = newest.id();
         state.step = newest.facts().step;
-    } else if state.newest > 0 {
-        return Err(CommitError::corrupt(layout.root.join(LOG), format!("commit {} is not in it", state.newest)));
     }
     Ok(state)
+}
+
+/// The log has the newest commit that the state knows of, and all that the weights files do not hold yet.
+pub fn check_log(layout: &Layout, state: &State, records: &[Arc<Record>]) -> Result<(), CommitError> {
+    let lost = match (records.first(), records.last()) {
+        (_, None) if state.newest > 0 => state.newest,
+        (_, Some(last)) if last.id() < state.newest => state.newest,
+        (Some(first), _) if state.folded + 1 < first.id() => state.folded + 1,
+        _ => return Ok(()),
+    };
+    Err(missing(layout, lost))
+}
+
+pub fn missing(layout: &Layout, id: u64) -> CommitError {
+    CommitError::corrupt(layout.root.join(LOG), format!("commit {id} is not in it"))
 }
 
 impl Committer {
