@@ -2,12 +2,17 @@
 
 mod commit_support;
 
+use commit_support::memory::Op;
+use commit_support::world::World;
 use commit_support::*;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
+use weightfs::commit::storage::Storage;
 use weightfs::commit::*;
 use weightfs::model::ModelDirectory;
+
+const BLOCKS: &str = ".weightfs/blocks";
 
 struct Setup {
     directory: tempfile::TempDir,
@@ -135,6 +140,30 @@ fn staging_beyond_its_limit_streams_and_commits_the_same() {
         for id in 1..6 {
             assert_eq!(committer.verify(Some(id)).unwrap().wrong, Vec::<String>::new());
         }
+    }
+}
+
+#[test]
+fn the_table_of_hashes_is_written_in_large_pieces() {
+    for staging_memory in [u64::MAX, 0] {
+        let mut world = World::new(Options { staging_memory, ..Options::default() }, false);
+        let (committer, _) = world.open_on(&world.storage);
+        committer.ensure_baseline(&|_| ()).unwrap();
+        world.storage.record();
+        // Every other block of both shards.
+        for (shard, bytes) in world.live.bytes().iter().enumerate() {
+            (4000..bytes.len()).step_by(8192).for_each(|at| world.live.set(shard, at, &[!bytes[at]]));
+        }
+        let report = world.commit(&committer, None);
+        assert!(report.commit.unwrap().changed_blocks > 5);
+        let hashes = |op: &Op| matches!(op, Op::Write { bytes, .. } if bytes.len() == 16);
+        assert!(!world.storage.recording().ops.iter().any(hashes), "staging {staging_memory}");
+        // It is what hashing the weights gives.
+        let written = world.storage.tree().file(BLOCKS).map(<[u8]>::to_vec);
+        drop(committer);
+        world.storage.remove_file(BLOCKS).unwrap();
+        world.open_on(&world.storage).0.ensure_baseline(&|_| ()).unwrap();
+        assert_same!(world.storage.tree().file(BLOCKS).map(<[u8]>::to_vec), written);
     }
 }
 
@@ -408,6 +437,51 @@ fn blocks_that_cannot_be_believed_are_hashed_again() {
 }
 
 #[test]
+fn blocks_that_cannot_be_read_cost_no_commit() {
+    let setup = Setup::new();
+    let committer = setup.open();
+    setup.live.set(0, 4000, b"mine");
+    commit(&committer, &setup.live, 1);
+    drop(committer);
+    let path = setup.path().join(".weightfs/blocks");
+    std::fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink("blocks", &path).unwrap(); // ELOOP, for root as well
+    let committer = setup.open();
+    setup.live.set(0, 4000, b"more");
+    assert_eq!(commit(&committer, &setup.live, 2).commit.unwrap().changed_blocks, 1);
+    drop(committer);
+    let weights = setup.path().join(&setup.shards[0].0);
+    let mut wrong = std::fs::read(&weights).unwrap();
+    wrong[9000] ^= 1;
+    std::fs::write(&weights, &wrong).unwrap();
+    assert_eq!(verify_readonly(setup.path(), None).unwrap().wrong.len(), 1);
+}
+
+#[test]
+fn a_log_that_lost_its_newest_commits_is_damaged_also_for_those_who_only_read() {
+    let setup = Setup::new();
+    let committer = setup.open_with(Options { keep: Keep::Newest(3), ..Options::default() });
+    for step in 1..=5 {
+        setup.live.set(0, 4000, &[step; 7]);
+        commit(&committer, &setup.live, step as u64);
+    }
+    drop(committer);
+    let check = |id| verify_readonly(setup.path(), id).map(|report| report.wrong);
+    assert!(check(None).unwrap().is_empty() && check(Some(5)).unwrap().is_empty());
+    assert!(matches!(check(Some(2)), Err(CommitError::Pruned { id: 2, oldest: 3 })));
+    for id in [5, 4, 3] {
+        std::fs::remove_dir_all(setup.path().join(format!(".weightfs/log/weight_v{id:06}"))).unwrap();
+        for damaged in [check(None), check(Some(5)), history_readonly(setup.path()).map(|_| Vec::new())] {
+            let error = damaged.unwrap_err();
+            assert!(matches!(error, CommitError::Corrupt { .. }), "{error}");
+            assert!(error.to_string().contains("commit 5 is not in it"), "{error}");
+        }
+        let error = Committer::open(setup.model.clone(), Options::default()).map(|_| ()).unwrap_err();
+        assert!(error.to_string().contains("commit 5 is not in it"), "{error}");
+    }
+}
+
+#[test]
 fn damage_to_any_file_of_the_log_is_noticed() {
     let setup = Setup::new();
     let committer = setup.open();
@@ -492,6 +566,36 @@ fn weights_files_changed_by_others_before_a_fold_are_refused_at_the_next_start()
     assert!(recovery.to_string().contains("recovered commit 1"), "{recovery}");
     assert_same!(setup.disk(), setup.live.bytes());
     assert!(committer.verify(None).unwrap().wrong.is_empty());
+}
+
+#[test]
+fn what_others_changed_where_the_log_has_nothing_is_refused_at_the_next_start_too() {
+    for table in [true, false] {
+        let setup = Setup::new();
+        let committer = setup.open_with(Options { fold: FoldPolicy::Never, ..Options::default() });
+        setup.live.set(0, 4000, b"mine"); // in tensor `a`
+        commit(&committer, &setup.live, 1);
+        drop(committer);
+        let path = setup.path().join(&setup.shards[0].0);
+        let good = std::fs::read(&path).unwrap();
+        let mut theirs = good.clone();
+        theirs[20000] ^= 1; // in tensor `c`
+        std::fs::write(&path, &theirs).unwrap();
+        if !table {
+            std::fs::remove_file(setup.path().join(".weightfs/blocks")).unwrap();
+        }
+        let state = std::fs::read(setup.path().join(".weightfs/state.json")).unwrap();
+        let error = Committer::open(setup.model.clone(), Options::default()).map(|_| ()).unwrap_err();
+        assert!(matches!(error, CommitError::Foreign { .. }), "{error}");
+        assert_same!(std::fs::read(&path).unwrap(), theirs);
+        assert_eq!(std::fs::read(setup.path().join(".weightfs/state.json")).unwrap(), state);
+        // Put back: the commit that waited is folded.
+        std::fs::write(&path, &good).unwrap();
+        let committer = setup.open();
+        assert_same!(setup.disk(), setup.live.bytes());
+        assert_eq!(committer.dirty_blocks(&setup.live).unwrap(), 0);
+        assert!(committer.verify(None).unwrap().wrong.is_empty());
+    }
 }
 
 /// Large tensors of which much changed are compared on all cores, those of which little did side by side; from staged

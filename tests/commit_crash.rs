@@ -10,6 +10,7 @@ use commit_support::memory::*;
 use commit_support::world::*;
 use commit_support::*;
 use std::sync::atomic::Ordering;
+use weightfs::commit::storage::Storage;
 use weightfs::commit::*;
 
 fn all() -> bool {
@@ -136,6 +137,18 @@ fn the_first_commit_of_a_directory_recovers() {
     world.live.scribble(&mut Random(4), 90);
     world.commit(&committer, Some(optimizer(1)));
     crash_everywhere(&world, 0, "first commit");
+}
+
+#[test]
+fn the_first_commit_recovers_where_somebody_else_made_the_directory() {
+    let mut world = World::new(Options::default(), false);
+    world.storage.record();
+    // A mount does, for its log.
+    world.storage.create_directory(".weightfs").unwrap();
+    let (committer, _) = world.open_on(&world.storage);
+    world.live.scribble(&mut Random(4), 90);
+    world.commit(&committer, Some(optimizer(1)));
+    crash_everywhere(&world, 0, "first commit in a directory that was there");
 }
 
 #[test]

@@ -71,6 +71,69 @@ fn what_counts_is_what_was_copied_not_what_was_hashed() {
     }
 }
 
+/// An engine that goes while its weights are read: what the reads return from then on is no weights.
+struct Leaving {
+    live: Live,
+    gone: AtomicBool,
+}
+
+impl ShardBytes for Leaving {
+    fn shards(&self) -> usize {
+        self.live.shards()
+    }
+
+    fn shard_bytes(&self, shard: usize) -> u64 {
+        self.live.shard_bytes(shard)
+    }
+
+    fn check(&self) -> Result<(), ImageError> {
+        match self.gone.load(Ordering::Relaxed) {
+            true => Err(ImageError::EngineGone("it ended".into())),
+            false => Ok(()),
+        }
+    }
+
+    fn hold(&self) -> Result<StepHold, ImageError> {
+        Ok(StepHold::new(()))
+    }
+
+    fn read(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), ImageError> {
+        self.live.read(shard, offset, dst)?;
+        self.gone.store(true, Ordering::Relaxed);
+        dst.fill(0);
+        Ok(())
+    }
+
+    fn hash(&self, shard: usize, first: u64, out: &mut [Hash]) -> Result<(), ImageError> {
+        self.live.hash(shard, first, out)
+    }
+
+    fn write(&self, shard: usize, offset: u64, src: &[u8]) -> Result<(), ImageError> {
+        self.live.write(shard, offset, src)
+    }
+}
+
+#[test]
+fn what_was_read_of_an_engine_that_went_meanwhile_is_not_committed() {
+    for staging_memory in [u64::MAX, 0] {
+        let directory = tempfile::tempdir().unwrap();
+        let shards = two_shards();
+        let model = write_model(directory.path(), &shards);
+        let committer = Committer::open(model, Options { staging_memory, ..Options::default() }).unwrap().0;
+        let before = disk(directory.path(), &shards);
+        let leaving = Leaving { live: Live::of(&shards), gone: AtomicBool::new(false) };
+        leaving.live.scribble(&mut Random(3), 100);
+        let error = committer.commit(&leaving, &CommitRequest::new("", 1)).unwrap_err();
+        assert_eq!(error.errno(), libc::ESTALE, "staging {staging_memory}: {error}");
+        assert!(committer.newest().is_none(), "staging {staging_memory}");
+        assert_same!(disk(directory.path(), &shards), before, "staging {staging_memory}");
+        assert_eq!(std::fs::read_dir(directory.path().join(".weightfs/log")).unwrap().count(), 0);
+        // Another engine's weights go on from there.
+        committer.commit(&leaving.live, &CommitRequest::new("", 1)).unwrap();
+        assert_same!(disk(directory.path(), &shards), leaving.live.bytes(), "staging {staging_memory}");
+    }
+}
+
 #[test]
 fn commits_and_rollbacks_of_several_threads_come_one_after_the_other() {
     let directory = tempfile::tempdir().unwrap();

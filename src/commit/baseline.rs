@@ -3,6 +3,7 @@
 
 use super::blocks::Table;
 use super::error::CommitError;
+use super::layout::ShardLayout;
 use super::record::Record;
 use super::replay::{Replay, WINDOW, layers};
 use super::state::hex;
@@ -35,8 +36,7 @@ impl Committer {
         let root = table.root();
         shared.check_root(root)?;
         shared.adopt(&(0..shared.layout.shards.len()).collect::<Vec<_>>())?;
-        shared.publish_baseline(table, root, false);
-        self.store_blocks(None);
+        self.publish(Baseline { table: Arc::new(table), root, stored: false });
         Ok(())
     }
 
@@ -45,32 +45,10 @@ impl Committer {
         if let Some(baseline) = &shared.published.read().baseline {
             return Ok(baseline.clone());
         }
-        let (state, newest) = {
-            let published = shared.published.read();
-            (published.state.clone(), published.records.last().cloned())
-        };
         let changed = shared.changed_shards()?;
-        let stored = Table::load(&*shared.storage, &shared.layout, state.newest)
-            .map_err(|e| shared.layout.io("read", super::blocks::BLOCKS, e))?
-            .filter(|(_, root)| newest.as_ref().is_none_or(|r| r.facts().root == hex(*root)));
-        match stored {
-            Some((table, root)) if changed.is_empty() => {
-                shared.publish_baseline(table, root, true);
-            }
-            stored => {
-                let table = shared.hash_committed(None, progress)?;
-                let root = table.root();
-                if newest.is_some()
-                    && let Some((known, _)) = &stored
-                {
-                    shared.refuse_difference(known, &table)?;
-                }
-                shared.check_root(root)?;
-                shared.adopt(&changed)?;
-                shared.publish_baseline(table, root, false);
-                self.store_blocks(None);
-            }
-        }
+        let baseline = shared.compare(&changed, progress)?;
+        shared.adopt(&changed)?;
+        self.publish(baseline);
         match &shared.published.read().baseline {
             Some(baseline) => Ok(baseline.clone()),
             None => unreachable!("published above, and taken back by nobody"),
@@ -89,11 +67,17 @@ impl Committer {
             // Hashing the files compares them with the newest record.
             return self.baseline(&|_| ()).map(|_| ());
         };
-        let now = shared.hash_committed(Some(&changed), &|_| ())?;
-        for &shard in &changed {
-            shared.refuse_shard(shard, &baseline.table.0[shard], &now.0[shard])?;
-        }
+        shared.refuse_changes(&baseline.table, &changed, &|_| ())?;
         shared.adopt(&changed)
+    }
+
+    /// Makes the hashes of the newest commit known, here and in `.weightfs/blocks`.
+    pub(super) fn publish(&self, baseline: Baseline) {
+        let stored = baseline.stored;
+        self.shared.published.write().baseline = Some(baseline);
+        if !stored {
+            self.store_blocks(None);
+        }
     }
 
     /// Writes `.weightfs/blocks`: all of it, or just `changes` when it holds the table before them. A failure costs
@@ -119,6 +103,34 @@ impl Committer {
 }
 
 impl Shared {
+    /// The table in `.weightfs/blocks`, when it is that of the newest commit.
+    pub(super) fn stored_table(&self) -> Option<(Table, Hash)> {
+        let (commit, newest) = {
+            let published = self.published.read();
+            (published.state.newest, published.records.last().cloned())
+        };
+        let stored = Table::load(&*self.storage, &self.layout, commit).unwrap_or_else(|e| {
+            log::warn!("could not read {} ({e}): the weights are hashed instead", super::blocks::BLOCKS);
+            None
+        });
+        stored.filter(|(_, root)| newest.is_none_or(|r| r.facts().root == hex(*root)))
+    }
+
+    /// The hashes of the newest commit. Refuses weights files that, with the log over them, are not what they say;
+    /// `changed` are the shards of which that is in question.
+    pub(super) fn compare(&self, changed: &[usize], progress: &(dyn Fn(u64) + Sync)) -> Result<Baseline, CommitError> {
+        // Before the first commit files may change: they are hashed anew.
+        let fixed = changed.is_empty() || self.newest_record().is_some();
+        if let Some((table, root)) = self.stored_table().filter(|_| fixed) {
+            self.refuse_changes(&table, changed, progress)?;
+            return Ok(Baseline { table: Arc::new(table), root, stored: true });
+        }
+        let table = self.hash_committed(None, progress)?;
+        let root = table.root();
+        self.check_root(root)?;
+        Ok(Baseline { table: Arc::new(table), root, stored: false })
+    }
+
     /// The shards that are not as weightfs left them. Those in doubt are expected to differ.
     pub(super) fn changed_shards(&self) -> Result<Vec<usize>, CommitError> {
         let state = self.published.read().state.clone();
@@ -172,15 +184,19 @@ impl Shared {
             }
             let io = |e| self.layout.io("read", &shard.name, e);
             let file = self.storage.open(&shard.name, Access::Read).map_err(io)?;
-            // With layers, a jump into a tensor decodes it from its start: then one task a shard is the least work.
-            let batch = if layers.is_empty() { BATCH } else { shard.bytes.max(1).next_multiple_of(BATCH) };
-            let parts: Vec<(usize, &mut [Hash])> = hashes.chunks_mut(batch as usize / BLOCK).enumerate().collect();
-            parts.into_par_iter().try_for_each(|(i, hashes)| {
+            let mut parts: Vec<(u64, &mut [Hash])> = Vec::new();
+            let (mut first, mut rest) = (0, &mut hashes[..]);
+            for end in ends(shard, !layers.is_empty()) {
+                let (part, after) = rest.split_at_mut((end - first) as usize);
+                parts.push((first * BLOCK as u64, part));
+                (first, rest) = (end, after);
+            }
+            parts.into_par_iter().try_for_each(|(start, hashes)| {
                 let mut replay = Replay::new(&self.layout, s, file.clone(), &layers);
                 let mut buffer = vec![0; WINDOW as usize];
-                for (j, hashes) in hashes.chunks_mut(WINDOW as usize / BLOCK).enumerate() {
-                    let at = i as u64 * batch + j as u64 * WINDOW;
-                    let window = &mut buffer[..WINDOW.min(shard.bytes - at) as usize];
+                for (i, hashes) in hashes.chunks_mut(WINDOW as usize / BLOCK).enumerate() {
+                    let at = start + i as u64 * WINDOW;
+                    let window = &mut buffer[..((hashes.len() * BLOCK) as u64).min(shard.bytes - at) as usize];
                     replay.read(at, window, |_| ())?;
                     hash_into(window, hashes);
                     progress(done.fetch_add(window.len() as u64, Ordering::Relaxed) + window.len() as u64);
@@ -208,8 +224,18 @@ impl Shared {
         }
     }
 
-    fn refuse_difference(&self, known: &Table, now: &Table) -> Result<(), CommitError> {
-        known.0.iter().zip(&now.0).enumerate().try_for_each(|(s, (a, b))| self.refuse_shard(s, a, b))
+    /// Hashes `shards` and refuses them unless the hashes are the `known` ones.
+    fn refuse_changes(
+        &self,
+        known: &Table,
+        shards: &[usize],
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<(), CommitError> {
+        if shards.is_empty() {
+            return Ok(());
+        }
+        let now = self.hash_committed(Some(shards), progress)?;
+        shards.iter().try_for_each(|&s| self.refuse_shard(s, &known.0[s], &now.0[s]))
     }
 
     fn refuse_shard(&self, shard: usize, known: &[Hash], now: &[Hash]) -> Result<(), CommitError> {
@@ -222,8 +248,22 @@ impl Shared {
             }),
         }
     }
+}
 
-    pub(super) fn publish_baseline(&self, table: Table, root: Hash, stored: bool) {
-        self.published.write().baseline = Some(Baseline { table: Arc::new(table), root, stored });
+/// The blocks before which tasks of [`BATCH`] bytes or more end. Layers decode a tensor from its start: over them no task
+/// begins in the middle of one.
+fn ends(shard: &ShardLayout, layered: bool) -> Vec<u64> {
+    let batch = BATCH / BLOCK as u64;
+    let mut ends = Vec::new();
+    let mut end_at = |block: u64| {
+        if block >= ends.last().copied().unwrap_or(0) + batch {
+            ends.push(block);
+        }
+    };
+    match layered {
+        true => shard.tensors.iter().for_each(|t| end_at(t.start.div_ceil(BLOCK as u64))),
+        false => (batch..shard.blocks()).step_by(batch as usize).for_each(end_at),
     }
+    ends.push(shard.blocks());
+    ends
 }

@@ -7,6 +7,7 @@ use super::layout::Layout;
 use super::storage::{Access, Storage};
 use crate::memory::Hash;
 use std::io;
+use std::ops::Range;
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_128};
 
 pub const BLOCKS: &str = ".weightfs/blocks";
@@ -19,12 +20,44 @@ const HEADER: usize = 64;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table(pub Vec<Vec<Hash>>);
 
+/// Hashes so close together in the file that writing what lies between them costs less than another write: a page of them.
+const NEAR: u64 = 4096 / 16;
+
 /// The hashes of consecutive blocks from `first` on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
     pub shard: usize,
     pub first: u64,
     pub hashes: Vec<Hash>,
+}
+
+impl Change {
+    /// The runs of `hashes`, which are of a shard's blocks from `first` on, that are not the `known` ones.
+    pub fn differing(shard: usize, first: u64, hashes: &[Hash], known: &[Hash]) -> Vec<Change> {
+        let mut changes = Vec::new();
+        let mut at = 0;
+        let differ: Vec<bool> = hashes.iter().zip(known).map(|(a, b)| a != b).collect();
+        for same in differ.chunk_by(|a, b| a == b) {
+            if same[0] {
+                changes.push(Change { shard, first: first + at as u64, hashes: hashes[at..at + same.len()].to_vec() });
+            }
+            at += same.len();
+        }
+        changes
+    }
+
+    fn end(&self) -> u64 {
+        self.first + self.hashes.len() as u64
+    }
+}
+
+/// Ranges of blocks that hold all of `changes`, which are in order, without those far from any.
+fn spans(changes: &[Change]) -> impl Iterator<Item = (usize, Range<u64>)> {
+    let near = |a: &Change, b: &Change| a.shard == b.shard && b.first <= a.end() + NEAR;
+    changes.chunk_by(near).map(|together| {
+        let last = &together[together.len() - 1];
+        (last.shard, together[0].first..last.end())
+    })
 }
 
 impl Table {
@@ -88,7 +121,8 @@ impl Table {
         Ok((header == header_bytes(layout, commit, root)).then_some((table, root)))
     }
 
-    /// Writes the whole file, or just `changes` into one of the right size.
+    /// Writes the whole file, or just the pages with `changes`, which are in order, into one that holds the table before
+    /// them.
     pub fn store(
         &self,
         storage: &dyn Storage,
@@ -121,7 +155,8 @@ impl Table {
             Ok(())
         };
         match changes {
-            Some(changes) if fits => changes.iter().try_for_each(|c| put(c.shard, c.first, &c.hashes))?,
+            Some(changes) if fits => spans(changes)
+                .try_for_each(|(s, span)| put(s, span.start, &self.0[s][span.start as usize..span.end as usize]))?,
             _ => self.0.iter().enumerate().try_for_each(|(s, hashes)| put(s, 0, hashes))?,
         }
         file.write_all_at(&header_bytes(layout, commit, root), 0)
@@ -147,4 +182,28 @@ fn header_bytes(layout: &Layout, commit: u64, root: Hash) -> [u8; HEADER] {
     let checksum = xxh3_128(&header[..48]);
     header[48..].copy_from_slice(&checksum.to_le_bytes());
     header
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_are_stretches_of_hashes_that_differ() {
+        let change = |first, hashes: &[Hash]| Change { shard: 2, first, hashes: hashes.to_vec() };
+        let differing = |hashes: &[Hash]| Change::differing(2, 10, hashes, &[1, 2, 3, 4, 5]);
+        assert_eq!(differing(&[1, 2, 3, 4, 5]), []);
+        assert_eq!(differing(&[6, 7, 8, 9, 0]), [change(10, &[6, 7, 8, 9, 0])]);
+        assert_eq!(differing(&[1, 7, 8, 4, 9]), [change(11, &[7, 8]), change(14, &[9])]);
+    }
+
+    #[test]
+    fn changes_that_lie_near_each_other_are_written_together() {
+        let change = |shard, first, blocks| Change { shard, first, hashes: vec![0; blocks] };
+        let far = 7 + NEAR + 1;
+        let changes = [change(0, 3, 1), change(0, 4, 2), change(0, 6, 1), change(0, far, 1), change(1, far + 1, 1)];
+        assert_eq!(spans(&changes).collect::<Vec<_>>(), [(0, 3..7), (0, far..far + 1), (1, far + 1..far + 2)]);
+        let near = [change(0, 3, 4), change(0, far - 1, 1)];
+        assert_eq!(spans(&near).collect::<Vec<_>>(), [(0, 3..far)]);
+    }
 }

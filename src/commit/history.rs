@@ -36,15 +36,20 @@ fn open_readonly(directory: &Path) -> Result<Shared, CommitError> {
     })?;
     let (layout, storage) = (Layout::of(&model), Arc::new(DiskStorage::new(&model.path)));
     let storage: Arc<dyn Storage> = storage;
-    let Some(mut state) = State::load(&*storage, &layout)? else {
-        return Err(CommitError::NoHistory { path: layout.root });
-    };
-    let records = || -> Result<Vec<Arc<Record>>, CommitError> {
+    let read = || -> Result<(State, Vec<Arc<Record>>), CommitError> {
+        let Some(state) = State::load(&*storage, &layout)? else {
+            return Err(CommitError::NoHistory { path: layout.root.clone() });
+        };
         let ids = recover::ids(&*storage, &layout)?;
-        ids.into_iter().map(|id| Record::open(&storage, &layout, id).map(Arc::new)).collect()
+        let records: Result<Vec<_>, _> =
+            ids.into_iter().map(|id| Record::open(&storage, &layout, id).map(Arc::new)).collect();
+        let records = records?;
+        recover::check_log(&layout, &state, &records)?;
+        Ok((state, records))
     };
-    // The process that writes may prune a record between the list and its reading: then the next list lacks it.
-    let records = records().or_else(|_| records()).or_else(|_| records())?;
+    // The process that writes may prune a record between the list and its reading, or all that the state just read says
+    // is not folded: then the next time finds it in order.
+    let (mut state, records) = read().or_else(|_| read()).or_else(|_| read())?;
     if let Some(newest) = records.last() {
         state.newest = state.newest.max(newest.id());
     }

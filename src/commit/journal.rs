@@ -72,11 +72,13 @@ impl<'a> Streamed<'a> {
         Ok(Streamed { live, table, runs, shared, seen })
     }
 
-    /// The changes of all blocks, once every tensor was encoded.
-    pub fn into_changes(self) -> Vec<Change> {
+    /// The changes of all blocks, once every tensor was encoded, in order.
+    pub fn into_changes(self) -> Result<Vec<Change>, CommitError> {
+        // What was read from an engine that is gone by now may be anything: its memory is somebody else's.
+        self.live.check()?;
         let mut changes = self.seen.into_inner();
         changes.sort_by_key(|c| (c.shard, c.first));
-        changes
+        Ok(changes)
     }
 
     /// The bytes of the changed runs that overlap `start..end` of a shard.
@@ -106,12 +108,9 @@ impl<'a> Streamed<'a> {
             any = true;
             let mut hashes = vec![0; count as usize];
             hash_into(bytes, &mut hashes);
-            let mut seen = self.seen.lock();
-            for (block, hash) in (first..).zip(hashes) {
-                if hash != self.table.0[shard][block as usize] {
-                    seen.push(Change { shard, first: block, hashes: vec![hash] });
-                }
-            }
+            let known = &self.table.0[shard][first as usize..(first + count) as usize];
+            let changes = Change::differing(shard, first, &hashes, known);
+            self.seen.lock().extend(changes);
         }
         Ok(any)
     }

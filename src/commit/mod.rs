@@ -242,7 +242,10 @@ impl Shared {
             _ if id > newest => Err(CommitError::NoSuchCommit { id, newest }),
             0 if oldest <= 1 => Ok(None),
             _ if id < oldest => Err(CommitError::Pruned { id, oldest }),
-            _ => Ok(Some(published.records[(id - oldest) as usize].clone())),
+            _ => {
+                let record = published.records.get((id - oldest) as usize).cloned();
+                record.map(Some).ok_or_else(|| recover::missing(&self.layout, id))
+            }
         }
     }
 }

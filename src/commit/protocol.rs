@@ -139,11 +139,11 @@ impl Committer {
     ) -> Result<Option<Logged>, CommitError> {
         let (layout, storage) = (&self.shared.layout, &*self.shared.storage);
         let id = self.shared.published.read().state.newest + 1;
-        let directory = format!("{LOG}/{UNFINISHED}{}", record::name(id));
+        let directory = unfinished(id);
         let place = format!("{LOG}/{}", record::name(id));
         // A record of this id is one whose last sync failed, so that nobody was told of it.
         discard_unfinished(storage, Some(&record::name(id))).map_err(|e| layout.io("clean", LOG, e))?;
-        let logged = self.write_record(id, &directory, wanted, baseline, tensors, new, progress);
+        let logged = self.write_record(id, wanted, baseline, tensors, new, progress);
         if !matches!(logged, Ok(Some(_))) {
             // Best effort: recovery removes what is left, too.
             let _ = remove_tree(storage, &directory);
@@ -161,11 +161,9 @@ impl Committer {
     }
 
     /// All of the record, durable, under the name that does not count yet.
-    #[allow(clippy::too_many_arguments)] // one call, from `log` above, which cleans up behind it
     fn write_record(
         &self,
         id: u64,
-        directory: &str,
         wanted: &Wanted,
         baseline: &Baseline,
         tensors: &[(usize, usize)],
@@ -173,6 +171,7 @@ impl Committer {
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<Option<Logged>, CommitError> {
         let (layout, storage) = (&self.shared.layout, &*self.shared.storage);
+        let directory = &*unfinished(id);
         let io = |e| layout.io("write", directory, e);
         let tip: Vec<Layer> = {
             let published = self.shared.published.read();
@@ -186,7 +185,7 @@ impl Committer {
         let (totals, changed) = journal.write(tensors, &mut xor, &mut values, progress)?;
         let changes = match new {
             NewBytes::Staged(staged) => staged.changes(),
-            NewBytes::Streamed(streamed) => streamed.into_changes(),
+            NewBytes::Streamed(streamed) => streamed.into_changes()?,
         };
         if changes.is_empty() && !self.optimizer_changed(wanted)? {
             return Ok(None);
@@ -312,6 +311,11 @@ impl Committer {
             (Err(e), _) | (_, Err(e)) => deferred(e.to_string()),
         }
     }
+}
+
+/// Where the record of a commit grows.
+fn unfinished(id: u64) -> String {
+    format!("{LOG}/{UNFINISHED}{}", record::name(id))
 }
 
 /// Removes what the log has of unfinished and pruned records, and the record `also`. They lose their names for good

@@ -3,21 +3,21 @@
 use super::error::CommitError;
 use super::layout::Layout;
 use super::record::{self, LOG, Record};
-use super::replay::{Replay, WINDOW, layers};
+use super::replay::{Replay, WINDOW};
 use super::report::{FoldOutcome, Recovery};
 use super::state::State;
 use super::storage::{Access, Storage};
 use super::{Committer, Options, Published, Shared, fold, lock, optimizer, protocol};
 use crate::model::STATE_DIR;
 use parking_lot::{Mutex, RwLock};
-use rayon::prelude::*;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use xxhash_rust::xxh3::Xxh3Default;
 
 pub fn open(storage: Arc<dyn Storage>, layout: Layout, options: Options) -> Result<(Committer, Recovery), CommitError> {
-    let new = storage.list(STATE_DIR).is_err();
+    // Whoever made `.weightfs` (a mount's log goes there) need not have synced its entry.
+    let new = storage.stat(super::state::STATE).is_err();
     let make = |path: &str| storage.create_directory(path).map_err(|e| layout.io("create", path, e));
     make(STATE_DIR)?;
     let writer = lock::lock_writer(&*storage, &layout, options.mount_point.clone())?;
@@ -84,17 +84,27 @@ fn state(storage: &dyn Storage, layout: &Layout, records: &[Arc<Record>]) -> Res
             state
         }
     };
+    check_log(layout, &state, records)?;
     if let Some(newest) = records.last() {
-        if newest.id() < state.newest || state.folded < oldest - 1 {
-            let why = format!("commit {} is not in it", state.newest.min(oldest - 1));
-            return Err(CommitError::corrupt(layout.root.join(LOG), why));
-        }
         state.newest = newest.id();
         state.step = newest.facts().step;
-    } else if state.newest > 0 {
-        return Err(CommitError::corrupt(layout.root.join(LOG), format!("commit {} is not in it", state.newest)));
     }
     Ok(state)
+}
+
+/// The log has the newest commit that the state knows of, and all that the weights files do not hold yet.
+pub fn check_log(layout: &Layout, state: &State, records: &[Arc<Record>]) -> Result<(), CommitError> {
+    let lost = match (records.first(), records.last()) {
+        (_, None) if state.newest > 0 => state.newest,
+        (_, Some(last)) if last.id() < state.newest => state.newest,
+        (Some(first), _) if state.folded + 1 < first.id() => state.folded + 1,
+        _ => return Ok(()),
+    };
+    Err(missing(layout, lost))
+}
+
+pub fn missing(layout: &Layout, id: u64) -> CommitError {
+    CommitError::corrupt(layout.root.join(LOG), format!("commit {id} is not in it"))
 }
 
 impl Committer {
@@ -104,61 +114,23 @@ impl Committer {
         let (pending, in_doubt) = {
             let published = self.shared.published.read();
             let state = &published.state;
-            (state.newest - state.folded, state.shards.iter().any(|s| s.in_doubt))
+            let in_doubt = |&s: &usize| state.shards[s].in_doubt;
+            (state.newest - state.folded, (0..state.shards.len()).filter(in_doubt).collect::<Vec<_>>())
         };
-        if pending == 0 && !in_doubt {
+        if pending == 0 && in_doubt.is_empty() {
             return Ok(None);
         }
-        let changed = self.shared.changed_shards()?;
-        if changed.is_empty() && !in_doubt {
+        let mut changed = self.shared.changed_shards()?;
+        changed.extend(in_doubt);
+        if changed.is_empty() {
             return Ok(Some(self.fold_by_policy(None, &|_| ())));
         }
         // The files are not as they were left: either by our own fold that was cut short, and then the log makes them
-        // what it says, or by somebody else, and then it does not.
-        self.check_result_of_fold()?;
+        // what was committed, or by somebody else, and then it does not. After a fold nobody could tell any more: it
+        // leaves alone what the log does not change, and takes the files as they are then for our own.
+        let baseline = self.shared.compare(&changed, &|_| ())?;
+        self.publish(baseline);
         Ok(Some(self.fold_pending(None, &|_| ())))
-    }
-
-    /// Would every tensor that the pending records change have its committed checksum after a fold?
-    fn check_result_of_fold(&self) -> Result<(), CommitError> {
-        let (records, state) = {
-            let published = self.shared.published.read();
-            (published.records.clone(), published.state.clone())
-        };
-        let layout = &self.shared.layout;
-        let pending = layers(&records, state.folded, state.newest);
-        let mut wanted = Vec::new();
-        let mut seen = HashSet::new();
-        for layer in pending.iter().rev() {
-            for tensor in layer.record.head.weight_map.keys() {
-                if seen.insert(tensor.as_str()) {
-                    let checksum = layer.record.files()?.xor.checksum(tensor);
-                    wanted.push((tensor.as_str(), checksum));
-                }
-            }
-        }
-        let homes: std::collections::HashMap<&str, (usize, usize)> = layout
-            .shards
-            .iter()
-            .enumerate()
-            .flat_map(|(s, shard)| {
-                shard.tensors.iter().enumerate().map(move |(t, tensor)| (tensor.name.as_str(), (s, t)))
-            })
-            .collect();
-        wanted.into_par_iter().try_for_each(|(name, checksum)| {
-            let Some(&(s, t)) = homes.get(name) else {
-                return Err(CommitError::corrupt(layout.root.join(LOG), format!("no tensor is named '{name}'")));
-            };
-            let found = hash_tensor(&self.shared, s, t, &pending)?;
-            match Some(found) == checksum {
-                true => Ok(()),
-                false => Err(CommitError::Foreign {
-                    path: layout.path(s),
-                    commit: state.newest,
-                    why: format!("tensor '{name}' cannot be brought to what was committed"),
-                }),
-            }
-        })
     }
 }
 

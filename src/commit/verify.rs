@@ -1,6 +1,5 @@
 //! Checks: the directory against the newest commit's block hashes, and a commit against the checksums in its record.
 
-use super::blocks::Table;
 use super::error::CommitError;
 use super::replay::layers;
 use super::report::VerifyReport;
@@ -40,10 +39,7 @@ impl Shared {
         let known = self.published.read().baseline.as_ref().map(|b| (*b.table).clone());
         let known = match known {
             Some(known) => Some(known),
-            None => Table::load(&*self.storage, &self.layout, newest)
-                .map_err(|e| self.layout.io("read", super::blocks::BLOCKS, e))?
-                .map(|(table, _)| table)
-                .filter(|t| hex(t.root()) == record.facts().root),
+            None => self.stored_table().map(|(table, _)| table),
         };
         let Some(known) = known else {
             report.wrong.push(format!("the weights files do not hold commit {newest}"));
