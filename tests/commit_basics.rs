@@ -7,9 +7,12 @@ use commit_support::world::World;
 use commit_support::*;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex};
 use weightfs::commit::storage::Storage;
 use weightfs::commit::*;
+use weightfs::image::{ImageError, ShardBytes, StepHold};
+use weightfs::memory::Hash;
 use weightfs::model::ModelDirectory;
 
 const BLOCKS: &str = ".weightfs/blocks";
@@ -165,6 +168,78 @@ fn the_table_of_hashes_is_written_in_large_pieces() {
         world.open_on(&world.storage).0.ensure_baseline(&|_| ()).unwrap();
         assert_same!(world.storage.tree().file(BLOCKS).map(<[u8]>::to_vec), written);
     }
+}
+
+/// Live weights that fail to be reached, or to be written, and what was said of their updates.
+struct Failing<'a> {
+    live: &'a Live,
+    excludes: bool,
+    writes: AtomicI64,
+    updates: Mutex<Vec<&'static str>>,
+}
+
+impl ShardBytes for Failing<'_> {
+    fn shards(&self) -> usize {
+        self.live.shards()
+    }
+
+    fn shard_bytes(&self, shard: usize) -> u64 {
+        self.live.shard_bytes(shard)
+    }
+
+    fn hold(&self) -> Result<StepHold, ImageError> {
+        self.live.hold()
+    }
+
+    fn exclude(&self) -> Result<StepHold, ImageError> {
+        if self.excludes { self.live.exclude() } else { Err(ImageError::NoBoundary(30)) }
+    }
+
+    fn update_begins(&self) {
+        self.updates.lock().unwrap().push("begins");
+    }
+
+    fn update_ended(&self, whole: bool) {
+        self.updates.lock().unwrap().push(if whole { "whole" } else { "torn" });
+    }
+
+    fn read(&self, shard: usize, offset: u64, dst: &mut [u8]) -> Result<(), ImageError> {
+        self.live.read(shard, offset, dst)
+    }
+
+    fn hash(&self, shard: usize, first: u64, out: &mut [Hash]) -> Result<(), ImageError> {
+        self.live.hash(shard, first, out)
+    }
+
+    fn write(&self, shard: usize, offset: u64, src: &[u8]) -> Result<(), ImageError> {
+        if self.writes.fetch_sub(1, Ordering::SeqCst) <= 0 {
+            return Err(ImageError::EngineGone("test".into()));
+        }
+        self.live.write(shard, offset, src)
+    }
+}
+
+#[test]
+fn a_rollback_cut_while_it_writes_says_that_the_weights_are_of_no_step() {
+    let setup = Setup::new();
+    let mut random = Random(4);
+    let committer = setup.open();
+    let start = setup.live.bytes();
+    setup.live.scribble(&mut random, 300);
+    commit(&committer, &setup.live, 1);
+    let after = setup.live.bytes();
+    for (excludes, writes, told) in
+        [(false, 0, vec![]), (true, 1, vec!["begins", "torn"]), (true, 99, vec!["begins", "whole"])]
+    {
+        let live = Failing { live: &setup.live, excludes, writes: writes.into(), updates: Mutex::default() };
+        let report = committer.rollback(0, Some(&live));
+        assert_eq!(*live.updates.lock().unwrap(), told);
+        assert_eq!(report.is_ok(), told.last() == Some(&"whole"));
+        // The directory has it from the first time on, whatever became of the live weights.
+        assert_same!(setup.disk(), start);
+        assert_eq!(setup.live.bytes() == after, told.is_empty());
+    }
+    assert_same!(setup.live.bytes(), start);
 }
 
 #[test]

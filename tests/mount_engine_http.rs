@@ -108,7 +108,9 @@ fn around_each_step_requests_stand_still_and_what_was_cached_is_forgotten_before
     assert_eq!(requests.try_iter().count(), 0, "a commit changes nothing");
     mount.does("rollback 0");
     ended(&mount);
-    assert_eq!(requests.try_iter().last().unwrap(), r#"/weightfs/updated {"step": 4}"#);
+    let seen: Vec<String> = requests.try_iter().collect();
+    assert!(seen[0].starts_with("/weightfs/pause ") && seen.len() == 3, "{seen:?}");
+    assert_eq!(seen[1..], [r#"/weightfs/updated {"step": 4}"#, "/weightfs/resume"]);
 }
 
 #[test]

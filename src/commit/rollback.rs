@@ -13,11 +13,8 @@ use super::snapshot::Snapshot;
 use super::{CommitRequest, Committer};
 use crate::image::ShardBytes;
 use rayon::prelude::*;
-use std::any::Any;
 use std::ops::Range;
 use std::time::Instant;
-
-type Around<'a> = &'a dyn Fn() -> Box<dyn Any>;
 
 #[derive(Debug, Clone)]
 pub struct RollbackReport {
@@ -32,25 +29,25 @@ impl Committer {
     /// the live weights cannot be written after it, they are a change like any other, and rolling back again is safe.
     /// The optimizer's state is that of [`Committer::optimizer_state`] of the newest commit afterwards.
     pub fn rollback(&self, id: u64, live: Option<&dyn ShardBytes>) -> Result<RollbackReport, CommitError> {
-        self.rollback_to(id, live, &|| Box::new(()))
+        self.rollback_to(id, live, &|| ())
     }
 
-    /// The same of weights that are `live`. `around` is called before the first of them is written, with everybody
-    /// excluded; what it returns is dropped when they are let in again.
-    pub fn rollback_around(
+    /// The same of weights that are `live`. `before` is called before the first of them is written, with everybody
+    /// excluded.
+    pub fn rollback_live(
         &self,
         id: u64,
         live: &dyn ShardBytes,
-        around: Around,
+        before: &dyn Fn(),
     ) -> Result<RollbackReport, CommitError> {
-        self.rollback_to(id, Some(live), around)
+        self.rollback_to(id, Some(live), before)
     }
 
     fn rollback_to(
         &self,
         id: u64,
         live: Option<&dyn ShardBytes>,
-        around: Around,
+        before: &dyn Fn(),
     ) -> Result<RollbackReport, CommitError> {
         let _working = self.working.lock();
         let snapshot = Snapshot::open(&self.shared, id)?;
@@ -66,10 +63,9 @@ impl Committer {
         let table = self.baseline(&|_| ())?.table;
         let alone = live.exclude()?;
         let start = Instant::now();
-        let around = around();
+        before();
         let live_bytes = write_back(&self.shared.layout, &table, &past, live)?;
         drop(alone);
-        drop(around);
         commit.times.held = start.elapsed();
         Ok(RollbackReport { commit, live_bytes })
     }

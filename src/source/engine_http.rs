@@ -81,6 +81,9 @@ struct State {
     /// To tell of, and not told yet.
     wanted: Option<u64>,
     told: Option<u64>,
+    /// Being told of at this moment, and whether that was asked for once more.
+    telling: Option<u64>,
+    again: bool,
     /// Requests stand still, or may.
     paused: bool,
     resume: bool,
@@ -169,7 +172,9 @@ impl EngineSync {
     fn tell(&self, step: u64) {
         let mut state = self.shared.state.lock();
         // Only the newest counts: an engine slower than our steps skips some.
-        if state.told != Some(step) {
+        if state.telling == Some(step) {
+            state.again = true;
+        } else if state.told != Some(step) {
             state.wanted = Some(step);
             self.shared.changed.notify_all();
         }
@@ -186,6 +191,7 @@ impl EngineSync {
             }
             state.working = true;
             let (wanted, resume) = (state.wanted.take(), std::mem::take(&mut state.resume));
+            (state.telling, state.again) = (wanted, false);
             drop(state);
             // First the cache, then the requests: none may go on with keys and values of older weights.
             let told = wanted.map(|step| shared.client.updated(step));
@@ -194,7 +200,11 @@ impl EngineSync {
             if let Some(told) = &told {
                 state.error = told.as_ref().err().map(ToString::to_string);
                 state.told = wanted.filter(|_| told.is_ok()).or(state.told);
+                if told.is_err() && state.again {
+                    state.wanted = state.wanted.or(wanted);
+                }
             }
+            state.telling = None;
             if let Some(Err(e)) = &resumed {
                 state.error = Some(e.to_string());
             }

@@ -7,6 +7,7 @@ use crate::fs::ctl::Command;
 use crate::fs::status::CommandFacts;
 use crate::image::{ImageError, ShardBytes};
 use rustix::io::Errno;
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -121,8 +122,9 @@ impl Mounted {
         committer.ensure_baseline(&|_| {})?;
         let newest = || committer.newest().map(|c| c.id);
         let before = newest();
-        let quiet = || self.engine.get().map(|engine| engine.step_begins());
-        let done = committer.rollback_around(id, &*self.image, &|| Box::new(quiet()));
+        let pause = RefCell::new(None);
+        let begins = || *pause.borrow_mut() = self.engine.get().and_then(|engine| engine.step_begins());
+        let done = committer.rollback_live(id, &*self.image, &begins);
         if done.as_ref().map_or(newest() != before, |report| report.live_bytes > 0) {
             // Readers see it as they see a step: with the next open. Also where it failed after its first write.
             self.step.fetch_add(1, Ordering::AcqRel);
@@ -141,8 +143,10 @@ impl Mounted {
         })?;
         let optimizer = self.optimizer_as_committed();
         if report.live_bytes > 0 {
+            // Before its requests go on.
             self.weights_differ();
         }
+        drop(pause);
         let note = optimizer.err().map_or(String::new(), |e| format!("; the optimizer begins anew: {e}"));
         Ok(format!("back at commit {id}: {}, {} bytes of live weights written{note}", report.commit, report.live_bytes))
     }
