@@ -237,7 +237,8 @@ def flood(server, mnt, label, words, count):
     prompts = [[draw.randrange(400) for _ in range(32)] for _ in range(count)]
     tokens = 4 if words else 8  # two cores have to do
     alone = latencies(server, prompts, tokens)
-    server.request("/train", job(words, 1000))
+    # More steps than can be taken meanwhile: it is cancelled below.
+    server.request("/train", job(words, 100_000))
     during = latencies(server, prompts, tokens)
     now = status(mnt)
     check(f"{label}: {count} requests in flight, all answered; median {alone[0]:.2f} s, 95% {alone[1]:.2f} s alone; {during[0]:.2f} s and "
