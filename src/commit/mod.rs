@@ -161,6 +161,12 @@ impl Committer {
         self.options.staging_memory.min(all)
     }
 
+    /// Takes the memory that commits of `live` stage in, where that takes long (a GPU's driver pins it, and does nothing else
+    /// for this process meanwhile).
+    pub fn prepare(&self, live: &dyn ShardBytes) -> Result<(), CommitError> {
+        stage::prepare(live, &self.shared.layout, self.options.staging_memory)
+    }
+
     /// Oldest first.
     pub fn history(&self) -> Vec<CommitInfo> {
         let published = self.shared.published.read();

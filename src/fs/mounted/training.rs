@@ -130,9 +130,9 @@ impl Mounted {
     pub(super) fn train(&self, job: &str, writer: u32) -> Result<String, FsError> {
         self.alive()?;
         self.whole()?;
-        if self.committer.is_none() {
+        let Some(committer) = &self.committer else {
             return Err(FsError::new(Errno::ROFS, "the mount is read-only"));
-        }
+        };
         let inline = job.starts_with('{');
         let (text, source) = match inline {
             true => (job.to_string(), "ctl".to_string()),
@@ -149,6 +149,10 @@ impl Mounted {
                 QueueError::NoSuchJob(_) => FsError::new(Errno::INVAL, message),
             }
         };
+        // Not by the first commit, while the job's steps would wait for the driver.
+        if let Err(e) = committer.prepare(&*self.image) {
+            log::warn!("commits will stage more slowly: {e}");
+        }
         let id = queue.submit(&text, &source).map_err(refused)?;
         let known = queue.job(id);
         let notes = known.as_ref().map_or(String::new(), |j| j.notes.iter().map(|n| format!("; {n}")).collect());

@@ -21,7 +21,7 @@ pub use plan::{Allowed, Order, Plan};
 use super::families::{Architecture, Attention, Layer, Linear, Mixer};
 use super::pack::Batch;
 use super::settings::Settings;
-use super::state::OptimizerState;
+use super::state::{OptimizerState, Remote};
 use super::step::{Model, StepError};
 use super::trainer::StepReport;
 use super::weights::{Location, Step};
@@ -255,12 +255,19 @@ impl GpuTrainer {
     ) -> Result<StepReport> {
         let weights = self.model.weights.clone();
         let step = weights.begin_step()?;
+        let remembered = self.moments.bytes();
         self.moments.adopt(&mut state.lock(), settings, &self.model)?;
         let plan = self.plan(batch, settings)?;
         // Nothing may be missing once weights change.
         self.gpu.reserve(plan.bytes - plan.side - plan::WORKSPACES)?;
         self.side.reserve(plan.side)?;
         self.moments.prepare(&self.model.architecture, settings)?;
+        if self.moments.bytes() > remembered
+            && let Err(e) = Remote::prepare(&*self.moments)
+        {
+            // While the driver pins memory, nothing else is done for this process: now, not when a commit comes.
+            log::warn!("commits will copy moments more slowly: {e}");
+        }
         // Jobs that are queued from here on count with it.
         self.model.held.store(self.held().0 - self.moments.bytes(), Ordering::Relaxed);
         let mut marks = Marks::new(self.timed.is_some());
