@@ -11,9 +11,10 @@ use serde_json::{Value, json};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use support::{Model, Mount, Mounting, Scratch, errno, until, user, weightfs};
@@ -531,4 +532,32 @@ fn the_command_follows_a_job_to_its_end() {
     std::fs::write(scratch.join("bad.json"), "{\"text\": 3}").unwrap();
     let said = String::from_utf8_lossy(&train(&["bad.json"]).stderr).into_owned();
     assert!(said.contains("bad.json") && said.contains("text"), "{said}");
+}
+
+/// What is open on a mount that was taken away keeps its daemon, but not its jobs.
+#[test]
+fn when_the_mount_is_taken_away_its_jobs_end_though_somebody_looks_at_them() {
+    let scratch = Scratch::new();
+    let model = model(&scratch.join("model"));
+    let mount = Mounting::of(&model, scratch.join("mnt")).mount();
+    std::fs::write(scratch.join("job.json"), job(1_000_000)).unwrap();
+    let mut open = File::open(mount.path("status.json")).unwrap();
+    let mut command = weightfs();
+    let followed = command.args(["train", "mnt", "job.json", "--follow"]).current_dir(scratch.path());
+    let followed = followed.stderr(Stdio::piped()).spawn().unwrap();
+    until("the job runs", || mount.status()["job"]["steps_done"].as_u64() > Some(2));
+    rustix::mount::unmount(scratch.join("mnt"), rustix::mount::UnmountFlags::DETACH).unwrap();
+    let said = followed.wait_with_output().unwrap();
+    let why = String::from_utf8_lossy(&said.stderr).into_owned();
+    assert!(!said.status.success() && why.contains("taken away"), "{why}");
+    until("the job stands still", || {
+        let mut text = String::new();
+        open.rewind().unwrap();
+        open.read_to_string(&mut text).unwrap();
+        serde_json::from_str::<Value>(&text).unwrap()["state"] == "paused"
+    });
+    drop(open);
+    mount.ends();
+    let mount = Mounting::of(&model, scratch.join("mnt")).mount();
+    assert_eq!(mount.status()["jobs"][0]["state"], "cut");
 }

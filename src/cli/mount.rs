@@ -5,7 +5,7 @@ use super::engine::EngineArguments;
 use super::log_file::open_log;
 use super::policy::PolicyArguments;
 use super::weights::WeightsArguments;
-use crate::commit::{CommitError, Committer, Options as CommitOptions};
+use crate::commit::{CommitError, Committer, Options as CommitOptions, history_readonly};
 use crate::fs::{Mounted, Tree, ViewMode, ViewOptions, fuse, mounts};
 use crate::model::ModelDirectory;
 use anyhow::{Context, bail};
@@ -114,12 +114,25 @@ fn serve(
     let (end, ends) = channel();
     forward_signals(end.clone())?;
     let committer = match a.read_only {
-        true => None,
+        true => {
+            if let Some(behind) = history_readonly(&directory.path)?.iter().find(|commit| !commit.folded) {
+                eprintln!(
+                    "weightfs: the weights files do not hold commit {} yet (`weightfs fold` brings them there): they are shown as they are",
+                    behind.id
+                );
+            }
+            None
+        }
         false => {
             let options = CommitOptions { mount_point: Some(point.clone()), ..a.policy.options() };
             let (committer, recovery) = Committer::open(directory.clone(), options).map_err(hint)?;
             super::say(&recovery);
-            committer.bring_up_to_date()?;
+            match committer.bring_up_to_date()? {
+                0 => {}
+                bytes => eprintln!(
+                    "weightfs: the weights files were brought up to the newest commit, to be read as that ({bytes} bytes written)"
+                ),
+            }
             Some(Arc::new(committer))
         }
     };
@@ -165,15 +178,29 @@ fn serve(
         mounts::detach(&point)?;
         return Err(e);
     }
+    let device = mounts::find(&point).map(|mount| mount.device);
     let preparing = mounted.clone();
     std::thread::Builder::new().name("prepare".into()).spawn(move || preparing.prepare())?;
-    until_the_end(&mounted, &ends, &point)
+    until_the_end(&mounted, &ends, &point, device)
 }
 
-fn until_the_end(mounted: &Mounted, ends: &Receiver<End>, point: &Path) -> anyhow::Result<()> {
+fn until_the_end(
+    mounted: &Mounted,
+    ends: &Receiver<End>,
+    point: &Path,
+    mut device: Option<String>,
+) -> anyhow::Result<()> {
     loop {
         match ends.recv_timeout(WATCH) {
-            Err(RecvTimeoutError::Timeout) => mounted.watch(),
+            Err(RecvTimeoutError::Timeout) => {
+                mounted.watch();
+                // Files that are open keep us; jobs that nobody can follow or commit do not go on.
+                if device.as_ref().is_some_and(|device| !mounts::is_mounted(device)) {
+                    device = None;
+                    log::info!("the mount is gone; files on it are still open");
+                    mounted.stop_jobs();
+                }
+            }
             Err(RecvTimeoutError::Disconnected) | Ok(End::Unmounted) => {
                 mounted.finish_command();
                 mounted.finish_steps();

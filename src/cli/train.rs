@@ -5,8 +5,9 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{Read, Seek, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -74,6 +75,9 @@ fn follow(status: &mut Status, mut job: Value) -> anyhow::Result<Value> {
             return Ok(job);
         }
         status.wait()?;
+        if !status.is_there() {
+            bail!("the mount was taken away while job {number} ran: it ends with the mount");
+        }
         let facts = status.read().context("the mount ended while the job ran")?;
         job = facts.jobs.into_iter().find(|j| id(j) == number).context("the mount no longer knows the job")?;
     }
@@ -89,10 +93,12 @@ fn progress(job: &Value) -> String {
 /// How it ended, in a line.
 fn tell(job: &Value) {
     let loss = match (job["first_loss"].as_f64(), job["loss"].as_f64()) {
+        (Some(loss), Some(_)) if job["steps_done"] == 1 => format!(", loss {loss:.4}"),
         (Some(first), Some(last)) => format!(", loss {first:.4} to {last:.4}"),
         _ => String::new(),
     };
-    let line = format!("job {} {}: {} steps{loss}", id(job), job["state"].as_str().unwrap_or("?"), job["steps_done"]);
+    let steps = if job["steps_done"] == 1 { "step" } else { "steps" };
+    let line = format!("job {} {}: {} {steps}{loss}", id(job), job["state"].as_str().unwrap_or("?"), job["steps_done"]);
     match job["error"].as_str() {
         Some(error) => eprintln!("weightfs: {line}: {error}"),
         None => println!("{line}"),
@@ -104,7 +110,10 @@ fn id(job: &Value) -> u64 {
 }
 
 /// `status.json` of a mount, kept open to be woken by its news.
-struct Status(File);
+struct Status {
+    file: File,
+    path: PathBuf,
+}
 
 struct Facts {
     whole: Value,
@@ -115,21 +124,27 @@ struct Facts {
 impl Status {
     fn open(mount: &Path) -> anyhow::Result<Status> {
         let path = mount.join("status.json");
-        let file = File::open(&path);
-        Ok(Status(file.with_context(|| format!("{}: is a model mounted there?", path.display()))?))
+        let file = File::open(&path).with_context(|| format!("{}: is a model mounted there?", path.display()))?;
+        Ok(Status { file, path })
+    }
+
+    /// Whether it is still the mount's: what is open outlives a mount that was taken away.
+    fn is_there(&self) -> bool {
+        let device = |metadata: std::io::Result<Metadata>| metadata.map(|m| m.dev()).ok();
+        device(self.file.metadata()).is_some() && device(self.file.metadata()) == device(std::fs::metadata(&self.path))
     }
 
     fn read(&mut self) -> anyhow::Result<Facts> {
         let mut text = Vec::new();
-        self.0.rewind()?;
-        self.0.read_to_end(&mut text)?;
+        self.file.rewind()?;
+        self.file.read_to_end(&mut text)?;
         let whole: Value = serde_json::from_slice(&text)?;
         let jobs = whole["jobs"].as_array().cloned().unwrap_or_default();
         Ok(Facts { whole, jobs })
     }
 
     fn wait(&self) -> anyhow::Result<()> {
-        match poll(&mut [PollFd::new(&self.0, PollFlags::IN | PollFlags::PRI)], Some(&ASK_AGAIN)) {
+        match poll(&mut [PollFd::new(&self.file, PollFlags::IN | PollFlags::PRI)], Some(&ASK_AGAIN)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(e) => Err(e.into()),
         }

@@ -25,6 +25,13 @@ pub struct UmountArguments {
 struct Facts {
     pid: u32,
     readers: Readers,
+    source: SourceFacts,
+    dirty: String,
+}
+
+#[derive(Deserialize)]
+struct SourceFacts {
+    engine: String,
 }
 
 #[derive(Deserialize)]
@@ -79,6 +86,9 @@ pub fn run(a: UmountArguments) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::SUCCESS);
         }
     };
+    if facts.dirty == "yes" && facts.source.engine == "own" {
+        eprintln!("weightfs: the weights had changed since the last commit: that ended with the mount");
+    }
     // If it had ended already there is nothing to wait for.
     let Some(daemon) = daemon else {
         println!("unmounted {given}");

@@ -217,13 +217,15 @@ impl Committer {
 
     /// Folds what a policy left in the log, so that the weights files may be read as the newest commit (to load them, or
     /// for tensors that no engine holds).
-    pub fn bring_up_to_date(&self) -> Result<(), CommitError> {
+    /// Returns how many bytes that were.
+    pub fn bring_up_to_date(&self) -> Result<u64, CommitError> {
         if self.newest().is_none_or(|c| c.folded) {
-            return Ok(());
+            return Ok(0);
         }
         match self.fold()? {
             FoldOutcome::Deferred { why } => Err(CommitError::NotFolded { why }),
-            FoldOutcome::Folded { .. } | FoldOutcome::ByPolicy => Ok(()),
+            FoldOutcome::Folded { bytes, .. } => Ok(bytes),
+            FoldOutcome::ByPolicy => Ok(0),
         }
     }
 

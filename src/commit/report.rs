@@ -99,7 +99,12 @@ impl fmt::Display for CommitReport {
             return Ok(());
         }
         let PhaseTimes { find, stage, log, fold, held } = self.times;
-        write!(f, "; weights held for {}, durable after {}", Seconds(held), Seconds(find + stage + log))?;
+        f.write_str("; ")?;
+        // Nobody's, when a rollback without live weights.
+        if !held.is_zero() {
+            write!(f, "weights held for {}, ", Seconds(held))?;
+        }
+        write!(f, "durable after {}", Seconds(find + stage + log))?;
         match &self.fold {
             FoldOutcome::Folded { bytes: 1.., .. } => {
                 write!(f, ", folded after {}", Seconds(find + stage + log + fold))

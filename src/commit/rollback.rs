@@ -14,7 +14,7 @@ use super::{CommitRequest, Committer};
 use crate::image::ShardBytes;
 use rayon::prelude::*;
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 #[derive(Debug, Clone)]
 pub struct RollbackReport {
@@ -58,6 +58,8 @@ impl Committer {
         let wanted =
             Wanted { request: CommitRequest::new(&message, self.step()), within: Some(&within), rollback_to: Some(id) };
         let mut commit = self.commit_locked(&past, &wanted)?;
+        // That of the past is no hold of weights.
+        commit.times.held = Duration::ZERO;
         let Some(live) = live else { return Ok(RollbackReport { commit, live_bytes: 0 }) };
         // Of the state that is newest from here on: the one gone back to.
         let table = self.baseline(&|_| ())?.table;

@@ -31,6 +31,12 @@ pub fn find(point: &Path) -> Option<Mount> {
     table.split(|&b| b == b'\n').filter_map(parse).rfind(|m| m.point == point)
 }
 
+/// Whether the file system `device` ([`Mount::device`]) is mounted anywhere; true when that cannot be told.
+pub fn is_mounted(device: &str) -> bool {
+    let Ok(table) = std::fs::read("/proc/self/mountinfo") else { return true };
+    table.split(|&b| b == b'\n').filter_map(parse).any(|m| m.device == device)
+}
+
 fn parse(line: &[u8]) -> Option<Mount> {
     let fields: Vec<&[u8]> = line.split(|&b| b == b' ').collect();
     let dash = fields.iter().position(|f| *f == b"-")?;
@@ -93,6 +99,8 @@ mod tests {
         assert_eq!(mount.point, Path::new(r"/mnt/a b\c"));
         assert_eq!(mount.device, "98:0");
         assert!(mount.is_ours());
-        assert_eq!(find(Path::new("/proc")).map(|m| m.fs_type), Some("proc".into()));
+        let proc = find(Path::new("/proc")).unwrap();
+        assert_eq!(proc.fs_type, "proc");
+        assert!(is_mounted(&proc.device) && !is_mounted("999:999999"));
     }
 }

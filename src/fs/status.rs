@@ -282,7 +282,7 @@ impl Status {
             line("engine_told", engine.line());
         }
         line("job", self.job.as_ref().map_or("none".into(), JobFacts::line));
-        let ended = self.jobs.iter().rev().find(|j| j.record.has_ended());
+        let ended = self.jobs.iter().filter(|j| j.record.has_ended()).max_by_key(|j| (j.record.ended_at, j.record.id));
         line("last_job", ended.map_or("none".into(), JobFacts::line));
         line("jobs_queued", self.jobs_queued.to_string());
         line(

@@ -111,6 +111,14 @@ impl Mounted {
         &self.training.cut
     }
 
+    /// The running step is the last: jobs stand still to the end of the process, and are cut then.
+    pub fn stop_jobs(&self) {
+        self.training.paused.store(true, Ordering::Release);
+        if let Some(queue) = self.training.queue.get() {
+            queue.pause();
+        }
+    }
+
     /// From here to the end of the process no step begins to write: the one that writes now has ended.
     pub fn finish_steps(&self) {
         // A freeze is over with the mount; a step that waits for its end would keep us.
