@@ -405,15 +405,21 @@ fn links_that_lead_in_a_circle_are_hidden_where_the_circle_closes() {
     assert!(!walk("a/x/y") && !walk("b/y/x") && !walk("c/up") && !walk("d/self"));
 }
 
+/// A model of one tensor, shown by a copy.
+fn held() -> (Reference, Arc<Mounted>) {
+    let keep = Keep::Live { cuts: vec![], dtype: None, strided: false, replicas: false };
+    let tensors = vec![TensorRecipe { dtype: Dtype::BF16, shape: vec![40, 99], keep }];
+    let recipe = Recipe { shards: vec![ShardRecipe { padding: 0, tensors }], index: false, ranks: 1, seed: 7 };
+    let reference = Reference::new(&recipe);
+    let options = ViewOptions { mode: ViewMode::Held, hold: Duration::from_secs(600) };
+    let mounted = Mounted::new(Arc::new(reference.open().unwrap()), None, "/mount".into(), &options).unwrap();
+    (reference, mounted)
+}
+
 /// The copy may be filled by who opens a file first, before the thread that would have filled it gets to run.
 #[test]
 fn a_late_first_fill_leaves_the_view_to_those_who_hold_it() {
-    let cuts = || Keep::Live { cuts: vec![], dtype: None, strided: false, replicas: false };
-    let tensors = vec![TensorRecipe { dtype: Dtype::BF16, shape: vec![40, 99], keep: cuts() }];
-    let recipe = Recipe { shards: vec![ShardRecipe { padding: 0, tensors }], index: false, ranks: 1, seed: 7 };
-    let mut reference = Reference::new(&recipe);
-    let options = ViewOptions { mode: ViewMode::Held, hold: Duration::from_secs(600) };
-    let mounted = Mounted::new(Arc::new(reference.open().unwrap()), None, "/mount".into(), &options).unwrap();
+    let (mut reference, mounted) = held();
     mounted.open_weights(1, 0, std::process::id()).unwrap();
     let before = reference.shard(0);
     reference.change(&mut Random(3), 50);
@@ -430,12 +436,7 @@ fn a_late_first_fill_leaves_the_view_to_those_who_hold_it() {
 /// The kernel says that a file is gone only after its close returned, and to another thread than the next open's.
 #[test]
 fn an_open_after_a_close_does_not_join_the_file_that_was_closed() {
-    let cuts = || Keep::Live { cuts: vec![], dtype: None, strided: false, replicas: false };
-    let tensors = vec![TensorRecipe { dtype: Dtype::BF16, shape: vec![40, 99], keep: cuts() }];
-    let recipe = Recipe { shards: vec![ShardRecipe { padding: 0, tensors }], index: false, ranks: 1, seed: 7 };
-    let mut reference = Reference::new(&recipe);
-    let options = ViewOptions { mode: ViewMode::Held, hold: Duration::from_secs(600) };
-    let mounted = Mounted::new(Arc::new(reference.open().unwrap()), None, "/mount".into(), &options).unwrap();
+    let (mut reference, mounted) = held();
     let mut shown = vec![0; reference.shard(0).len()];
     mounted.open_weights(1, 0, std::process::id()).unwrap();
     assert!(!mounted.open_may_wait(), "who joins a reader is served at once");

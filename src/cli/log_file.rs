@@ -2,6 +2,7 @@
 //! There, names are not believed: root would append to whatever file a link leads to.
 
 use super::background;
+use crate::memory::is_root_or_us;
 use crate::model::ModelDirectory;
 use anyhow::{Context, bail};
 use rustix::fd::OwnedFd;
@@ -76,7 +77,7 @@ fn open_state(state: &Path) -> anyhow::Result<OwnedFd> {
     if !FileType::from_raw_mode(stat.st_mode).is_symlink() {
         return Ok(openat(&link, ".", flags, Mode::empty())?);
     }
-    if ![0, rustix::process::geteuid().as_raw()].contains(&stat.st_uid) {
+    if !is_root_or_us(stat.st_uid) {
         bail!("{} is a symbolic link that user {} made: remove it", state.display(), stat.st_uid);
     }
     let target = PathBuf::from(OsString::from_vec(readlinkat(&link, "", Vec::new())?.into_bytes()));

@@ -5,7 +5,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -130,8 +130,10 @@ impl Status {
 
     /// Whether it is still the mount's: what is open outlives a mount that was taken away.
     fn is_there(&self) -> bool {
-        let device = |metadata: std::io::Result<Metadata>| metadata.map(|m| m.dev()).ok();
-        device(self.file.metadata()).is_some() && device(self.file.metadata()) == device(std::fs::metadata(&self.path))
+        match (self.file.metadata(), std::fs::metadata(&self.path)) {
+            (Ok(open), Ok(named)) => open.dev() == named.dev(),
+            _ => false,
+        }
     }
 
     fn read(&mut self) -> anyhow::Result<Facts> {

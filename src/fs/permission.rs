@@ -4,7 +4,7 @@
 //! exchange, and each directory on it must be one that the reader may search, the file one that they may read, by their modes.
 
 use super::FsError;
-use crate::memory::{ProcessOwner, process_owner};
+use crate::memory::{ProcessOwner, is_root_or_us, process_owner};
 use rustix::fd::OwnedFd;
 use rustix::fs::{FileType, Mode, OFlags, PROC_SUPER_MAGIC, Stat, fstat, fstatfs, open, openat, readlinkat};
 use rustix::io::Errno;
@@ -28,9 +28,8 @@ impl Reader {
     /// Whoever `pid` (a process or thread) reads for; `None` for us and root, whose rights are not less than ours.
     pub(super) fn other(pid: u32) -> Option<Reader> {
         let owner = process_owner(pid);
-        let us = rustix::process::geteuid().as_raw();
         match &owner {
-            Some(owner) if [0, us].contains(&owner.uids[3]) => None,
+            Some(owner) if is_root_or_us(owner.uids[3]) => None,
             _ => Some(Reader(owner)),
         }
     }

@@ -21,7 +21,7 @@ pub use available::available;
 pub use hash::{BLOCK, Hash, block_hash, hash_into};
 pub use host::HostMemory;
 pub use host_buffer::HostBuffer;
-pub use process::{ProcessOwner, process_owner, process_start};
+pub use process::{ProcessOwner, is_root_or_us, process_owner, process_start};
 pub use shared_bytes::{PIN_CHUNK, SharedBytes, sealed_memfd};
 pub use users::UsersProbe;
 

@@ -12,6 +12,11 @@ pub fn process_start(pid: u32) -> Option<u64> {
     }
 }
 
+/// Whether `uid` is root's or our own: whose files and processes we believe as we do ourselves.
+pub fn is_root_or_us(uid: u32) -> bool {
+    uid == 0 || uid == rustix::process::geteuid().as_raw()
+}
+
 /// The rights of a process or thread, as ids (credentials(7)).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProcessOwner {

@@ -83,6 +83,15 @@ impl Training {
         })
     }
 
+    fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Release);
+        match (self.queue.get(), paused) {
+            (Some(queue), true) => queue.pause(),
+            (Some(queue), false) => queue.resume(),
+            (None, _) => {}
+        }
+    }
+
     /// How the jobs stand: paused, the one that runs, how many wait, and all that are known, oldest first.
     pub(super) fn jobs(&self) -> (bool, Option<JobRecord>, u64, Vec<JobRecord>) {
         match self.queue.get() {
@@ -113,10 +122,7 @@ impl Mounted {
 
     /// The running step is the last: jobs stand still to the end of the process, and are cut then.
     pub fn stop_jobs(&self) {
-        self.training.paused.store(true, Ordering::Release);
-        if let Some(queue) = self.training.queue.get() {
-            queue.pause();
-        }
+        self.training.set_paused(true);
     }
 
     /// From here to the end of the process no step begins to write: the one that writes now has ended.
@@ -179,12 +185,7 @@ impl Mounted {
         if self.committer.is_none() {
             return Err(FsError::new(Errno::ROFS, "the mount is read-only"));
         }
-        self.training.paused.store(paused, Ordering::Release);
-        match (self.training.queue.get(), paused) {
-            (Some(queue), true) => queue.pause(),
-            (Some(queue), false) => queue.resume(),
-            (None, _) => {}
-        }
+        self.training.set_paused(paused);
         Ok(if paused { "jobs stand still after the running step until `resume`" } else { "jobs go on" }.into())
     }
 
@@ -232,11 +233,11 @@ impl Mounted {
     /// what was committed with them. If that cannot be used, a new one, and the error says so.
     pub(super) fn optimizer_as_committed(&self) -> Result<(), FsError> {
         let Some(queue) = self.training.queue.get() else { return Ok(()) };
-        let (state, committed, result) = match self.newest_optimizer() {
-            Ok(state) => (state, None, Ok(())),
-            Err(e) => (OptimizerState::default(), Some(UNCOMMITTED), Err(e)),
+        let (committed, state, result) = match self.newest_optimizer() {
+            Ok(state) => (state.step, state, Ok(())),
+            Err(e) => (UNCOMMITTED, OptimizerState::default(), Err(e)),
         };
-        *self.training.committed.lock() = committed.unwrap_or(state.step);
+        *self.training.committed.lock() = committed;
         *queue.state().lock() = state;
         result
     }

@@ -8,7 +8,7 @@
 //! A library's initialisers run with our rights. Of an engine only what nobody else than we or root could have written
 //! is loaded: the process must be ours or root's, and so must the file.
 
-use crate::memory::process_owner;
+use crate::memory::{is_root_or_us, process_owner};
 use parking_lot::Mutex;
 use std::ffi::{CStr, CString, OsString};
 use std::fmt;
@@ -140,18 +140,13 @@ fn named(files: Vec<PathBuf>) -> impl Iterator<Item = Candidate> {
 /// What process `pid` has mapped of `library`. Another user's process may say that it has mapped anything.
 fn in_process(pid: u32, library: Library) -> Result<Vec<PathBuf>, String> {
     let Some(owner) = process_owner(pid) else { return Ok(Vec::new()) };
-    if let Some(other) = owner.uids.into_iter().find(|&uid| !is_trusted(uid)) {
+    if let Some(other) = owner.uids.into_iter().find(|&uid| !is_root_or_us(uid)) {
         return Err(format!("what process {pid} has loaded is not used: it is user {other}'s"));
     }
     let maps = std::fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
     // The path is the process's own: it may live in a container.
     let root = || OsString::from(format!("/proc/{pid}/root"));
     Ok(mapped_in(&maps, library).map(|path| PathBuf::from([root(), path.into()].concat_os())).collect())
-}
-
-/// Root and we ourselves.
-fn is_trusted(uid: u32) -> bool {
-    uid == 0 || uid == rustix::process::geteuid().as_raw()
 }
 
 trait ConcatOs {
@@ -236,7 +231,7 @@ fn may_be_loaded(file: &Metadata) -> Result<(), String> {
     if !file.is_file() {
         return Err("it is no regular file".into());
     }
-    if !is_trusted(file.uid()) {
+    if !is_root_or_us(file.uid()) {
         return Err(format!("it is user {}'s, and is not loaded for another user", file.uid()));
     }
     // pip makes files that the group may write where every user has a group of their own (umask 002).

@@ -68,13 +68,16 @@ impl Moments {
             // From here on, whatever the host has no moments of is here: also if an upload fails.
             state.remote.set(remote);
         }
-        let uploaded = self.upload_all(state, settings, model);
-        // They may be asked for from here on, past the stream that they came by.
-        let arrived = self.gpu.wait();
-        Ok(uploaded.and(arrived)?)
+        match self.upload_all(state, settings, model) {
+            Ok(false) => Ok(()),
+            // They may be asked for from here on, past the stream that they came by: also those before one that failed.
+            uploaded => Ok(self.gpu.wait().and(uploaded.map(drop))?),
+        }
     }
 
-    fn upload_all(&self, state: &mut OptimizerState, settings: &Settings, model: &Model) -> Result<(), GpuError> {
+    /// Whether there were any to upload.
+    fn upload_all(&self, state: &mut OptimizerState, settings: &Settings, model: &Model) -> Result<bool, GpuError> {
+        let mut any = false;
         for (name, shape) in model.architecture.tensors() {
             let Some(tensor) = state.tensors.get_mut(name) else {
                 self.held.lock().remove(name);
@@ -92,9 +95,10 @@ impl Moments {
                 let pair = Pair { m: upload(&tensor.m)?, v: upload(&tensor.v)? };
                 self.held.lock().insert(name.to_string(), Arc::new(pair));
                 (tensor.m, tensor.v) = (Vec::new(), Vec::new());
+                any = true;
             }
         }
-        Ok(())
+        Ok(any)
     }
 
     /// A tensor's moments, zeros where it has none.
