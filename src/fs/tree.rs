@@ -170,8 +170,10 @@ impl Tree {
 
     /// The target of a symbolic link: only links that lead nowhere are shown as links.
     pub fn readlink(&self, ino: u64) -> Result<PathBuf, FsError> {
-        match self.node(ino)? {
-            Node::Disk(_, path) => Ok(std::fs::read_link(self.on_disk(&path))?),
+        let node = self.node(ino)?;
+        // A link that is followed is shown as what it leads to.
+        match (&node, self.describe(&node, ino)?.kind) {
+            (Node::Disk(_, path), Kind::Symlink) => Ok(std::fs::read_link(self.on_disk(path))?),
             _ => Err(FsError::new(Errno::INVAL, "it is no symbolic link")),
         }
     }
