@@ -350,7 +350,7 @@ def others():
         y = torch.nn.functional.silu(f[:, :n]) * f[:, n:]
         check(f"swiglu {t}x{n}", out, y, 4e-3)
         y.backward(d.float())
-        swiglu("swiglu_backward" + wide, blocks, 256, d, both, L(t), I(n))
+        swiglu("swiglu_backward" + wide, blocks, 256, d, both, L(t), I(n), both)
         check("swiglu act", d, y, 4e-3)
         check("swiglu gradient", both, f.grad, 4e-3)
     for t, n, ld in [(5, 32, 40), (77, 1001, 1001), (30, 151936, 151936)]:

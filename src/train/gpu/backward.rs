@@ -74,6 +74,12 @@ impl Context<'_> {
         let (gpu, a, layer) = (self.gpu, self.a, &self.a.layers[i]);
         let (n, h, inner) = (self.rows.trained, a.hidden, a.intermediate);
         let mut saved = saved;
+        let place = self.plan.place(i);
+        if let (Some(offload), Some(place)) = (&self.offload, place) {
+            offload.lock().fetch(place)?;
+        }
+        // While this one is computed.
+        self.fetch_below(i)?;
         let mixed = match saved.mixed.take() {
             Some(kept) => kept,
             None => self.mix_again(layer, &saved)?,
@@ -86,9 +92,14 @@ impl Context<'_> {
 
         // Feed-forward. `act` starts as its own gradient.
         let d_normed = gpu.bf16(n * h)?;
-        let gate_up = match gate_up {
-            Some(kept) => kept,
-            None => {
+        let mut fetched = None;
+        let gate_up = match (gate_up, &self.offload, place) {
+            (Some(kept), ..) => kept,
+            (None, Some(offload), Some(place)) => {
+                fetched = Some(offload.lock().fetched(place)?);
+                gpu.bf16(n * 2 * inner)?
+            }
+            (None, ..) => {
                 let w = self.weight(&layer.post_norm);
                 rms_norm::again(gpu, x_mid.part(), rstd_mid.part(), &w, n, d_normed.part())?;
                 let gate_up = gpu.bf16(n * 2 * inner)?;
@@ -98,7 +109,7 @@ impl Context<'_> {
         };
         let act = bf16(n * inner)?;
         self.back(&[&layer.down], dx.narrow.part(), n, act.part())?;
-        swiglu::backward(gpu, act.part(), gate_up.part(), n, inner)?;
+        swiglu::backward(gpu, act.part(), fetched.unwrap_or(gate_up.part()), n, inner, gate_up.part())?;
         self.back(&[&layer.gate, &layer.up], gate_up.part(), n, d_normed.part())?;
         let d_out = std::mem::replace(&mut dx.narrow, bf16(n * h)?);
         let d_post_norm = f32(h)?;

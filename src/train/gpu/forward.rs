@@ -54,12 +54,27 @@ impl Context<'_> {
         embedding::forward(gpu, &self.weight(&self.a.embedding), r.ids.part(), r.rows, x.part())?;
         let mut saved = Vec::new();
         for (i, layer) in self.a.layers.iter().enumerate() {
-            let state = self.layer_forward(layer, x.part(), if keep { self.plan.keep[i] } else { Keep::Stream })?;
+            let (keep_it, place) = if keep { (self.plan.keep[i], self.plan.place(i)) } else { (Keep::Stream, None) };
+            let state = self.layer_forward(layer, x.part(), keep_it, place)?;
             if keep {
                 saved.push(state);
             }
         }
+        if keep {
+            self.fetch_below(self.a.layers.len())?;
+        }
         Ok((x, saved))
+    }
+
+    /// Begins to bring back what was offloaded of the next layer below `i` that has something there.
+    pub(super) fn fetch_below(&self, i: usize) -> Result<()> {
+        let below = self.plan.offloaded.iter().rfind(|&&layer| layer < i && layer >= self.lowest());
+        match (&self.offload, below) {
+            (Some(offload), Some(&layer)) => {
+                Ok(offload.lock().fetch(self.plan.place(layer).expect("it is one of them"))?)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What stays, and is kept as it is, lies with what stays.
@@ -75,7 +90,8 @@ impl Context<'_> {
         Ok(copy)
     }
 
-    fn layer_forward(&self, layer: &Layer, x: Part, keep: Keep) -> Result<Saved> {
+    /// `place` is where in host memory gate and up go.
+    fn layer_forward(&self, layer: &Layer, x: Part, keep: Keep, place: Option<usize>) -> Result<Saved> {
         let (gpu, r, a) = (self.gpu, &self.rows, self.a);
         let (rows, n, h) = (r.rows, r.trained, a.hidden);
         let (x_in, rstd_in) = (gpu.hold_bf16(n * h)?, gpu.hold_f32(n)?);
@@ -99,14 +115,28 @@ impl Context<'_> {
             x: x.part(),
         });
         rms_norm::forward(gpu, x, None, &self.weight(&layer.post_norm), a.eps, rows, normed.part(), kept)?;
-        let gate_up = self.stays(4 * rows * a.intermediate, keep == Keep::All && r.frozen == 0)?;
-        self.linears(&[&layer.gate, &layer.up], normed.part(), rows, gate_up.part())?;
+        let slots = self.offload.as_ref().filter(|_| keep != Keep::All);
+        let (room, gate_up) = match slots {
+            Some(slots) if r.frozen == 0 => (slots.lock().room()?, None),
+            _ => {
+                let buffer = self.stays(4 * rows * a.intermediate, keep == Keep::All && r.frozen == 0)?;
+                (buffer.part(), Some(buffer))
+            }
+        };
+        self.linears(&[&layer.gate, &layer.up], normed.part(), rows, room)?;
         drop(normed);
         let act = gpu.bf16(rows * a.intermediate)?;
-        swiglu::forward(gpu, gate_up.part(), rows, a.intermediate, act.part())?;
-        let gate_up = match keep {
-            Keep::All if r.frozen == 0 => Some(gate_up),
-            Keep::All => Some(self.tail(&gate_up, 2 * a.intermediate, 2)?),
+        swiglu::forward(gpu, room, rows, a.intermediate, act.part())?;
+        if let (Some(slots), Some(place)) = (slots, place) {
+            let mut slots = slots.lock();
+            if gate_up.is_some() {
+                gpu.copy(room.from((4 * r.frozen * a.intermediate) as u64), slots.room()?)?;
+            }
+            slots.send(place)?;
+        }
+        let gate_up = match (keep, gate_up) {
+            (Keep::All, Some(gate_up)) if r.frozen > 0 => Some(self.tail(&gate_up, 2 * a.intermediate, 2)?),
+            (Keep::All, gate_up) => gate_up,
             _ => None,
         };
         self.onto_stream(&layer.down, act.part(), rows, x)?;

@@ -29,7 +29,7 @@ use crate::compute::cpu::weight::Kind;
 use crate::compute::cuda::attention::{Shape, Tiles};
 use crate::compute::cuda::matmul::{Operand, Output, matmul};
 use crate::compute::cuda::rope::{Angles, Heads, LARGEST_HEAD};
-use crate::compute::cuda::{Buffer, Gpu, GpuError, Part, Weight, causal_conv, delta_rule, linear};
+use crate::compute::cuda::{Buffer, Gpu, GpuError, Offload, Part, Shelf, Weight, causal_conv, delta_rule, linear};
 use crate::memory::cuda::{Device, Library, load};
 use parking_lot::Mutex;
 use std::any::Any;
@@ -38,6 +38,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 type Result<T> = std::result::Result<T, StepError>;
+
+/// The most host memory that activations take unless more is asked for: the largest steps that were measured use six.
+const LARGEST_SHELF: u64 = 8 << 30;
 
 /// Values by tensor.
 pub type ByName = HashMap<String, Vec<f32>>;
@@ -53,6 +56,9 @@ pub struct GpuTrainer {
     pub budget: Option<u64>,
     /// Layouts that are not ruled out.
     pub allowed: Allowed,
+    /// Bytes of host memory that steps may keep activations in; `None`: as [`GpuTrainer::host_memory`] finds.
+    pub host_budget: Option<u64>,
+    shelf: Mutex<Option<Arc<Shelf>>>,
     /// How the last step was laid out.
     pub plan: Option<Plan>,
     /// Host milliseconds and device milliseconds of the parts of the last step, where asked for.
@@ -83,6 +89,8 @@ struct Context<'a> {
     rows: Arc<Rows<'a>>,
     plan: &'a Plan,
     settings: &'a Settings,
+    /// Where the plan has something in host memory meanwhile.
+    offload: Option<Arc<Mutex<Offload>>>,
     _mapped: Arc<Mapped<'a>>,
 }
 
@@ -137,7 +145,18 @@ impl GpuTrainer {
         }
         let (gpu, side) = (Arc::new(Gpu::new(device)?), Arc::new(Gpu::new(device)?));
         let moments = Arc::new(state::Moments::new(gpu.clone()));
-        Ok(GpuTrainer { model, gpu, side, moments, allowed: Allowed::default(), budget: None, plan: None, timed: None })
+        Ok(GpuTrainer {
+            model,
+            gpu,
+            side,
+            moments,
+            allowed: Allowed { host: u64::MAX, ..Allowed::default() },
+            host_budget: None,
+            shelf: Mutex::default(),
+            budget: None,
+            plan: None,
+            timed: None,
+        })
     }
 
     pub fn gpu(&self) -> &Gpu {
@@ -154,7 +173,29 @@ impl GpuTrainer {
     pub fn release_buffers(&self) {
         self.gpu.release();
         self.side.release();
+        *self.shelf.lock() = None;
         self.model.held.store(0, Ordering::Relaxed);
+    }
+
+    /// Bytes of host memory that steps may keep activations in: what was set, or a quarter of what is available.
+    fn host_memory(&self) -> u64 {
+        let held = self.shelf.lock().as_ref().map_or(0, |s| s.bytes());
+        let available = || crate::memory::available().unwrap_or(0) + held;
+        self.host_budget.unwrap_or_else(|| (available() / 4).min(LARGEST_SHELF))
+    }
+
+    /// Host memory for all that the plan puts there; or why there is none.
+    fn shelf_for(&self, plan: &Plan) -> std::result::Result<Option<Arc<Shelf>>, GpuError> {
+        let bytes = plan.host_bytes();
+        let mut shelf = self.shelf.lock();
+        if bytes == 0 {
+            return Ok(None);
+        }
+        if shelf.as_ref().is_none_or(|s| s.bytes() < bytes) {
+            *shelf = None;
+            *shelf = Some(Arc::new(Shelf::new(&self.gpu.device, bytes as usize)?));
+        }
+        Ok(shelf.clone())
     }
 
     /// Bytes that steps of these batches take at their peak beyond the weights, the growth of the optimizer's state not
@@ -171,10 +212,17 @@ impl GpuTrainer {
             }
         };
         let missing = plan::missing_state(&self.model.architecture, settings, &self.moments);
-        Plan::choose(&self.model.architecture, batch, settings, budget.saturating_sub(missing), self.allowed)
+        let allowed = Allowed { host: self.allowed.host.min(self.host_memory()), ..self.allowed };
+        Plan::choose(&self.model.architecture, batch, settings, budget.saturating_sub(missing), allowed)
     }
 
-    fn context<'a>(&'a self, batch: &'a Batch, settings: &'a Settings, plan: &'a Plan) -> Result<Context<'a>> {
+    fn context<'a>(
+        &'a self,
+        batch: &'a Batch,
+        settings: &'a Settings,
+        plan: &'a Plan,
+        shelf: Option<Arc<Shelf>>,
+    ) -> Result<Context<'a>> {
         let (a, gpu) = (&*self.model.architecture, &*self.gpu);
         let (mut weights, mut held) = (HashMap::new(), Vec::new());
         for (name, shape) in a.tensors() {
@@ -216,15 +264,18 @@ impl GpuTrainer {
             tiles: Tiles::new(gpu, &batch.spans, batch.rows(), batch.frozen, a.head_dim)?,
             sequences: delta_net::Sequences::new(gpu, a, batch)?,
         };
+        let offload = shelf.map(|shelf| Offload::new(&self.gpu, shelf, plan.piece)).transpose()?;
+        let offload = offload.map(|o| Arc::new(Mutex::new(o)));
         let mapped = Arc::new(Mapped { gpu, _held: held });
-        Ok(Context { gpu, a, weights: Arc::new(weights), rows: Arc::new(rows), plan, settings, _mapped: mapped })
+        let (weights, rows) = (Arc::new(weights), Arc::new(rows));
+        Ok(Context { gpu, a, weights, rows, plan, settings, offload, _mapped: mapped })
     }
 
     /// Losses of the batch's targets, in their order. Changes nothing.
     pub fn losses(&self, batch: &Batch) -> Result<Vec<f32>> {
         let settings = Settings::default();
         let plan = Plan::forward_only(&self.model.architecture);
-        let c = self.context(batch, &settings, &plan)?;
+        let c = self.context(batch, &settings, &plan, None)?;
         let (x, _) = c.forward(false)?;
         let head = c.head(&x, false)?;
         Ok(self.gpu.download(head.losses.part(), batch.targets.len())?)
@@ -233,7 +284,7 @@ impl GpuTrainer {
     /// Losses and the gradient of every tensor that trains, as f32 by name. For tests: all of them at once.
     pub fn gradients(&self, batch: &Batch, settings: &Settings) -> Result<(Vec<f32>, ByName)> {
         let plan = Plan { order: Order::After, ..Plan::forward_only(&self.model.architecture) };
-        let c = self.context(batch, settings, &plan)?;
+        let c = self.context(batch, settings, &plan, None)?;
         let (x, saved) = c.forward(true)?;
         let head = c.head(&x, true)?;
         let losses: Vec<f32> = self.gpu.download(head.losses.part(), batch.targets.len())?;
@@ -257,7 +308,16 @@ impl GpuTrainer {
         let step = weights.begin_step()?;
         let remembered = self.moments.bytes();
         self.moments.adopt(&mut state.lock(), settings, &self.model)?;
-        let plan = self.plan(batch, settings)?;
+        let mut plan = self.plan(batch, settings)?;
+        let shelf = match self.shelf_for(&plan) {
+            Ok(shelf) => shelf,
+            Err(e) => {
+                log::warn!("activations are made again instead of kept in host memory: {e}");
+                self.allowed.host = 0;
+                plan = self.plan(batch, settings)?;
+                None
+            }
+        };
         // Nothing may be missing once weights change.
         self.gpu.reserve(plan.bytes - plan.side - plan::WORKSPACES)?;
         self.side.reserve(plan.side)?;
@@ -272,7 +332,7 @@ impl GpuTrainer {
         self.model.held.store(self.held().0 - self.moments.bytes(), Ordering::Relaxed);
         let mut marks = Marks::new(self.timed.is_some());
         marks.add(&self.gpu, "start")?;
-        let c = self.context(batch, settings, &plan)?;
+        let c = self.context(batch, settings, &plan, shelf)?;
         let (x, mut saved) = c.forward(true)?;
         marks.add(&self.gpu, "forward")?;
         let head = c.head(&x, true)?;
