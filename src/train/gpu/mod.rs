@@ -346,7 +346,8 @@ impl GpuTrainer {
         }
         let loss = losses.iter().map(|&l| l as f64).sum::<f64>() / losses.len() as f64;
         let taken = loss >= settings.min_loss;
-        let mut report = StepReport { loss, targets: losses.len(), rows: batch.rows(), taken, untouched: 0 };
+        let (targets, rows, host_memory) = (losses.len(), batch.rows(), plan.host_bytes());
+        let mut report = StepReport { loss, targets, rows, taken, untouched: 0, host_memory };
         if !taken {
             return Ok(report);
         }
