@@ -42,6 +42,10 @@ type Result<T> = std::result::Result<T, StepError>;
 /// The most host memory that activations take unless more is asked for: the largest steps that were measured use six.
 const LARGEST_SHELF: u64 = 8 << 30;
 
+/// Rows that train are made up to a multiple of this: the library's products over 1023 rows, gradients of weights, take 7 %
+/// more time than those over 1024 (an H200, CUDA 13.0).
+const ROWS: usize = 8;
+
 /// Values by tensor.
 pub type ByName = HashMap<String, Vec<f32>>;
 
@@ -283,6 +287,7 @@ impl GpuTrainer {
 
     /// Losses and the gradient of every tensor that trains, as f32 by name. For tests: all of them at once.
     pub fn gradients(&self, batch: &Batch, settings: &Settings) -> Result<(Vec<f32>, ByName)> {
+        let batch = &batch.padded(ROWS);
         let plan = Plan { order: Order::After, ..Plan::forward_only(&self.model.architecture) };
         let c = self.context(batch, settings, &plan, None)?;
         let (x, saved) = c.forward(true)?;
@@ -304,6 +309,8 @@ impl GpuTrainer {
         lr: f64,
         state: &Arc<Mutex<OptimizerState>>,
     ) -> Result<StepReport> {
+        let rows = batch.rows();
+        let batch = &batch.padded(ROWS);
         let weights = self.model.weights.clone();
         let step = weights.begin_step()?;
         let remembered = self.moments.bytes();
@@ -346,7 +353,7 @@ impl GpuTrainer {
         }
         let loss = losses.iter().map(|&l| l as f64).sum::<f64>() / losses.len() as f64;
         let taken = loss >= settings.min_loss;
-        let (targets, rows, host_memory) = (losses.len(), batch.rows(), plan.host_bytes());
+        let (targets, host_memory) = (losses.len(), plan.host_bytes());
         let mut report = StepReport { loss, targets, rows, taken, untouched: 0, host_memory };
         if !taken {
             return Ok(report);
