@@ -19,6 +19,7 @@ pub mod matmul;
 mod memory;
 mod offload;
 pub mod output_gate;
+pub mod peaks;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
