@@ -24,17 +24,20 @@ pub struct Allowed {
     pub beside: bool,
     /// Bytes of host memory that may keep what the device has no room for.
     pub host: u64,
+    /// More of it than copies keep up with, which costs time.
+    pub unhurried: bool,
 }
 
 impl Default for Allowed {
     fn default() -> Allowed {
-        Allowed { after: true, beside: true, host: 0 }
+        Allowed { after: true, beside: true, host: 0, unhurried: false }
     }
 }
 
 /// Floating-point operations of products in the forward pass for each byte that leaves the device meanwhile, so that copies
-/// keep up with it: seen on an H200, whose forward passes run at 545 TFLOP/s, all counted, and its copies at 52 GB/s.
-const OPERATIONS_PER_BYTE: u64 = 10_500;
+/// keep up with it: seen on an H200, whose forward passes run at 545 TFLOP/s, all counted, and its copies at 50 GB/s beside
+/// them; a little more, since copies begin after the first layer.
+const OPERATIONS_PER_BYTE: u64 = 11_500;
 
 /// When weights are updated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -319,7 +322,8 @@ impl Plan {
             let (bytes, (side, _)) = (sizes.peak(order, &keep, rank), sizes.beside(order, rank));
             let less: Vec<usize> = (0..layers).filter(|&i| keep[i] != Keep::All).collect();
             let room = (allowed.host / sizes.gate_up().max(1)) as usize;
-            let count = if sizes.offload { less.len().min(room).min(sizes.in_time(a)) } else { 0 };
+            let in_time = if allowed.unhurried { layers } else { sizes.in_time(a) };
+            let count = if sizes.offload { less.len().min(room).min(in_time) } else { 0 };
             // Evenly among them, so that copies have the time of the layers between.
             let nth = |k: usize| k * count / less.len();
             let offloaded = (0..less.len()).filter(|&k| nth(k + 1) > nth(k)).map(|k| less[k]).collect();
@@ -478,7 +482,7 @@ mod tests {
     fn updates_beside_the_backward_pass_cost_no_layout_its_place() {
         let (a, settings, batch) = (qwen3_8b(), Settings::default(), batch(1024, 1024));
         let plan = |bytes: u64, allowed| Plan::choose(&a, &batch, &settings, bytes, allowed);
-        let [alone, both] = [false, true].map(|beside| Allowed { after: false, beside, host: 0 });
+        let [alone, both] = [false, true].map(|beside| Allowed { after: false, beside, ..Allowed::default() });
         assert_eq!(plan(u64::MAX, alone).unwrap().side, 0);
         let most = plan(u64::MAX, both).unwrap();
         assert!(most.side > 0 && most.order == Order::Layerwise && most.keep[0] == Keep::All);
