@@ -21,6 +21,7 @@ pub mod output_gate;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
+mod tensor_map;
 
 pub use downloads::Downloads;
 use memory::End;
