@@ -351,12 +351,16 @@ template <int N> __device__ __forceinline__ void as_left(u32 (&p)[N / 16][4], co
 __device__ __forceinline__ int column_of(int i) { return (i >> 2) * 8 + (i & 1); }
 __device__ __forceinline__ int half_of(int i) { return (i >> 1) & 1; }
 
-// Writes 64 x D results times `by` as rows of bf16.
-template <int D> __device__ __forceinline__ void write(bf16 *to, const float (&x)[D / 2], int half, float by, int d) {
+// Writes a thread's part of one row of 64 x D results times `by`, in bf16. All of a warp write: two lanes side by side trade, so
+// that each writes 8 bytes, and a row gets 32 at a time.
+template <int D> __device__ __forceinline__ void write(bf16 *to, const float (&x)[D / 2], int half, float by, int d, bool real) {
+    const int odd = threadIdx.x & 1, right = threadIdx.x >> 1 & 1;
 #pragma unroll
-    for (int n = 0; n < D / 8; n++) {
-        const int column = n * 8 + 2 * (threadIdx.x & 3), i = 4 * n + 2 * half;
-        if (column < d) *(u32 *)(to + column) = pack(x[i] * by, x[i + 1] * by);
+    for (int n = 0; n < D / 8; n += 2) {
+        const int i = 4 * n + 2 * half, column = (n + odd) * 8 + 4 * right;
+        const u32 a = pack(x[i] * by, x[i + 1] * by), b = pack(x[i + 4] * by, x[i + 5] * by);
+        const u32 other = __shfl_xor_sync(0xffffffff, odd ? a : b, 1);
+        if (real && column < d) *(uint2 *)(to + column) = odd ? make_uint2(other, b) : make_uint2(a, other);
     }
 }
 
@@ -520,9 +524,8 @@ template <int D, bool TURNS = true, bool HELD = false> __device__ __forceinline_
         for (int half = 0; half < 2; half++) {
             const float sum = quad_sum(l[half]);
             const int r = t.first + warp * 16 + (lane >> 2) + 8 * half;
-            if (r >= t.end) continue;
-            write<D>(a.out + (i64)(r - a.q_shift) * a.ldo + (i64)head * a.d, o, half, 1.f / sum, a.d);
-            if ((lane & 3) == 0 && r >= a.log_shift)
+            write<D>(a.out + (i64)(r - a.q_shift) * a.ldo + (i64)head * a.d, o, half, 1.f / sum, a.d, r < t.end);
+            if ((lane & 3) == 0 && r < t.end && r >= a.log_shift)
                 a.log_sums[(i64)head * a.log_rows + r - a.log_shift] = m[half] * a.scale + logf(sum);
         }
     }
@@ -660,7 +663,7 @@ template <int D, bool HELD = true> __device__ __forceinline__ void backward_q(co
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int r = t.first + warp * 16 + (lane >> 2) + 8 * half;
-            if (r < t.end) write<D>(a.dq + (i64)(r - a.q_shift) * a.lddq + (i64)head * a.d, dq, half, a.scale, a.d);
+            write<D>(a.dq + (i64)(r - a.q_shift) * a.lddq + (i64)head * a.d, dq, half, a.scale, a.d, r < t.end);
         }
     }
 }
@@ -801,10 +804,9 @@ template <int D> __device__ __forceinline__ void backward_kv(const Attention &a,
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int r = t.first + warp * 16 + (lane >> 2) + 8 * half;
-            if (r >= t.end) continue;
             const i64 to = (i64)(r - a.q_shift) * a.lddk + (i64)head * a.d;
-            write<D>(a.dk + to, dk, half, a.scale, a.d);
-            write<D>(a.dv + to, dv, half, 1, a.d);
+            write<D>(a.dk + to, dk, half, a.scale, a.d, r < t.end);
+            write<D>(a.dv + to, dv, half, 1, a.d, r < t.end);
         }
     }
 }
