@@ -183,6 +183,7 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
 
     def launch(which, spans, grid_z=1, arm=None, **fields):
         shared, rows = attention_bytes(which, kind)
+        rows = 64 if arm == "split" else rows
         t, count = tiles(spans, rows, which)
         a = Attention(tiles=t.data_ptr(), ldq=width_q, ldk=width_kv, ldv=width_kv, ldo=heads * d, lddq=heads * d,
                       lddk=heads * d, log_rows=trained, log_shift=frozen, group=heads // kv, d=d, window=window,
@@ -190,7 +191,7 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
         name = "forward" if which == "forward" else f"backward_{which}"
         if own_way and kind.startswith("hopper"):
             name = f"{kind.replace('_', f'_{name}_')}"
-            name = name.replace("hopper", arm) if arm else name
+            name = name.replace("q_", "q_split_") if arm == "split" else name.replace("hopper", arm) if arm else name
             x = fields["q"]
             maps = Maps(tensor_map(x, heads, d), tensor_map(k, kv, d), tensor_map(v, kv, d), tensor_map(fields.get("dout", x), heads, d))
             blocks = min(heads * count, torch.cuda.get_device_properties(0).multi_processor_count)
@@ -236,6 +237,9 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
         keep.append(launch("q", own, arm="loose", dq=dq2, **back))
         if not timed and not torch.equal(dq, dq2):
             failures.append("arm loose")
+    if own_way and kind.startswith("hopper"):
+        dq_split = poison(trained, heads * d)
+        keep.append(launch("q", own, arm="split", dq=dq_split, **back))
     if own_way and kind.startswith("hopper") and not timed:
         # The same bits again, and for rows that train alone.
         out2, logs2 = poison(total, heads * d), poison(heads, trained, dtype=torch.float32)
@@ -261,6 +265,8 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
     # A row that sees itself alone has no gradient: what is left of dP - delta is measured by dP.
     least = 1e-2 * float(dout.float().norm())
     check(what + " dq", dq, qf.grad[frozen:].reshape(trained, -1), 1.5e-2, least)
+    if own_way and kind.startswith("hopper"):
+        check(what + " dq split", dq_split, qf.grad[frozen:].reshape(trained, -1), 1.5e-2, least)
     check(what + " dk", gathered(dk), kf.grad[frozen:], 1.5e-2, least)
     check(what + " dv", gathered(dv), vf.grad[frozen:], 1.5e-2)
 

@@ -91,6 +91,11 @@ mod hopper {
     }
 }
 
+/// Whether the kernels before are asked for.
+fn before() -> bool {
+    std::env::var_os("ATTENTION_BEFORE").is_some()
+}
+
 /// The kernels of `attention_before.cu`: an experiment's other arm, to be gone.
 mod before {
     use super::{Arguments, Gpu, Result, launch};
@@ -134,7 +139,7 @@ impl Class {
     ) -> Result<()> {
         let (grid, shared) = ((heads as u32, tiles as u32, parts), shared as u32);
         let name = match self {
-            Class::Hopper(d) if std::env::var_os("ATTENTION_BEFORE").is_some() => {
+            Class::Hopper(d) if before() => {
                 return before::launch(gpu, &format!("hopper_{of}_{d}"), grid, shared, arguments);
             }
             Class::Hopper(d) => {
@@ -192,6 +197,8 @@ pub struct Tiles {
     forward: (Buffer, usize),
     /// Tiles of queries, and of keys.
     backward_q: (Buffer, usize),
+    /// The queries in smaller tiles, each of which all of a block works on: for when tiles are few.
+    backward_q_split: Option<(Buffer, usize)>,
     backward_kv: (Buffer, usize),
     /// Those of rows that train, for a forward pass over them alone.
     again: (Buffer, usize),
@@ -226,6 +233,11 @@ impl Tiles {
         Ok(Tiles {
             class,
             forward: upload(tiles(spans, per, false))?,
+            backward_q_split: match class {
+                Class::Hopper(_) if before() => None,
+                Class::Hopper(_) => Some(upload(tiles(&own, HOPPER / 2, false))?),
+                _ => None,
+            },
             backward_q: upload(tiles(&own, class.backward(), false))?,
             backward_kv: upload(tiles(&own, class.backward(), true))?,
             again: upload(tiles(&own, per, false))?,
@@ -302,7 +314,10 @@ pub fn backward(
     launch!(gpu, "attention_delta", (blocks(rows * h.heads, 8), 1, 1), (256, 1, 1), 0;
         dout.bf16(size), out.bf16(size), h.q() as i64, rows as i32, h.heads as i32, h.head_dim as i32,
         delta.part().address);
-    let ((q_list, q_count), (kv_list, kv_count)) = (&t.backward_q, &t.backward_kv);
+    let fits = |tiles: usize| tiles * h.heads <= gpu.device.multiprocessors as usize;
+    let split = t.backward_q_split.as_ref().filter(|(_, count)| fits(*count));
+    let (of_q, (q_list, q_count)) = split.map_or(("backward_q", &t.backward_q), |few| ("backward_q_split", few));
+    let (kv_list, kv_count) = &t.backward_kv;
     let arguments = Arguments {
         dout: dout.bf16(size),
         delta: delta.part().address,
@@ -314,7 +329,7 @@ pub fn backward(
         ..shape.arguments(q, rows, kv, log_sums)
     };
     let sizes = (h.heads, rows, t.rows);
-    t.class.launch(gpu, "backward_q", *q_count, t.class.backward_q(), arguments, sizes)?;
+    t.class.launch(gpu, of_q, *q_count, t.class.backward_q(), arguments, sizes)?;
     let arguments = Arguments { tiles: kv_list.part().holds(6 * kv_count, 4), ..arguments };
     t.class.launch(gpu, "backward_kv", *kv_count, t.class.backward_kv(), arguments, sizes)
 }

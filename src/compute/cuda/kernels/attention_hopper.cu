@@ -186,6 +186,13 @@ __device__ __forceinline__ void store_int4(u32 at, int x, int y, int z, int w) {
     asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
 
+__device__ __forceinline__ float load_float(u32 at) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_float(u32 at, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory"); }
+
 // ---- tiles
 
 static const float LOG2E = 1.4426950408889634f;
@@ -251,6 +258,11 @@ template <int STAGES> struct Ring {
     __device__ __forceinline__ void release() const { release(stage); }
     __device__ __forceinline__ void next() {
         if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+    __device__ __forceinline__ void skip(int n) {
+        stage += n;
+        phase ^= stage / STAGES & 1;
+        stage %= STAGES;
     }
 };
 // Warps that release a stage.
@@ -536,14 +548,15 @@ template <int D, bool TURNS = true, bool HELD = false> __device__ __forceinline_
 // ---- backward
 
 // dq of 128 queries of one head, 64 keys at a time. dS = P * (dO V^T - delta), dQ = dS K * scale. Queries and dO stay in
-// registers: products would else wait for shared memory, which has as much to give as they take.
-template <int D, bool HELD = true> __device__ __forceinline__ void backward_q(const Attention &a, const Maps &maps, int heads, int tiles) {
-    const int BN = 64, STAGES = 4, BYTES = BN * D * 2;
-    const u32 sq = shared_start(), so = sq + BM * D * 2, sk = so + BM * D * 2, sv = sk + STAGES * BYTES,
+// registers: products would else wait for shared memory, which has as much to give as they take. SPLIT: of 64 queries, to which
+// the two groups take every other tile of keys, for when tiles are fewer than multiprocessors.
+template <int D, bool HELD = true, bool SPLIT = false> __device__ __forceinline__ void backward_q(const Attention &a, const Maps &maps, int heads, int tiles) {
+    const int BN = 64, STAGES = 4, BYTES = BN * D * 2, ROWS = SPLIT ? 64 : BM;
+    const u32 sq = shared_start(), so = sq + ROWS * D * 2, parts = sq + BM * D * 2, sk = parts + BM * D * 2, sv = sk + STAGES * BYTES,
               barriers = sv + STAGES * BYTES;
     if (threadIdx.x == 0) {
         Ring<1>::make(barriers, 1, WARPS);
-        Ring<STAGES>::make(barriers + 16, 1, WARPS);
+        Ring<STAGES>::make(barriers + 16, 1, SPLIT ? WARPS / 2 : WARPS);
         barriers_made();
     }
     __syncthreads();
@@ -559,9 +572,9 @@ template <int D, bool HELD = true> __device__ __forceinline__ void backward_q(co
             const int kv_head = work.head / a.group;
             queries.await_empty();
             work.leave(barriers);
-            arrive_expecting(queries.full(), 2 * BM * D * 2);
-            copy_tile<D, BM>(sq, maps.q, queries.full(), work.head, t.first - a.q_shift);
-            copy_tile<D, BM>(so, maps.dout, queries.full(), work.head, t.first - a.q_shift);
+            arrive_expecting(queries.full(), 2 * ROWS * D * 2);
+            copy_tile<D, ROWS>(sq, maps.q, queries.full(), work.head, t.first - a.q_shift);
+            copy_tile<D, ROWS>(so, maps.dout, queries.full(), work.head, t.first - a.q_shift);
             queries.next();
 #pragma unroll 1
             for (int j = see.first; j < see.end; j++) {
@@ -578,7 +591,7 @@ template <int D, bool HELD = true> __device__ __forceinline__ void backward_q(co
         return;
     }
     registers_more<240>();
-    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group = warp >> 2;
+    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group = warp >> 2, mine = (SPLIT ? warp & 3 : warp) * 16;
     const float c = a.scale * LOG2E;
     while (true) {
         int head;
@@ -590,7 +603,7 @@ template <int D, bool HELD = true> __device__ __forceinline__ void backward_q(co
         float log_sum[2], delta[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int r = t.first + warp * 16 + (lane >> 2) + 8 * half;
+            const int r = t.first + mine + (lane >> 2) + 8 * half;
             const i64 i = (i64)head * a.log_rows + r - a.log_shift;
             log_sum[half] = r < t.end ? a.log_sums[i] * LOG2E : 0;
             delta[half] = r < t.end ? a.delta[i] : 0;
@@ -600,17 +613,19 @@ template <int D, bool HELD = true> __device__ __forceinline__ void backward_q(co
 #pragma unroll
         for (int i = 0; i < D / 2; i++) dq[i] = 0;
         if (HELD) {
-            load_rows<D, BM>(q, sq, warp * 16);
-            load_rows<D, BM>(dout, so, warp * 16);
+            load_rows<D, ROWS>(q, sq, mine);
+            load_rows<D, ROWS>(dout, so, mine);
             queries.release();
             queries.next();
         }
         // The first half of the queries does not see the last keys that the other half sees.
-        const int end = see.until(min(t.end, t.first + 64 * group + 64));
-        int before = 0;
-        for (int j = see.first; j < end; j++) {
-            const int stage = keys.stage;
-            keys.await_full();
+        const int end = SPLIT ? see.end : see.until(min(t.end, t.first + 64 * group + 64));
+        int before = -1;
+        Ring<STAGES> ring = keys;
+        if (SPLIT) ring.skip(group);
+        for (int j = see.first + (SPLIT ? group : 0); j < end; j += SPLIT ? 2 : 1) {
+            const int stage = ring.stage;
+            ring.await_full();
             products_begin();
             if (HELD) scores<D, BN>(s, q, sk + stage * BYTES);
             else scores<D, BM, BN>(s, sq, group * 64, sk + stage * BYTES);
@@ -621,8 +636,8 @@ template <int D, bool HELD = true> __device__ __forceinline__ void backward_q(co
             products_wait<1>();
             arrived(s);
             // What the tile before adds to dq is made, too.
-            if (j > see.first) keys.release(before);
-            const int first = see.position(j), own = position + warp * 16;
+            if (before >= 0) ring.release(before);
+            const int first = see.position(j), own = position + mine;
             const bool masked = see.real(j) < BN || first + BN - 1 > own || (a.window && first <= last - a.window);
 #pragma unroll
             for (int i = 0; i < BN / 2; i++) s[i] = exp2_(s[i] * c - log_sum[half_of(i)]);
@@ -648,21 +663,39 @@ template <int D, bool HELD = true> __device__ __forceinline__ void backward_q(co
             weigh<D, BN>(dq, ds, sk + stage * BYTES);
             products_end();
             before = stage;
-            keys.next();
+            ring.skip(SPLIT ? 2 : 1);
         }
         products_wait<0>();
         arrived(dq);
         if (!HELD) queries.release(), queries.next();
-        keys.release(before);
+        if (before >= 0) ring.release(before);
+        if (SPLIT) {
+            keys.skip(see.end - see.first);
+            // One half of the sum goes to the group that has the other.
+            const u32 part = parts + (threadIdx.x & 127) * 4;
+            if (group == 1) {
+#pragma unroll
+                for (int i = 0; i < D / 2; i++) store_float(part + i * 512, dq[i]);
+            }
+            turn_wait(0);
+            if (group == 0) {
+#pragma unroll
+                for (int i = 0; i < D / 2; i++) dq[i] += load_float(part + i * 512);
+            }
+            turn_wait(1);
+            if (group == 1) continue;
+        } else {
+            keys = ring;
 #pragma unroll 1
-        for (int j = end; j < see.end; j++) {
-            keys.await_full();
-            keys.release();
-            keys.next();
+            for (int j = end; j < see.end; j++) {
+                keys.await_full();
+                keys.release();
+                keys.next();
+            }
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int r = t.first + warp * 16 + (lane >> 2) + 8 * half;
+            const int r = t.first + mine + (lane >> 2) + 8 * half;
             write<D>(a.dq + (i64)(r - a.q_shift) * a.lddq + (i64)head * a.d, dq, half, a.scale, a.d, r < t.end);
         }
     }
@@ -820,6 +853,8 @@ KERNEL(hopper_forward_64, forward<64>)
 KERNEL(hopper_forward_128, forward<128>)
 KERNEL(hopper_backward_q_64, backward_q<64>)
 KERNEL(hopper_backward_q_128, backward_q<128>)
+KERNEL(hopper_backward_q_split_64, (backward_q<64, true, true>))
+KERNEL(hopper_backward_q_split_128, (backward_q<128, true, true>))
 KERNEL(hopper_backward_kv_64, backward_kv<64>)
 KERNEL(hopper_backward_kv_128, backward_kv<128>)
 // Other arms of an experiment, to be gone.
