@@ -121,7 +121,8 @@ def attention_bytes(which, d):
         return 0, 64
     if isinstance(d, str) and d.startswith("hopper"):
         d = int(d.split("_")[1])
-        return (5 * 128 if which == "forward" else 2 * 128 + 8 * 64) * d * 2 + 2048 + 1024 + 256, 128
+        rows = 5 * 128 if which == "forward" else 2 * 128 + 8 * 64
+        return rows * d * 2 + (8 * 64 * 4 if which == "kv" else 0) + 1024 + 256, 128
     if isinstance(d, str):
         d = int(d.split("_")[1])
         if which == "forward":
@@ -184,6 +185,7 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
     def launch(which, spans, grid_z=1, arm=None, **fields):
         shared, rows = attention_bytes(which, kind)
         rows = 64 if arm == "split" else rows
+        shared += 2 * 128 * d * 2 if arm == "deep" else 0
         t, count = tiles(spans, rows, which)
         a = Attention(tiles=t.data_ptr(), ldq=width_q, ldk=width_kv, ldv=width_kv, ldo=heads * d, lddq=heads * d,
                       lddk=heads * d, log_rows=trained, log_shift=frozen, group=heads // kv, d=d, window=window,
@@ -228,7 +230,7 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
     keep.append(launch("q", own, dq=dq, **back))
     keep.append(launch("kv", own, grid_z=2 if kind == 256 else 1, dk=dk, dv=dv, **back))
     if own_way and kind == "hopper_128":
-        for arm in ("free", "held", "heldfree"):
+        for arm in ("free", "deep", "held", "heldfree"):
             out2, logs2 = poison(total, heads * d), poison(heads, trained, dtype=torch.float32)
             keep.append(launch("forward", spans, arm=arm, q=q, k=k, v=v, out=out2, log_sums=logs2, q_shift=0))
             if not timed and not (torch.equal(out, out2) and torch.equal(logs, logs2)):

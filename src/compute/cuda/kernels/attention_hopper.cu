@@ -405,8 +405,8 @@ __device__ __forceinline__ void softmax(float (&s)[N / 2], float (&m)[2], float 
 
 // 128 queries and 128 keys at a time. Beside a group's softmax run its products of weights and values, and the other's
 // products: groups take turns to begin theirs.
-template <int D, bool TURNS = true, bool HELD = false> __device__ __forceinline__ void forward(const Attention &a, const Maps &maps, int heads, int tiles) {
-    const int BN = 128, STAGES = 2, BYTES = BN * D * 2;
+template <int D, bool TURNS = true, bool HELD = false, int STAGES = 2> __device__ __forceinline__ void forward(const Attention &a, const Maps &maps, int heads, int tiles) {
+    const int BN = 128, BYTES = BN * D * 2;
     const u32 sq = shared_start(), sk = sq + BM * D * 2, sv = sk + STAGES * BYTES, barriers = sv + STAGES * BYTES;
     if (threadIdx.x == 0) {
         Ring<1>::make(barriers, 1, WARPS);
@@ -859,6 +859,7 @@ KERNEL(hopper_backward_kv_64, backward_kv<64>)
 KERNEL(hopper_backward_kv_128, backward_kv<128>)
 // Other arms of an experiment, to be gone.
 KERNEL(free_forward_128, (forward<128, false, false>))
+KERNEL(deep_forward_128, (forward<128, true, false, 3>))
 KERNEL(held_forward_128, (forward<128, true, true>))
 KERNEL(heldfree_forward_128, (forward<128, false, true>))
 KERNEL(loose_backward_q_128, (backward_q<128, false>))
