@@ -92,7 +92,7 @@ if torch.cuda.get_device_capability() == (9, 0):
     hopper, before = Module("attention_hopper"), Module("attention_before")
 
 
-def tensor_map(x, heads, d):
+def head_map(x, heads, d):
     """How Hopper's copy engine finds boxes of 64 rows and 64 columns of a head in rows of heads x d."""
     room = (ctypes.c_uint64 * 32)()
     at = (ctypes.addressof(room) + 127) & ~127
@@ -195,7 +195,7 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
             name = f"{kind.replace('_', f'_{name}_')}"
             name = name.replace("q_", "q_split_") if arm == "split" else name.replace("hopper", arm) if arm else name
             x = fields["q"]
-            maps = Maps(tensor_map(x, heads, d), tensor_map(k, kv, d), tensor_map(v, kv, d), tensor_map(fields.get("dout", x), heads, d))
+            maps = Maps(head_map(x, heads, d), head_map(k, kv, d), head_map(v, kv, d), head_map(fields.get("dout", x), heads, d))
             blocks = min(heads * count, torch.cuda.get_device_properties(0).multi_processor_count)
             run = lambda: hopper(name, (blocks,), 384, a, maps, I(heads), I(count), shared=shared)
         elif own_way:

@@ -54,9 +54,9 @@ enum Class {
     Hopper(usize),
 }
 
-/// Rows that a block of Hopper's has, and shared memory to align its tiles and for its barriers.
+/// Rows that a block of Hopper's has, and shared memory to align its tiles.
 const HOPPER: usize = 128;
-const ALIGN: usize = 1024 + 256;
+const ALIGN: usize = 1024;
 
 /// The kernels of `attention_hopper.cu`.
 mod hopper {
@@ -69,6 +69,9 @@ mod hopper {
         baseline: (90, include_str!("kernels/attention_hopper.ptx")),
         exact: &[],
     };
+
+    /// Shared memory of barriers and what lies behind them.
+    pub const BARRIERS: usize = 256;
 
     /// Over `tiles` tiles of every head, as many blocks as the device has multiprocessors: each does many.
     pub fn launch(
@@ -161,7 +164,7 @@ impl Class {
                 let rows = if d < 256 { 128 } else { 64 };
                 (rows, (rows + 4 * TILE) * 2 * d)
             }
-            Class::Hopper(d) => (HOPPER, 5 * HOPPER * 2 * d + ALIGN),
+            Class::Hopper(d) => (HOPPER, 5 * HOPPER * 2 * d + hopper::BARRIERS + ALIGN),
         }
     }
 
@@ -174,7 +177,7 @@ impl Class {
         match self {
             Class::Plain => (0, 1),
             Class::Tensor(d) => (6 * TILE * 2 * d, 1),
-            Class::Hopper(d) => ((2 * HOPPER + 8 * TILE) * 2 * d + ALIGN, 1),
+            Class::Hopper(d) => ((2 * HOPPER + 8 * TILE) * 2 * d + hopper::BARRIERS + ALIGN, 1),
         }
     }
 
@@ -186,7 +189,7 @@ impl Class {
                 let rows = if d < 256 { 64 } else { 32 };
                 ((2 * TILE + 4 * rows) * 2 * d + 4 * rows * 4, if d < 256 { 1 } else { 2 })
             }
-            Class::Hopper(d) => ((2 * HOPPER + 8 * TILE) * 2 * d + 8 * TILE * 4 + ALIGN, 1),
+            Class::Hopper(d) => ((2 * HOPPER + 8 * TILE) * 2 * d + 8 * TILE * 4 + hopper::BARRIERS + ALIGN, 1),
         }
     }
 }
