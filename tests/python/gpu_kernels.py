@@ -104,7 +104,7 @@ def head_map(x, heads, d):
 
 
 class Maps(ctypes.Structure):
-    _fields_ = [("maps", ctypes.c_char * 512)]
+    _fields_ = [("maps", ctypes.c_char * 640)]
 
     def __init__(self, *maps):
         super().__init__()
@@ -184,8 +184,8 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
 
     def launch(which, spans, grid_z=1, arm=None, **fields):
         shared, rows = attention_bytes(which, kind)
-        rows = 64 if arm == "split" else rows
-        shared += 2 * 128 * d * 2 if arm == "deep" else 0
+        rows = 64 if "split" in (arm or "") else rows
+        shared += 2 * 128 * d * 2 if arm == "deep" else 128 * d * 2 if "whole" in (arm or "") else 0
         t, count = tiles(spans, rows, which)
         a = Attention(tiles=t.data_ptr(), ldq=width_q, ldk=width_kv, ldv=width_kv, ldo=heads * d, lddq=heads * d,
                       lddk=heads * d, log_rows=trained, log_shift=frozen, group=heads // kv, d=d, window=window,
@@ -193,9 +193,11 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
         name = "forward" if which == "forward" else f"backward_{which}"
         if own_way and kind.startswith("hopper"):
             name = f"{kind.replace('_', f'_{name}_')}"
-            name = name.replace("q_", "q_split_") if arm == "split" else name.replace("hopper", arm) if arm else name
+            for part in (arm or "").split():
+                name = name.replace("q_", "q_split_") if part == "split" else name.replace("hopper", part)
             x = fields["q"]
-            maps = Maps(head_map(x, heads, d), head_map(k, kv, d), head_map(v, kv, d), head_map(fields.get("dout", x), heads, d))
+            maps = Maps(head_map(x, heads, d), head_map(k, kv, d), head_map(v, kv, d), head_map(fields.get("dout", x), heads, d),
+                        head_map(fields.get("out", x), heads, d))
             blocks = min(heads * count, torch.cuda.get_device_properties(0).multi_processor_count)
             run = lambda: hopper(name, (blocks,), 384, a, maps, I(heads), I(count), shared=shared)
         elif own_way:
@@ -224,8 +226,16 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
 
     keep = [launch("forward", spans, q=q, k=k, v=v, out=out, log_sums=logs, q_shift=0)]
     own = [s for s in spans if s[0] >= frozen]
-    attention("attention_delta", ((trained * heads + 3) // 4,), 128, dout, out[frozen:], L(heads * d), I(trained), I(heads),
-              I(d), delta)
+    of_delta = (((trained * heads + 3) // 4,), 128, dout, out[frozen:], L(heads * d), I(trained), I(heads), I(d), delta)
+    attention("attention_delta", *of_delta)
+    if timed and own_way:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(10):
+            attention("attention_delta", *of_delta)
+        end.record()
+        torch.cuda.synchronize()
+        print(f"time attention_delta: {start.elapsed_time(end) / 10:.3f} ms")
     back = dict(q=q[frozen:], k=k, v=v, log_sums=logs, dout=dout, delta=delta, q_shift=frozen)
     keep.append(launch("q", own, dq=dq, **back))
     keep.append(launch("kv", own, grid_z=2 if kind == 256 else 1, dk=dk, dv=dv, **back))
@@ -235,6 +245,11 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
             keep.append(launch("forward", spans, arm=arm, q=q, k=k, v=v, out=out2, log_sums=logs2, q_shift=0))
             if not timed and not (torch.equal(out, out2) and torch.equal(logs, logs2)):
                 failures.append(f"arm {arm}")
+        for arm in ("whole", "whole split"):
+            dq2, delta2 = poison(trained, heads * d), poison(heads, trained, dtype=torch.float32)
+            keep.append(launch("q", own, arm=arm, dq=dq2, **{**back, "delta": delta2, "out": out[frozen:]}))
+            check(f"delta {arm}", delta2, delta, 1e-3)
+            check(f"arm {arm}", dq2, dq, 1e-2)
         dq2 = poison(trained, heads * d)
         keep.append(launch("q", own, arm="loose", dq=dq2, **back))
         if not timed and not torch.equal(dq, dq2):

@@ -87,7 +87,8 @@ mod hopper {
         let kv_heads = heads / a.group as usize;
         let q = of(a.q, heads, q_rows, a.ldq);
         let dout = if a.dout == 0 { q } else { of(a.dout, heads, q_rows, a.ldo) };
-        let maps = Maps::new(gpu, [q, of(a.k, kv_heads, kv_rows, a.ldk), of(a.v, kv_heads, kv_rows, a.ldv), dout])?;
+        let (k, v) = (of(a.k, kv_heads, kv_rows, a.ldk), of(a.v, kv_heads, kv_rows, a.ldv));
+        let maps = Maps::new(gpu, [q, k, v, dout, dout])?;
         let blocks = (heads * tiles).min(gpu.device.multiprocessors as usize) as u32;
         launch!(gpu, name, (blocks, 1, 1), (384, 1, 1), shared; a, maps, heads as i32, tiles as i32);
         Ok(())

@@ -18,7 +18,7 @@ struct Attention {
     bf16 *out;
     float *log_sums;
     const bf16 *dout;
-    const float *delta;
+    float *delta;
     bf16 *dq, *dk, *dv;
     const int *tiles;
     i64 ldq, ldk, ldv, ldo, lddq, lddk;
@@ -28,10 +28,10 @@ struct Attention {
     float scale;
 };
 
-// How the copy engine finds q, k, v and dout: columns of a head, heads, rows; 64 columns of 64 rows at a time, zeros for what
+// How the copy engine finds q, k, v, dout and, in the backward pass, out: columns of a head, heads, rows; 64 columns of 64 rows at a time, zeros for what
 // is outside.
 struct __align__(64) Map { u64 opaque[16]; };
-struct Maps { Map q, k, v, dout; };
+struct Maps { Map q, k, v, dout, out; };
 
 struct Tile { int first, end, prefix, length, start, stop; };
 
@@ -47,6 +47,8 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
+__device__ __forceinline__ float low(u32 x) { return __uint_as_float(x << 16); }
+__device__ __forceinline__ float high(u32 x) { return __uint_as_float(x & 0xffff0000); }
 __device__ __forceinline__ float exp2_(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -550,9 +552,11 @@ template <int D, bool TURNS = true, bool HELD = false, int STAGES = 2> __device_
 // dq of 128 queries of one head, 64 keys at a time. dS = P * (dO V^T - delta), dQ = dS K * scale. Queries and dO stay in
 // registers: products would else wait for shared memory, which has as much to give as they take. SPLIT: of 64 queries, to which
 // the two groups take every other tile of keys, for when tiles are fewer than multiprocessors.
-template <int D, bool HELD = true, bool SPLIT = false> __device__ __forceinline__ void backward_q(const Attention &a, const Maps &maps, int heads, int tiles) {
+template <int D, bool HELD = true, bool SPLIT = false, bool DELTA = false> __device__ __forceinline__ void backward_q(const Attention &a, const Maps &maps, int heads, int tiles) {
     const int BN = 64, STAGES = 4, BYTES = BN * D * 2, ROWS = SPLIT ? 64 : BM;
-    const u32 sq = shared_start(), so = sq + ROWS * D * 2, parts = sq + BM * D * 2, sk = parts + BM * D * 2, sv = sk + STAGES * BYTES,
+    const int OWN = DELTA ? 3 : 2;
+    const u32 sq = shared_start(), so = sq + ROWS * D * 2, sout = so + ROWS * D * 2, parts = sq + OWN * ROWS * D * 2,
+              sk = sq + OWN * BM * D * 2, sv = sk + STAGES * BYTES,
               barriers = sv + STAGES * BYTES;
     if (threadIdx.x == 0) {
         Ring<1>::make(barriers, 1, WARPS);
@@ -572,9 +576,10 @@ template <int D, bool HELD = true, bool SPLIT = false> __device__ __forceinline_
             const int kv_head = work.head / a.group;
             queries.await_empty();
             work.leave(barriers);
-            arrive_expecting(queries.full(), 2 * ROWS * D * 2);
+            arrive_expecting(queries.full(), OWN * ROWS * D * 2);
             copy_tile<D, ROWS>(sq, maps.q, queries.full(), work.head, t.first - a.q_shift);
             copy_tile<D, ROWS>(so, maps.dout, queries.full(), work.head, t.first - a.q_shift);
+            if (DELTA) copy_tile<D, ROWS>(sout, maps.out, queries.full(), work.head, t.first - a.q_shift);
             queries.next();
 #pragma unroll 1
             for (int j = see.first; j < see.end; j++) {
@@ -606,7 +611,7 @@ template <int D, bool HELD = true, bool SPLIT = false> __device__ __forceinline_
             const int r = t.first + mine + (lane >> 2) + 8 * half;
             const i64 i = (i64)head * a.log_rows + r - a.log_shift;
             log_sum[half] = r < t.end ? a.log_sums[i] * LOG2E : 0;
-            delta[half] = r < t.end ? a.delta[i] : 0;
+            delta[half] = !DELTA && r < t.end ? a.delta[i] : 0;
         }
         float dq[D / 2], s[BN / 2], dp[BN / 2];
         u32 q[D / 16][4], dout[D / 16][4], ds[BN / 16][4];
@@ -615,6 +620,21 @@ template <int D, bool HELD = true, bool SPLIT = false> __device__ __forceinline_
         if (HELD) {
             load_rows<D, ROWS>(q, sq, mine);
             load_rows<D, ROWS>(dout, so, mine);
+            if (DELTA) {
+                u32 out[D / 16][4];
+                load_rows<D, ROWS>(out, sout, mine);
+#pragma unroll
+                for (int x = 0; x < D / 16; x++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        delta[e & 1] += low(dout[x][e]) * low(out[x][e]) + high(dout[x][e]) * high(out[x][e]);
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    delta[half] = quad_sum(delta[half]);
+                    const int r = t.first + mine + (lane >> 2) + 8 * half;
+                    if ((lane & 3) == 0 && r < t.end) a.delta[(i64)head * a.log_rows + r - a.log_shift] = delta[half];
+                }
+            }
             queries.release();
             queries.next();
         }
@@ -859,6 +879,8 @@ KERNEL(hopper_backward_kv_64, backward_kv<64>)
 KERNEL(hopper_backward_kv_128, backward_kv<128>)
 // Other arms of an experiment, to be gone.
 KERNEL(free_forward_128, (forward<128, false, false>))
+KERNEL(whole_backward_q_128, (backward_q<128, true, false, true>))
+KERNEL(whole_backward_q_split_128, (backward_q<128, true, true, true>))
 KERNEL(deep_forward_128, (forward<128, true, false, 3>))
 KERNEL(held_forward_128, (forward<128, true, true>))
 KERNEL(heldfree_forward_128, (forward<128, false, true>))
