@@ -87,9 +87,28 @@ class Attention(ctypes.Structure):
         [(n, I) for n in "log_rows log_shift q_shift group d window".split()] + [("scale", F)]
 
 
-attention, hopper = Module("attention"), None
+attention, hopper, before = Module("attention"), None, None
 if torch.cuda.get_device_capability() == (9, 0):
-    hopper = Module("attention_hopper")
+    hopper, before = Module("attention_hopper"), Module("attention_before")
+
+
+def head_map(x, heads, d):
+    """How Hopper's copy engine finds boxes of 64 rows and 64 columns of a head in rows of heads x d."""
+    room = (ctypes.c_uint64 * 32)()
+    at = (ctypes.addressof(room) + 127) & ~127
+    dims, strides = (ctypes.c_uint64 * 3)(d, heads, x.shape[0]), (ctypes.c_uint64 * 2)(2 * d, 2 * x.stride(0))
+    box, steps = (ctypes.c_uint32 * 3)(64, 1, 64), (ctypes.c_uint32 * 3)(1, 1, 1)
+    # bf16, three dimensions, as they lie, swizzle of 128 bytes, 256 bytes at a time into the second cache, zeros outside.
+    ok(cuda.cuTensorMapEncodeTiled(P(at), I(9), I(3), P(x.data_ptr()), dims, strides, box, steps, I(0), I(3), I(3), I(0)))
+    return bytes((ctypes.c_char * 128).from_address(at))
+
+
+class Maps(ctypes.Structure):
+    _fields_ = [("maps", ctypes.c_char * 640)]
+
+    def __init__(self, *maps):
+        super().__init__()
+        ctypes.memmove(ctypes.addressof(self), b"".join(maps), 128 * len(maps))
 
 
 def size_class(d):
@@ -100,8 +119,14 @@ def attention_bytes(which, d):
     """Shared memory, as src/compute/cuda/attention.rs asks for it, and the rows of a tile."""
     if d == "plain":
         return 0, 64
+    if isinstance(d, str) and d.startswith("hopper"):
+        d = int(d.split("_")[1])
+        rows = 5 * 128 if which == "forward" else 2 * 128 + 8 * 64
+        return rows * d * 2 + (8 * 64 * 4 if which == "kv" else 0) + 1024 + 256, 128
     if isinstance(d, str):
         d = int(d.split("_")[1])
+        if which == "forward":
+            return 5 * 128 * 2 * d + 1024, 128
         return (2 * 128 + 6 * 64) * d * 2 + (6 * 64 * 4 if which == "kv" else 0) + 1024, 128
     if which == "forward":
         rows = 128 if d < 256 else 64
@@ -112,12 +137,13 @@ def attention_bytes(which, d):
     return (2 * 64 + 4 * rows) * d * 2 + 4 * rows * 4, 64
 
 
-def tiles(spans, rows):
+def tiles(spans, rows, which):
+    """As src/compute/cuda/attention.rs lists them: those that take longest first."""
     out = []
     for first, end, prefix, length in spans:
-        for t in range(first, end, rows):
-            out += [t, min(end, t + rows), prefix, length, first, end]
-    return torch.tensor(out, dtype=torch.int32, device=DEV), len(out) // 6
+        out += [[t, min(end, t + rows), prefix, length, first, end] for t in range(first, end, rows)]
+    out.sort(key=lambda t: t[0] - t[5] if which == "kv" else t[4] - t[3] - t[1])
+    return torch.tensor(out, dtype=torch.int32, device=DEV), len(out)
 
 
 def attention_reference(q, k, v, spans, window, scale):
@@ -153,19 +179,30 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
     dq, dk, dv = (poison(trained, heads * d) for _ in range(3))
     scale = d ** -0.5
     kind = kind or size_class(d)
-    own_way = str(kind).startswith("hopper")
+    own_way = str(kind).startswith(("hopper", "before"))
     what = f"attention d={d} {kind} heads={heads}/{kv} window={window} spans={spans}"
 
-    def launch(which, spans, grid_z=1, **fields):
+    def launch(which, spans, grid_z=1, arm=None, **fields):
         shared, rows = attention_bytes(which, kind)
-        t, count = tiles(spans, rows)
+        rows = 64 if "split" in (arm or "") else rows
+        shared += 2 * 128 * d * 2 if arm == "deep" else 128 * d * 2 if "whole" in (arm or "") else 0
+        t, count = tiles(spans, rows, which)
         a = Attention(tiles=t.data_ptr(), ldq=width_q, ldk=width_kv, ldv=width_kv, ldo=heads * d, lddq=heads * d,
                       lddk=heads * d, log_rows=trained, log_shift=frozen, group=heads // kv, d=d, window=window,
                       scale=scale, **{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in fields.items()})
         name = "forward" if which == "forward" else f"backward_{which}"
-        if own_way:
+        if own_way and kind.startswith("hopper"):
             name = f"{kind.replace('_', f'_{name}_')}"
-            run = lambda: hopper(name, (heads, count, grid_z), 256, a, shared=shared)
+            for part in (arm or "").split():
+                name = name.replace("q_", "q_split_") if part == "split" else name.replace("hopper", part)
+            x = fields["q"]
+            maps = Maps(head_map(x, heads, d), head_map(k, kv, d), head_map(v, kv, d), head_map(fields.get("dout", x), heads, d),
+                        head_map(fields.get("out", x), heads, d))
+            blocks = min(heads * count, torch.cuda.get_device_properties(0).multi_processor_count)
+            run = lambda: hopper(name, (blocks,), 384, a, maps, I(heads), I(count), shared=shared)
+        elif own_way:
+            name = f"{kind.replace('before_', f'hopper_{name}_')}"
+            run = lambda: before(name, (heads, count, grid_z), 256, a, shared=shared)
         else:
             name = f"attention_{name}_{kind}"
             run = lambda: attention(name, (heads, count, grid_z), 128, a, shared=shared)
@@ -184,16 +221,52 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
             pairs = sum((e - f) * (e - f + 1) // 2 for f, e, _, l in spans)
         flops = {"forward": 4, "q": 6, "kv": 8}[which] * pairs * d * heads
         ms = start.elapsed_time(end) / 10
-        print(f"time {name} d={d} {[(e - f, l) for f, e, _, l in spans]}: {ms:.3f} ms, {flops / ms / 1e9:.0f} TFLOP/s")
+        print(f"time {kind} {name} d={d} {[(e - f, l) for f, e, _, l in spans]}: {ms:.3f} ms, {flops / ms / 1e9:.0f} TFLOP/s")
         return t
 
     keep = [launch("forward", spans, q=q, k=k, v=v, out=out, log_sums=logs, q_shift=0)]
     own = [s for s in spans if s[0] >= frozen]
-    attention("attention_delta", ((trained * heads + 3) // 4,), 128, dout, out[frozen:], L(heads * d), I(trained), I(heads),
-              I(d), delta)
+    of_delta = (((trained * heads + 3) // 4,), 128, dout, out[frozen:], L(heads * d), I(trained), I(heads), I(d), delta)
+    attention("attention_delta", *of_delta)
+    if timed and own_way:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(10):
+            attention("attention_delta", *of_delta)
+        end.record()
+        torch.cuda.synchronize()
+        print(f"time attention_delta: {start.elapsed_time(end) / 10:.3f} ms")
     back = dict(q=q[frozen:], k=k, v=v, log_sums=logs, dout=dout, delta=delta, q_shift=frozen)
     keep.append(launch("q", own, dq=dq, **back))
     keep.append(launch("kv", own, grid_z=2 if kind == 256 else 1, dk=dk, dv=dv, **back))
+    if own_way and kind == "hopper_128":
+        for arm in ("free", "deep", "held", "heldfree"):
+            out2, logs2 = poison(total, heads * d), poison(heads, trained, dtype=torch.float32)
+            keep.append(launch("forward", spans, arm=arm, q=q, k=k, v=v, out=out2, log_sums=logs2, q_shift=0))
+            if not timed and not (torch.equal(out, out2) and torch.equal(logs, logs2)):
+                failures.append(f"arm {arm}")
+        for arm in ("whole", "whole split"):
+            dq2, delta2 = poison(trained, heads * d), poison(heads, trained, dtype=torch.float32)
+            keep.append(launch("q", own, arm=arm, dq=dq2, **{**back, "delta": delta2, "out": out[frozen:]}))
+            check(f"delta {arm}", delta2, delta, 1e-3)
+            check(f"arm {arm}", dq2, dq, 1e-2)
+        dq2 = poison(trained, heads * d)
+        keep.append(launch("q", own, arm="loose", dq=dq2, **back))
+        if not timed and not torch.equal(dq, dq2):
+            failures.append("arm loose")
+    if own_way and kind.startswith("hopper"):
+        dq_split = poison(trained, heads * d)
+        keep.append(launch("q", own, arm="split", dq=dq_split, **back))
+    if own_way and kind.startswith("hopper") and not timed:
+        # The same bits again, and for rows that train alone.
+        out2, logs2 = poison(total, heads * d), poison(heads, trained, dtype=torch.float32)
+        keep.append(launch("forward", own, q=q[frozen:], k=k, v=v, out=out2[frozen:], log_sums=logs2, q_shift=frozen))
+        dq2, dk2, dv2 = (poison(trained, heads * d) for _ in range(3))
+        keep.append(launch("q", own, dq=dq2, **back))
+        keep.append(launch("kv", own, dk=dk2, dv=dv2, **back))
+        for name, x, y in (("out", out[frozen:], out2[frozen:]), ("logs", logs, logs2), ("dq", dq, dq2), ("dk", dk, dk2), ("dv", dv, dv2)):
+            if not torch.equal(x, y):
+                failures.append(f"{what} {name} again")
     torch.cuda.synchronize()
     if timed:
         return
@@ -209,6 +282,8 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
     # A row that sees itself alone has no gradient: what is left of dP - delta is measured by dP.
     least = 1e-2 * float(dout.float().norm())
     check(what + " dq", dq, qf.grad[frozen:].reshape(trained, -1), 1.5e-2, least)
+    if own_way and kind.startswith("hopper"):
+        check(what + " dq split", dq_split, qf.grad[frozen:].reshape(trained, -1), 1.5e-2, least)
     check(what + " dk", gathered(dk), kf.grad[frozen:], 1.5e-2, least)
     check(what + " dv", gathered(dv), vf.grad[frozen:], 1.5e-2)
 
@@ -921,8 +996,9 @@ if __name__ == "__main__":
         for d, heads, kv in ((128, 32, 8), (64, 32, 8), (256, 24, 4)):
             attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True)
             attention_case([(0, 1024, 0, 0), (1024, 2048, 0, 1024)], heads, kv, d, frozen=1024, timed=True)
-            if hopper and d <= 128:
-                attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True, kind=f"hopper_{d}")
-                attention_case([(0, 1024, 0, 0), (1024, 2048, 0, 1024)], heads, kv, d, frozen=1024, timed=True, kind=f"hopper_{d}")
+            for kind in ("before", "hopper") if hopper and d <= 128 else ():
+                attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True, kind=f"{kind}_{d}")
+                attention_case([(0, 1024, 0, 0), (1024, 2048, 0, 1024)], heads, kv, d, frozen=1024, timed=True, kind=f"{kind}_{d}")
+                attention_case([(0, 2048, 0, 0), (2048, 2304, 0, 2048)], heads, kv, d, frozen=2048, timed=True, kind=f"{kind}_{d}")
     print("all agree" if not failures else f"{len(failures)} FAILED: {sorted(set(failures))[:20]}")
     raise SystemExit(bool(failures))

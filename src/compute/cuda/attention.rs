@@ -60,12 +60,53 @@ const ALIGN: usize = 1024;
 
 /// The kernels of `attention_hopper.cu`.
 mod hopper {
+    use super::super::tensor_map::{Heads, Maps};
     use super::{Arguments, Gpu, Result, launch};
 
     static KERNELS: crate::memory::cuda::Ptx = crate::memory::cuda::Ptx {
         name: "compute/attention_hopper",
         // For 9.0 alone, which `Class::of` sees to.
         baseline: (90, include_str!("kernels/attention_hopper.ptx")),
+        exact: &[],
+    };
+
+    /// Shared memory of barriers and what lies behind them.
+    pub const BARRIERS: usize = 256;
+
+    /// Over `tiles` tiles of every head, as many blocks as the device has multiprocessors: each does many.
+    pub fn launch(
+        gpu: &Gpu,
+        name: &str,
+        tiles: usize,
+        shared: u32,
+        a: Arguments,
+        (heads, q_rows, kv_rows): (usize, usize, usize),
+    ) -> Result<()> {
+        let head_dim = a.d as usize;
+        let of = |address, heads, rows, stride| Heads { address, rows, heads, head_dim, stride: stride as usize };
+        let kv_heads = heads / a.group as usize;
+        let q = of(a.q, heads, q_rows, a.ldq);
+        let dout = if a.dout == 0 { q } else { of(a.dout, heads, q_rows, a.ldo) };
+        let (k, v) = (of(a.k, kv_heads, kv_rows, a.ldk), of(a.v, kv_heads, kv_rows, a.ldv));
+        let maps = Maps::new(gpu, [q, k, v, dout, dout])?;
+        let blocks = (heads * tiles).min(gpu.device.multiprocessors as usize) as u32;
+        launch!(gpu, name, (blocks, 1, 1), (384, 1, 1), shared; a, maps, heads as i32, tiles as i32);
+        Ok(())
+    }
+}
+
+/// Whether the kernels before are asked for.
+fn before() -> bool {
+    std::env::var_os("ATTENTION_BEFORE").is_some()
+}
+
+/// The kernels of `attention_before.cu`: an experiment's other arm, to be gone.
+mod before {
+    use super::{Arguments, Gpu, Result, launch};
+
+    static KERNELS: crate::memory::cuda::Ptx = crate::memory::cuda::Ptx {
+        name: "compute/attention_before",
+        baseline: (90, include_str!("kernels/attention_before.ptx")),
         exact: &[],
     };
 
@@ -98,11 +139,17 @@ impl Class {
         tiles: usize,
         (shared, parts): (usize, u32),
         arguments: Arguments,
-        heads: usize,
+        (heads, q_rows, kv_rows): (usize, usize, usize),
     ) -> Result<()> {
         let (grid, shared) = ((heads as u32, tiles as u32, parts), shared as u32);
         let name = match self {
-            Class::Hopper(d) => return hopper::launch(gpu, &format!("hopper_{of}_{d}"), grid, shared, arguments),
+            Class::Hopper(d) if before() => {
+                return before::launch(gpu, &format!("hopper_{of}_{d}"), grid, shared, arguments);
+            }
+            Class::Hopper(d) => {
+                let name = format!("hopper_{of}_{d}");
+                return hopper::launch(gpu, &name, tiles, shared, arguments, (heads, q_rows, kv_rows));
+            }
             Class::Plain => format!("attention_{of}_plain"),
             Class::Tensor(d) => format!("attention_{of}_{d}"),
         };
@@ -118,7 +165,7 @@ impl Class {
                 let rows = if d < 256 { 128 } else { 64 };
                 (rows, (rows + 4 * TILE) * 2 * d)
             }
-            Class::Hopper(d) => (HOPPER, 5 * HOPPER * 2 * d + ALIGN),
+            Class::Hopper(d) => (HOPPER, 5 * HOPPER * 2 * d + hopper::BARRIERS + ALIGN),
         }
     }
 
@@ -131,7 +178,7 @@ impl Class {
         match self {
             Class::Plain => (0, 1),
             Class::Tensor(d) => (6 * TILE * 2 * d, 1),
-            Class::Hopper(d) => ((2 * HOPPER + 6 * TILE) * 2 * d + ALIGN, 1),
+            Class::Hopper(d) => ((2 * HOPPER + 8 * TILE) * 2 * d + hopper::BARRIERS + ALIGN, 1),
         }
     }
 
@@ -143,7 +190,7 @@ impl Class {
                 let rows = if d < 256 { 64 } else { 32 };
                 ((2 * TILE + 4 * rows) * 2 * d + 4 * rows * 4, if d < 256 { 1 } else { 2 })
             }
-            Class::Hopper(d) => ((2 * HOPPER + 6 * TILE) * 2 * d + 6 * TILE * 4 + ALIGN, 1),
+            Class::Hopper(d) => ((2 * HOPPER + 8 * TILE) * 2 * d + 8 * TILE * 4 + hopper::BARRIERS + ALIGN, 1),
         }
     }
 }
@@ -152,14 +199,20 @@ impl Class {
 pub struct Tiles {
     class: Class,
     forward: (Buffer, usize),
-    backward: (Buffer, usize),
+    /// Tiles of queries, and of keys.
+    backward_q: (Buffer, usize),
+    /// The queries in smaller tiles, each of which all of a block works on: for when tiles are few.
+    backward_q_split: Option<(Buffer, usize)>,
+    backward_kv: (Buffer, usize),
     /// Those of rows that train, for a forward pass over them alone.
     again: (Buffer, usize),
     rows: usize,
     frozen: usize,
 }
 
-fn tiles(spans: &[Span], rows: usize) -> Vec<i32> {
+/// Tiles of `rows` rows, the longest first: queries that see the most keys, or keys that the most queries see. Late blocks of
+/// a grid should be short ones.
+fn tiles(spans: &[Span], rows: usize, of_keys: bool) -> Vec<i32> {
     let mut all: Vec<[usize; 6]> = Vec::new();
     for s in spans {
         let tile = |first: usize| {
@@ -167,8 +220,7 @@ fn tiles(spans: &[Span], rows: usize) -> Vec<i32> {
         };
         all.extend(s.rows.clone().step_by(rows).map(tile));
     }
-    // The longest first: those that see the most keys. Late blocks of a grid should be short ones.
-    all.sort_by_key(|t| std::cmp::Reverse(t[3] + t[1] - t[4]));
+    all.sort_by_key(|t| std::cmp::Reverse(if of_keys { t[5] - t[0] } else { t[3] + t[1] - t[4] }));
     all.into_iter().flatten().map(|x| x as i32).collect()
 }
 
@@ -184,9 +236,15 @@ impl Tiles {
         let per = class.forward().0;
         Ok(Tiles {
             class,
-            forward: upload(tiles(spans, per))?,
-            backward: upload(tiles(&own, class.backward()))?,
-            again: upload(tiles(&own, per))?,
+            forward: upload(tiles(spans, per, false))?,
+            backward_q_split: match class {
+                Class::Hopper(_) if before() => None,
+                Class::Hopper(_) => Some(upload(tiles(&own, HOPPER / 2, false))?),
+                _ => None,
+            },
+            backward_q: upload(tiles(&own, class.backward(), false))?,
+            backward_kv: upload(tiles(&own, class.backward(), true))?,
+            again: upload(tiles(&own, per, false))?,
             rows,
             frozen,
         })
@@ -241,7 +299,7 @@ pub fn forward(gpu: &Gpu, shape: &Shape, q: Part, kv: Part, out: Part, log_sums:
         q_shift: first as i32,
         ..shape.arguments(q, rows, kv, log_sums)
     };
-    t.class.launch(gpu, "forward", *count, (t.class.forward().1, 1), arguments, shape.heads.heads)
+    t.class.launch(gpu, "forward", *count, (t.class.forward().1, 1), arguments, (shape.heads.heads, rows, t.rows))
 }
 
 /// Gradients of the rows that train: `dq`, and `dk` and `dv` by query head, each trained rows x qD. `q`, `out` and `dout` are
@@ -260,17 +318,22 @@ pub fn backward(
     launch!(gpu, "attention_delta", (blocks(rows * h.heads, 8), 1, 1), (256, 1, 1), 0;
         dout.bf16(size), out.bf16(size), h.q() as i64, rows as i32, h.heads as i32, h.head_dim as i32,
         delta.part().address);
-    let (list, count) = &t.backward;
+    let fits = |tiles: usize| tiles * h.heads <= gpu.device.multiprocessors as usize;
+    let split = t.backward_q_split.as_ref().filter(|(_, count)| fits(*count));
+    let (of_q, (q_list, q_count)) = split.map_or(("backward_q", &t.backward_q), |few| ("backward_q_split", few));
+    let (kv_list, kv_count) = &t.backward_kv;
     let arguments = Arguments {
         dout: dout.bf16(size),
         delta: delta.part().address,
         dq: dq.bf16(size),
         dk: dk.bf16(size),
         dv: dv.bf16(size),
-        tiles: list.part().holds(6 * count, 4),
+        tiles: q_list.part().holds(6 * q_count, 4),
         q_shift: t.frozen as i32,
         ..shape.arguments(q, rows, kv, log_sums)
     };
-    t.class.launch(gpu, "backward_q", *count, t.class.backward_q(), arguments, h.heads)?;
-    t.class.launch(gpu, "backward_kv", *count, t.class.backward_kv(), arguments, h.heads)
+    let sizes = (h.heads, rows, t.rows);
+    t.class.launch(gpu, of_q, *q_count, t.class.backward_q(), arguments, sizes)?;
+    let arguments = Arguments { tiles: kv_list.part().holds(6 * kv_count, 4), ..arguments };
+    t.class.launch(gpu, "backward_kv", *kv_count, t.class.backward_kv(), arguments, sizes)
 }

@@ -23,6 +23,7 @@ pub mod peaks;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
+mod tensor_map;
 
 pub use downloads::Downloads;
 use memory::End;

@@ -1,9 +1,12 @@
 // archs: 90a
 //
-// The same as attention.cu for head dimensions up to 128, with Hopper's products of whole warp groups (wgmma): 64 rows of
-// accumulators to four warps, operands read from shared memory. See there for the arguments and the arithmetic, and
-// Shah et al., FlashAttention-3 (arXiv 2407.08608), for what runs while what: a group's next scores are in the making while
-// it works on its softmax.
+// The same as attention.cu for head dimensions up to 128, in Hopper's own way: products of whole warp groups (wgmma; 64 rows
+// of accumulators to four warps, operands read from shared memory or from registers) and copies of whole tiles by the copy
+// engine (TMA). See there for the arguments and the arithmetic, and Shah et al., FlashAttention-3 (arXiv 2407.08608), for
+// the shape: a block is one warp group that asks for tiles and two that work on them, 64 rows each, apart from each other;
+// tiles go from one to the others through stages with a barrier "full" and one "empty" each.
+//
+// A block takes one pair of a tile and a head after the other. `tiles` begin with those that take longest.
 
 typedef unsigned short bf16;
 typedef unsigned int u32;
@@ -15,7 +18,7 @@ struct Attention {
     bf16 *out;
     float *log_sums;
     const bf16 *dout;
-    const float *delta;
+    float *delta;
     bf16 *dq, *dk, *dv;
     const int *tiles;
     i64 ldq, ldk, ldv, ldo, lddq, lddk;
@@ -25,6 +28,11 @@ struct Attention {
     float scale;
 };
 
+// How the copy engine finds q, k, v, dout and, in the backward pass, out: columns of a head, heads, rows; 64 columns of 64 rows at a time, zeros for what
+// is outside.
+struct __align__(64) Map { u64 opaque[16]; };
+struct Maps { Map q, k, v, dout, out; };
+
 struct Tile { int first, end, prefix, length, start, stop; };
 
 __device__ __forceinline__ Tile tile_at(const Attention &a, int i) {
@@ -32,34 +40,60 @@ __device__ __forceinline__ Tile tile_at(const Attention &a, int i) {
     return Tile{t[0], t[1], t[2], t[3], t[4], t[5]};
 }
 
-__device__ __forceinline__ int row_of(const Tile &t, int p) {
-    return p + (p < t.length ? t.prefix : t.start - t.length);
-}
+// ---- instructions
 
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 y;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
+__device__ __forceinline__ float low(u32 x) { return __uint_as_float(x << 16); }
+__device__ __forceinline__ float high(u32 x) { return __uint_as_float(x & 0xffff0000); }
 __device__ __forceinline__ float exp2_(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// 16 or 4 bytes from global to shared memory, or zeros without a look at `from`.
-__device__ __forceinline__ void copy16(u32 to, const void *from, bool real) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
-}
+// 4 bytes from global to shared memory, or zeros without a look at `from`.
 __device__ __forceinline__ void copy4(u32 to, const void *from, bool real) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(real ? 4 : 0) : "memory");
 }
-__device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits for all but the last N groups of copies of every thread, and shows them to products.
-template <int N> __device__ __forceinline__ void copies_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncthreads();
+// Arrives at a barrier once this thread's copies of 4 bytes are there.
+__device__ __forceinline__ void copies_arrive(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
+__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+// Barriers that were made are there for the copy engine too.
+__device__ __forceinline__ void barriers_made() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t, [%0];}" ::"r"(barrier) : "memory");
+}
+// Arrives, and has the barrier wait for so many bytes of the copy engine.
+__device__ __forceinline__ void arrive_expecting(u32 barrier, int bytes) {
+    asm volatile("{.reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1;}" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Waits for the end of a barrier's phase, even or odd.
+__device__ __forceinline__ void await(u32 barrier, u32 phase) {
+    asm volatile("{.reg .pred p;\n"
+                 "AGAIN: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
+                 "@p bra DONE;\n"
+                 "bra AGAIN;\n"
+                 "DONE:}" ::"r"(barrier), "r"(phase) : "memory");
+}
+// 64 columns of 64 rows of one head into shared memory.
+__device__ __forceinline__ void copy_box(u32 to, const Map &map, u32 barrier, int column, int head, int row) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+                 ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(head), "r"(row) : "memory");
+}
+// Registers that each thread of this warp group has from here on.
+template <int N> __device__ __forceinline__ void registers_fewer() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> __device__ __forceinline__ void registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+// Turns of the two groups at work: each waits for its own, and gives the other its.
+__device__ __forceinline__ void turn_wait(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory"); }
+__device__ __forceinline__ void turn_give(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(group + 1) : "memory"); }
+
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void products_wait() {
@@ -103,6 +137,12 @@ __device__ __forceinline__ void product(float (&c)[32], u64 a, u64 b, int add) {
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" REGISTERS_64 "}, %32, %33, p, 1, 1, 0, 0;}"
                  : OPERANDS_64(c) : "l"(a), "l"(b), "r"(add));
 }
+// The same with a in registers.
+__device__ __forceinline__ void product(float (&c)[32], const u32 (&a)[4], u64 b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" REGISTERS_64 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;}"
+                 : OPERANDS_64(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
 // c (64 x 64) += a (64 x 16, in registers) b (16 x 64, rows of k).
 __device__ __forceinline__ void product_turned(float (&c)[32], const u32 (&a)[4], u64 b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" REGISTERS_64 "}, {%32,%33,%34,%35}, "
@@ -115,17 +155,52 @@ __device__ __forceinline__ void product(float (&c)[64], u64 a, u64 b, int add) {
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_128 "}, %64, %65, p, 1, 1, 0, 0;}"
                  : OPERANDS_128(c) : "l"(a), "l"(b), "r"(add));
 }
+// The same with a in registers.
+__device__ __forceinline__ void product(float (&c)[64], const u32 (&a)[4], u64 b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_128 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0;}"
+                 : OPERANDS_128(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
 // c (64 x 128) += a (64 x 16, in registers) b (16 x 128, rows of k).
 __device__ __forceinline__ void product_turned(float (&c)[64], const u32 (&a)[4], u64 b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_128 "}, {%64,%65,%66,%67}, "
                  "%68, 1, 1, 1, 1;"
                  : OPERANDS_128(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+// Four 8 x 8 matrices from shared memory: lane l says where row l % 8 of matrix l / 8 is.
+__device__ __forceinline__ void load4(u32 (&r)[4], u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+// Two numbers side by side in shared memory.
+__device__ __forceinline__ float2 pair(u32 at) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ int4 load_int4(u32 at) {
+    int4 x;
+    asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_int4(u32 at, int x, int y, int z, int w) {
+    asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+
+__device__ __forceinline__ float load_float(u32 at) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_float(u32 at, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory"); }
+
+// ---- tiles
 
 static const float LOG2E = 1.4426950408889634f;
 #define INFINITY __int_as_float(0x7f800000)
-// Two groups of four warps, 64 rows each.
-static const int THREADS = 256, BM = 128;
+// One group of four warps that asks, two that work on 64 rows each.
+static const int THREADS = 384, BM = 128;
 extern __shared__ unsigned char shared_memory[];
 
 __device__ __forceinline__ u32 shared_start() {
@@ -133,40 +208,117 @@ __device__ __forceinline__ u32 shared_start() {
 }
 
 // A tile lies in panels of 64 columns (128 bytes a row), ROWS x 128 bytes each, chunks of 16 bytes swapped by row: the
-// "128-byte swizzle" of the products' descriptions. Chunk c of row r:
+// "128-byte swizzle" of the products' descriptions and of the copy engine. Chunk c of row r:
 template <int ROWS> __device__ __forceinline__ u32 at(u32 base, int r, int c) {
     return base + (c >> 3) * (ROWS * 128) + r * 128 + (((c ^ r) & 7) << 4);
 }
-
-// Starts the copy of ROWS rows into shared memory; row(i, real) is the row to take, where `real`, else zeros are. Few
-// instructions a copy, and no copy's wait for another's: this is a third of what a block's threads do.
-template <int D, int ROWS, typename F>
-__device__ __forceinline__ void fetch(u32 to, const bf16 *from, i64 ld, int d, F row) {
-    const int STEP = THREADS / (D / 8), c = threadIdx.x % (D / 8), r = threadIdx.x / (D / 8);
-    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "a thread's rows have their chunks swapped in one way");
-    const bool inside = c * 8 < d;
-    const char *start = (const char *)(from + c * 8);
-    const int bytes = 2 * (int)ld;
-    const u32 first = at<ROWS>(to, r, c);
-#pragma unroll
-    for (int i = 0; i < ROWS / STEP; i++) {
-        bool real;
-        const int g = row(r + i * STEP, real);
-        copy16(first + i * STEP * 128, start + (i64)g * bytes, real && inside);
-    }
-}
-
+// Descriptions of operands in shared memory. What starts later in a tile has a description so many 16 bytes larger.
 __device__ __forceinline__ u64 describe(u32 address, u32 leading, u32 stride) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | 1ull << 62;
+    // The same in all threads of a warp, which the assembler cannot know.
+    const u32 low = __shfl_sync(0xffffffff, (address & 0x3ffff) >> 4 | (leading >> 4) << 16, 0);
+    return (u64)low | (u64)(stride >> 4) << 32 | 1ull << 62;
 }
-// Columns 16 x .. of rows from `row` of a tile, k along the row.
-template <int ROWS> __device__ __forceinline__ u64 along(u32 base, int row, int x) {
-    return describe(base + row * 128 + (x >> 2) * (ROWS * 128) + (x & 3) * 32, 16, 1024);
+// Rows from `row` of a tile, k along the row.
+__device__ __forceinline__ u64 along(u32 base, int row) { return describe(base + row * 128, 16, 1024); }
+// Its columns 16 x ...
+template <int ROWS> __device__ __forceinline__ u64 columns(u64 along, int x) {
+    return along + ((x >> 2) * (ROWS * 128) + (x & 3) * 32) / 16;
 }
-// Rows 16 x .. of a tile, all columns, k from row to row.
-template <int ROWS> __device__ __forceinline__ u64 across(u32 base, int x) {
-    return describe(base + x * 2048, ROWS * 128, 1024);
+// All columns of a tile, k from row to row.
+template <int ROWS> __device__ __forceinline__ u64 across(u32 base) { return describe(base, ROWS * 128, 1024); }
+// Its rows 16 x ...
+__device__ __forceinline__ u64 rows(u64 across, int x) { return across + x * 2048 / 16; }
+
+// Asks for ROWS rows of one head.
+template <int D, int ROWS> __device__ __forceinline__ void copy_tile(u32 to, const Map &map, u32 barrier, int head, int row) {
+#pragma unroll
+    for (int panel = 0; panel < D / 64; panel++)
+#pragma unroll
+        for (int half = 0; half < ROWS / 64; half++)
+            copy_box(to + panel * (ROWS * 128) + half * 8192, map, barrier, panel * 64, head, row + half * 64);
 }
+
+// Stages of a ring with barriers full and empty; stages count on over all tiles of a block.
+template <int STAGES> struct Ring {
+    u32 barriers;
+    int stage;
+    u32 phase;
+
+    __device__ __forceinline__ Ring(u32 barriers) : barriers(barriers), stage(0), phase(0) {}
+    static __device__ __forceinline__ void make(u32 barriers, int full, int empty) {
+        for (int i = 0; i < STAGES; i++) barrier_init(barriers + 16 * i, full), barrier_init(barriers + 16 * i + 8, empty);
+    }
+    __device__ __forceinline__ u32 full() const { return barriers + 16 * stage; }
+    __device__ __forceinline__ void await_full() const { await(full(), phase); }
+    // Of a stage never filled, too.
+    __device__ __forceinline__ void await_empty() const { await(full() + 8, phase ^ 1); }
+    // By all of a warp, whose products have read what they will.
+    __device__ __forceinline__ void release(int stage) const {
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) arrive(barriers + 16 * stage + 8);
+    }
+    __device__ __forceinline__ void release() const { release(stage); }
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+    __device__ __forceinline__ void skip(int n) {
+        stage += n;
+        phase ^= stage / STAGES & 1;
+        stage %= STAGES;
+    }
+};
+// Warps that release a stage.
+static const int WARPS = 8;
+
+// Where what to do next lies, behind barriers.
+static const int SLOT = 128;
+
+// What this block does: pairs of a tile and a head, long and short ones in turn. The group that asks goes through them, and
+// leaves each where the others find it once the tile's own rows are there.
+struct Work {
+    int heads, count, round, head;
+    Tile tile;
+
+    __device__ __forceinline__ Work(int heads, int tiles) : heads(heads), count(heads * tiles), round(0), head(0), tile() {}
+    __device__ __forceinline__ bool next(const Attention &a) {
+        const int g = gridDim.x, b = blockIdx.x, i = round * g + (round & 1 ? g - 1 - b : b);
+        round++;
+        if (i >= count) return false;
+        head = i % heads;
+        tile = tile_at(a, i / heads);
+        return true;
+    }
+    __device__ __forceinline__ void leave(u32 barriers) const {
+        store_int4(barriers + SLOT, tile.first, tile.end, tile.prefix, tile.length);
+        store_int4(barriers + SLOT + 16, tile.start, tile.stop, head, 0);
+    }
+};
+// No more.
+__device__ __forceinline__ void leave_end(u32 barriers) { store_int4(barriers + SLOT + 16, 0, 0, -1, 0); }
+__device__ __forceinline__ Tile find(u32 barriers, int &head) {
+    const int4 x = load_int4(barriers + SLOT), y = load_int4(barriers + SLOT + 16);
+    head = y.z;
+    return Tile{x.x, x.y, x.z, x.w, y.x, y.y};
+}
+
+// What a tile of queries sees, N keys at a time: tiles of the prefix, then own rows. No tile has keys of both.
+template <int N> struct Keys {
+    int prefix, length, start, split, first, end;
+
+    __device__ __forceinline__ Keys(const Tile &t, int window)
+        : prefix(t.prefix), length(t.length), start(t.start), split((t.length + N - 1) / N) {
+        const int position = length + t.first - start, from = window ? max(0, position + 1 - window) : 0;
+        first = from < length ? from / N : split + (from - length) / N;
+        end = until(t.end);
+    }
+    // The end of what own rows up to `row` see.
+    __device__ __forceinline__ int until(int row) const { return split + (row - 1 - start) / N + 1; }
+    __device__ __forceinline__ int row(int j) const { return j < split ? prefix + j * N : start + (j - split) * N; }
+    // Position of a tile's first key in the sequence.
+    __device__ __forceinline__ int position(int j) const { return j < split ? j * N : length + (j - split) * N; }
+    // How many of a tile are of this sequence, or more than that.
+    __device__ __forceinline__ int real(int j) const { return j < split ? length - j * N : N; }
+};
 
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
@@ -177,22 +329,29 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// Two numbers side by side in shared memory.
-__device__ __forceinline__ float2 pair(u32 at) {
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at) : "memory");
-    return x;
-}
-
 // s (64 x N) = rows `row` .. of a tile of M rows times the rows of a tile of N: both D wide.
 template <int D, int M, int N> __device__ __forceinline__ void scores(float (&s)[N / 2], u32 a, int row, u32 b) {
+    const u64 left = along(a, row), right = along(b, 0);
 #pragma unroll
-    for (int x = 0; x < D / 16; x++) product(s, along<M>(a, row, x), along<N>(b, 0, x), x > 0);
+    for (int x = 0; x < D / 16; x++) product(s, columns<M>(left, x), columns<N>(right, x), x > 0);
+}
+// The same with the rows in registers.
+template <int D, int N> __device__ __forceinline__ void scores(float (&s)[N / 2], const u32 (&a)[D / 16][4], u32 b) {
+    const u64 right = along(b, 0);
+#pragma unroll
+    for (int x = 0; x < D / 16; x++) product(s, a[x], columns<N>(right, x), x > 0);
+}
+// 16 rows of a tile of M into the registers of a warp.
+template <int D, int M> __device__ __forceinline__ void load_rows(u32 (&a)[D / 16][4], u32 from, int row) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int x = 0; x < D / 16; x++) load4(a[x], at<M>(from, row + (lane & 15), 2 * x + (lane >> 4)));
 }
 // o (64 x D) += p (64 x N, as a left operand) times a tile of N rows.
 template <int D, int N> __device__ __forceinline__ void weigh(float (&o)[D / 2], const u32 (&p)[N / 16][4], u32 b) {
+    const u64 right = across<N>(b);
 #pragma unroll
-    for (int x = 0; x < N / 16; x++) product_turned(o, p[x], across<N>(b, x));
+    for (int x = 0; x < N / 16; x++) product_turned(o, p[x], rows(right, x));
 }
 template <int N> __device__ __forceinline__ void as_left(u32 (&p)[N / 16][4], const float (&s)[N / 2]) {
 #pragma unroll
@@ -200,6 +359,26 @@ template <int N> __device__ __forceinline__ void as_left(u32 (&p)[N / 16][4], co
 #pragma unroll
         for (int e = 0; e < 4; e++) p[x][e] = pack(s[8 * x + 2 * e], s[8 * x + 2 * e + 1]);
 }
+
+// Element i of a thread's 64 x N results is of column columns(i) + 2 * (lane & 3), and of the thread's first row or the one
+// eight below.
+__device__ __forceinline__ int column_of(int i) { return (i >> 2) * 8 + (i & 1); }
+__device__ __forceinline__ int half_of(int i) { return (i >> 1) & 1; }
+
+// Writes a thread's part of one row of 64 x D results times `by`, in bf16. All of a warp write: two lanes side by side trade, so
+// that each writes 8 bytes, and a row gets 32 at a time.
+template <int D> __device__ __forceinline__ void write(bf16 *to, const float (&x)[D / 2], int half, float by, int d, bool real) {
+    const int odd = threadIdx.x & 1, right = threadIdx.x >> 1 & 1;
+#pragma unroll
+    for (int n = 0; n < D / 8; n += 2) {
+        const int i = 4 * n + 2 * half, column = (n + odd) * 8 + 4 * right;
+        const u32 a = pack(x[i] * by, x[i + 1] * by), b = pack(x[i + 4] * by, x[i + 5] * by);
+        const u32 other = __shfl_xor_sync(0xffffffff, odd ? a : b, 1);
+        if (real && column < d) *(uint2 *)(to + column) = odd ? make_uint2(other, b) : make_uint2(a, other);
+    }
+}
+
+// ---- forward
 
 // One tile's scores become weights: e to the scores less the largest so far. `shrink` takes what came before to that scale.
 template <int N>
@@ -226,310 +405,484 @@ __device__ __forceinline__ void softmax(float (&s)[N / 2], float (&m)[2], float 
     }
 }
 
-template <int D> __device__ __forceinline__ void forward(const Attention &a) {
-    const int BN = 128;
-    const Tile t = tile_at(a, blockIdx.y);
-    const int head = blockIdx.x, kv_head = head / a.group;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group_row = (warp >> 2) * 64;
-    const u32 sq = shared_start(), sk = sq + BM * D * 2, sv = sk + 2 * BN * D * 2;
-    const int rows = t.end - t.first, position = t.length + t.first - t.start, last = position + rows - 1;
-    const int from = a.window ? max(0, position + 1 - a.window) : 0;
-    const bf16 *q = a.q + (i64)head * a.d, *k = a.k + (i64)kv_head * a.d, *v = a.v + (i64)kv_head * a.d;
-    const int j0 = from / BN, j1 = last / BN + 1;
-    auto keys = [&](const bf16 *x, i64 ld, u32 to, int j) {
-        if (j >= j1) return;
-        fetch<D, BN>(to + ((j - j0) & 1) * (BN * D * 2), x, ld, a.d, [&](int r, bool &real) {
-            const int p = j * BN + r;
-            real = p <= last;
-            return row_of(t, p);
-        });
-    };
-    fetch<D, BM>(sq, q, a.ldq, a.d, [&](int r, bool &real) { return real = r < rows, t.first + r - a.q_shift; });
-    keys(k, a.ldk, sk, j0);
-    copies_end();
-    keys(k, a.ldk, sk, j0 + 1);
-    keys(v, a.ldv, sv, j0);
-    copies_end();
-
-    float o[D / 2], s[BN / 2], m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, shrink[2];
-    u32 p[BN / 16][4];
-#pragma unroll
-    for (int i = 0; i < D / 2; i++) o[i] = 0;
-    const float c = a.scale * LOG2E;
-    // Of the thread's first row; the other is eight below.
-    const int own = position + warp * 16 + (lane >> 2);
-    auto mask = [&](int j) {
-        if (j * BN + BN - 1 <= position + warp * 16 && !(a.window && j * BN <= last - a.window)) return;
-#pragma unroll
-        for (int i = 0; i < BN / 2; i++) {
-            const int key = j * BN + (i >> 2) * 8 + 2 * (lane & 3) + (i & 1), at_row = own + 8 * ((i >> 1) & 1);
-            if (key > at_row || (a.window && key <= at_row - a.window)) s[i] = -INFINITY;
+// 128 queries and 128 keys at a time. Beside a group's softmax run its products of weights and values, and the other's
+// products: groups take turns to begin theirs.
+template <int D, bool TURNS = true, bool HELD = false, int STAGES = 2> __device__ __forceinline__ void forward(const Attention &a, const Maps &maps, int heads, int tiles) {
+    const int BN = 128, BYTES = BN * D * 2;
+    const u32 sq = shared_start(), sk = sq + BM * D * 2, sv = sk + STAGES * BYTES, barriers = sv + STAGES * BYTES;
+    if (threadIdx.x == 0) {
+        Ring<1>::make(barriers, 1, WARPS);
+        Ring<STAGES>::make(barriers + 16, 1, WARPS);
+        Ring<STAGES>::make(barriers + 16 + 16 * STAGES, 1, WARPS);
+        barriers_made();
+    }
+    __syncthreads();
+    Ring<1> queries(barriers);
+    Ring<STAGES> keys(barriers + 16), values(barriers + 16 + 16 * STAGES);
+    if (threadIdx.x < 128) {
+        registers_fewer<24>();
+        if (threadIdx.x != 0) return;
+        auto ask = [&](Ring<STAGES> &ring, u32 to, const Map &map, int head, int row) {
+            ring.await_empty();
+            arrive_expecting(ring.full(), BYTES);
+            copy_tile<D, BN>(to + ring.stage * BYTES, map, ring.full(), head, row);
+            ring.next();
+        };
+        Work work(heads, tiles);
+        while (work.next(a)) {
+            const Tile &t = work.tile;
+            const Keys<BN> see(t, a.window);
+            const int kv_head = work.head / a.group;
+            queries.await_empty();
+            work.leave(barriers);
+            arrive_expecting(queries.full(), BM * D * 2);
+            copy_tile<D, BM>(sq, maps.q, queries.full(), work.head, t.first - a.q_shift);
+            queries.next();
+            ask(keys, sk, maps.k, kv_head, see.row(see.first));
+#pragma unroll 1
+            for (int j = see.first; j < see.end; j++) {
+                if (j + 1 < see.end) ask(keys, sk, maps.k, kv_head, see.row(j + 1));
+                ask(values, sv, maps.v, kv_head, see.row(j));
+            }
         }
-    };
-
-    copies_wait<1>();
-    products_begin();
-    scores<D, BM, BN>(s, sq, group_row, sk);
-    products_end();
-    products_wait<0>();
-    arrived(s);
-    mask(j0);
-    softmax<BN>(s, m, l, shrink, c);
-    as_left<BN>(p, s);
-    for (int j = j0; j + 1 < j1; j++) {
-        const int stage = (j - j0) & 1;
-        // The next keys and these values are there; all are done with these keys and the values before.
-        copies_wait<0>();
+        queries.await_empty();
+        leave_end(barriers);
+        arrive(queries.full());
+        return;
+    }
+    registers_more<240>();
+    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group = warp >> 2;
+    const float c = a.scale * LOG2E;
+    if (TURNS && group == 1) turn_give(0);
+    while (true) {
+        int head;
+        queries.await_full();
+        const Tile t = find(barriers, head);
+        if (head < 0) break;
+        const Keys<BN> see(t, a.window);
+        const int position = t.length + t.first - t.start, last = position + t.end - t.first - 1;
+        float o[D / 2], s[BN / 2], m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, shrink[2];
+        u32 p[BN / 16][4];
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) o[i] = 0;
+        auto mask = [&](int j) {
+            const int first = see.position(j), own = position + warp * 16;
+            if (see.real(j) >= BN && first + BN - 1 <= own && !(a.window && first <= last - a.window)) return;
+            int from[2], to[2];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int row = own + (lane >> 2) + 8 * half;
+                to[half] = min(see.real(j), row + 1 - first) - 2 * (lane & 3);
+                from[half] = (a.window ? row + 1 - a.window - first : 0) - 2 * (lane & 3);
+            }
+#pragma unroll
+            for (int i = 0; i < BN / 2; i++)
+                if (column_of(i) >= to[half_of(i)] || column_of(i) < from[half_of(i)]) s[i] = -INFINITY;
+        };
+        auto have_scores = [&](int j) {
+            keys.release();
+            keys.next();
+            if (!HELD && j + 1 == see.end) queries.release(), queries.next();
+            mask(j);
+            softmax<BN>(s, m, l, shrink, c);
+        };
+        u32 q[D / 16][4];
+        if (HELD) {
+            load_rows<D, BM>(q, sq, warp * 16);
+            queries.release();
+            queries.next();
+        }
+        auto score = [&]() {
+            if (HELD) scores<D, BN>(s, q, sk + keys.stage * BYTES);
+            else scores<D, BM, BN>(s, sq, group * 64, sk + keys.stage * BYTES);
+        };
+        keys.await_full();
         products_begin();
-        scores<D, BM, BN>(s, sq, group_row, sk + (stage ^ 1) * (BN * D * 2));
+        score();
         products_end();
-        // Asked for while products run: it takes as long as they do to ask.
-        keys(k, a.ldk, sk, j + 2);
-        keys(v, a.ldv, sv, j + 1);
-        copies_end();
-        products_begin();
-        weigh<D, BN>(o, p, sv + stage * (BN * D * 2));
-        products_end();
-        products_wait<1>();
+        products_wait<0>();
         arrived(s);
-        mask(j + 1);
-        softmax<BN>(s, m, l, shrink, c);
-        before_wait(l[0] + l[1]);
+        have_scores(see.first);
+        as_left<BN>(p, s);
+        for (int j = see.first; j + 1 < see.end; j++) {
+            keys.await_full();
+            if (TURNS) turn_wait(group);
+            products_begin();
+            score();
+            products_end();
+            values.await_full();
+            weigh<D, BN>(o, p, sv + values.stage * BYTES);
+            products_end();
+            if (TURNS) turn_give(1 - group);
+            products_wait<1>();
+            arrived(s);
+            have_scores(j + 1);
+            before_wait(l[0] + l[1]);
+            products_wait<0>();
+            arrived(o);
+            values.release();
+            values.next();
+#pragma unroll
+            for (int i = 0; i < D / 2; i++) o[i] *= shrink[half_of(i)];
+            as_left<BN>(p, s);
+        }
+        values.await_full();
+        products_begin();
+        weigh<D, BN>(o, p, sv + values.stage * BYTES);
+        products_end();
         products_wait<0>();
         arrived(o);
+        values.release();
+        values.next();
 #pragma unroll
-        for (int i = 0; i < D / 2; i++) o[i] *= shrink[(i >> 1) & 1];
-        as_left<BN>(p, s);
-    }
-    copies_wait<0>();
-    products_begin();
-    weigh<D, BN>(o, p, sv + ((j1 - 1 - j0) & 1) * (BN * D * 2));
-    products_end();
-    products_wait<0>();
-    arrived(o);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const float sum = quad_sum(l[half]);
-        const int r = t.first + warp * 16 + (lane >> 2) + 8 * half;
-        if (r >= t.end) continue;
-        const float inverse = 1.f / sum;
-        bf16 *out = a.out + (i64)(r - a.q_shift) * a.ldo + (i64)head * a.d;
-#pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-            const int column = n * 8 + 2 * (lane & 3), i = 4 * n + 2 * half;
-            if (column < a.d) *(u32 *)(out + column) = pack(o[i] * inverse, o[i + 1] * inverse);
+        for (int half = 0; half < 2; half++) {
+            const float sum = quad_sum(l[half]);
+            const int r = t.first + warp * 16 + (lane >> 2) + 8 * half;
+            write<D>(a.out + (i64)(r - a.q_shift) * a.ldo + (i64)head * a.d, o, half, 1.f / sum, a.d, r < t.end);
+            if ((lane & 3) == 0 && r < t.end && r >= a.log_shift)
+                a.log_sums[(i64)head * a.log_rows + r - a.log_shift] = m[half] * a.scale + logf(sum);
         }
-        if ((lane & 3) == 0 && r >= a.log_shift)
-            a.log_sums[(i64)head * a.log_rows + r - a.log_shift] = m[half] * a.scale + logf(sum);
     }
+    // The last turn that the other group gave.
+    if (TURNS && group == 0) turn_wait(0);
 }
 
-// dq of 128 queries of one head. dS = P * (dO V^T - delta) * scale, dQ = dS K. Keys and values in three stages: what one
-// tile adds to dQ is made together with the next tile's scores.
-template <int D> __device__ __forceinline__ void backward_q(const Attention &a) {
-    const int BN = 64, STAGE = BN * D * 2;
-    const Tile t = tile_at(a, blockIdx.y);
-    const int head = blockIdx.x, kv_head = head / a.group;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group_row = (warp >> 2) * 64;
-    const u32 sq = shared_start(), so = sq + BM * D * 2, sk = so + BM * D * 2, sv = sk + 3 * STAGE;
-    const int rows = t.end - t.first, position = t.length + t.first - t.start, last = position + rows - 1;
-    const int from = a.window ? max(0, position + 1 - a.window) : 0;
-    const bf16 *k = a.k + (i64)kv_head * a.d, *v = a.v + (i64)kv_head * a.d;
-    const int j0 = from / BN, j1 = last / BN + 1;
-    auto keys = [&](int j, int stage) {
-        auto row = [&](int r, bool &real) { return real = j * BN + r <= last, row_of(t, j * BN + r); };
-        fetch<D, BN>(sk + stage * STAGE, k, a.ldk, a.d, row);
-        fetch<D, BN>(sv + stage * STAGE, v, a.ldv, a.d, row);
-    };
-    auto mine = [&](int r, bool &real) { return real = r < rows, t.first + r - a.q_shift; };
-    fetch<D, BM>(sq, a.q + (i64)head * a.d, a.ldq, a.d, mine);
-    fetch<D, BM>(so, a.dout + (i64)head * a.d, a.ldo, a.d, mine);
-    keys(j0, 0);
-    copies_end();
-    float log_sum[2], delta[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int r = t.first + warp * 16 + (lane >> 2) + 8 * half;
-        const i64 i = (i64)head * a.log_rows + r - a.log_shift;
-        log_sum[half] = r < t.end ? a.log_sums[i] * LOG2E : 0;
-        delta[half] = r < t.end ? a.delta[i] : 0;
+// ---- backward
+
+// dq of 128 queries of one head, 64 keys at a time. dS = P * (dO V^T - delta), dQ = dS K * scale. Queries and dO stay in
+// registers: products would else wait for shared memory, which has as much to give as they take. SPLIT: of 64 queries, to which
+// the two groups take every other tile of keys, for when tiles are fewer than multiprocessors.
+template <int D, bool HELD = true, bool SPLIT = false, bool DELTA = false> __device__ __forceinline__ void backward_q(const Attention &a, const Maps &maps, int heads, int tiles) {
+    const int BN = 64, STAGES = 4, BYTES = BN * D * 2, ROWS = SPLIT ? 64 : BM;
+    const int OWN = DELTA ? 3 : 2;
+    const u32 sq = shared_start(), so = sq + ROWS * D * 2, sout = so + ROWS * D * 2, parts = sq + OWN * ROWS * D * 2,
+              sk = sq + OWN * BM * D * 2, sv = sk + STAGES * BYTES,
+              barriers = sv + STAGES * BYTES;
+    if (threadIdx.x == 0) {
+        Ring<1>::make(barriers, 1, WARPS);
+        Ring<STAGES>::make(barriers + 16, 1, SPLIT ? WARPS / 2 : WARPS);
+        barriers_made();
     }
-    float dq[D / 2], s[BN / 2], dp[BN / 2];
-    u32 ds[BN / 16][4];
-#pragma unroll
-    for (int i = 0; i < D / 2; i++) dq[i] = 0;
-    const float c = a.scale * LOG2E;
-    const int own = position + warp * 16 + (lane >> 2);
-    // Of the tile before, nothing yet: zeros times these keys.
-#pragma unroll
-    for (int x = 0; x < BN / 16; x++) ds[x][0] = ds[x][1] = ds[x][2] = ds[x][3] = 0;
-    int stage = 0, before = 0;
-    for (int j = j0; j < j1; j++) {
-        const int next = stage == 2 ? 0 : stage + 1;
-        copies_wait<0>();
-        products_begin();
-        scores<D, BM, BN>(s, sq, group_row, sk + stage * STAGE);
-        products_end();
-        scores<D, BM, BN>(dp, so, group_row, sv + stage * STAGE);
-        products_end();
-        if (j + 1 < j1) keys(j + 1, next);
-        copies_end();
-        products_begin();
-        weigh<D, BN>(dq, ds, sk + before * STAGE);
-        products_end();
-        products_wait<2>();
-        arrived(s);
-        const bool masked = j * BN + BN - 1 > position + warp * 16 || (a.window && j * BN <= last - a.window);
-#pragma unroll
-        for (int i = 0; i < BN / 2; i++) {
-            const int half = (i >> 1) & 1;
-            s[i] = exp2_(s[i] * c - log_sum[half]);
-            if (masked) {
-                const int key = j * BN + (i >> 2) * 8 + 2 * (lane & 3) + (i & 1), at_row = own + 8 * half;
-                if (key > at_row || (a.window && key <= at_row - a.window)) s[i] = 0;
+    __syncthreads();
+    Ring<1> queries(barriers);
+    Ring<STAGES> keys(barriers + 16);
+    if (threadIdx.x < 128) {
+        registers_fewer<24>();
+        if (threadIdx.x != 0) return;
+        Work work(heads, tiles);
+        while (work.next(a)) {
+            const Tile &t = work.tile;
+            const Keys<BN> see(t, a.window);
+            const int kv_head = work.head / a.group;
+            queries.await_empty();
+            work.leave(barriers);
+            arrive_expecting(queries.full(), OWN * ROWS * D * 2);
+            copy_tile<D, ROWS>(sq, maps.q, queries.full(), work.head, t.first - a.q_shift);
+            copy_tile<D, ROWS>(so, maps.dout, queries.full(), work.head, t.first - a.q_shift);
+            if (DELTA) copy_tile<D, ROWS>(sout, maps.out, queries.full(), work.head, t.first - a.q_shift);
+            queries.next();
+#pragma unroll 1
+            for (int j = see.first; j < see.end; j++) {
+                keys.await_empty();
+                arrive_expecting(keys.full(), 2 * BYTES);
+                copy_tile<D, BN>(sk + keys.stage * BYTES, maps.k, keys.full(), kv_head, see.row(j));
+                copy_tile<D, BN>(sv + keys.stage * BYTES, maps.v, keys.full(), kv_head, see.row(j));
+                keys.next();
             }
         }
-        before_wait(s);
-        products_wait<1>();
-        arrived(dp);
+        queries.await_empty();
+        leave_end(barriers);
+        arrive(queries.full());
+        return;
+    }
+    registers_more<240>();
+    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group = warp >> 2, mine = (SPLIT ? warp & 3 : warp) * 16;
+    const float c = a.scale * LOG2E;
+    while (true) {
+        int head;
+        queries.await_full();
+        const Tile t = find(barriers, head);
+        if (head < 0) break;
+        const Keys<BN> see(t, a.window);
+        const int position = t.length + t.first - t.start, last = position + t.end - t.first - 1;
+        float log_sum[2], delta[2];
 #pragma unroll
-        for (int i = 0; i < BN / 2; i++) s[i] *= (dp[i] - delta[(i >> 1) & 1]) * a.scale;
+        for (int half = 0; half < 2; half++) {
+            const int r = t.first + mine + (lane >> 2) + 8 * half;
+            const i64 i = (i64)head * a.log_rows + r - a.log_shift;
+            log_sum[half] = r < t.end ? a.log_sums[i] * LOG2E : 0;
+            delta[half] = !DELTA && r < t.end ? a.delta[i] : 0;
+        }
+        float dq[D / 2], s[BN / 2], dp[BN / 2];
+        u32 q[D / 16][4], dout[D / 16][4], ds[BN / 16][4];
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) dq[i] = 0;
+        if (HELD) {
+            load_rows<D, ROWS>(q, sq, mine);
+            load_rows<D, ROWS>(dout, so, mine);
+            if (DELTA) {
+                u32 out[D / 16][4];
+                load_rows<D, ROWS>(out, sout, mine);
+#pragma unroll
+                for (int x = 0; x < D / 16; x++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        delta[e & 1] += low(dout[x][e]) * low(out[x][e]) + high(dout[x][e]) * high(out[x][e]);
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    delta[half] = quad_sum(delta[half]);
+                    const int r = t.first + mine + (lane >> 2) + 8 * half;
+                    if ((lane & 3) == 0 && r < t.end) a.delta[(i64)head * a.log_rows + r - a.log_shift] = delta[half];
+                }
+            }
+            queries.release();
+            queries.next();
+        }
+        // The first half of the queries does not see the last keys that the other half sees.
+        const int end = SPLIT ? see.end : see.until(min(t.end, t.first + 64 * group + 64));
+        int before = -1;
+        Ring<STAGES> ring = keys;
+        if (SPLIT) ring.skip(group);
+        for (int j = see.first + (SPLIT ? group : 0); j < end; j += SPLIT ? 2 : 1) {
+            const int stage = ring.stage;
+            ring.await_full();
+            products_begin();
+            if (HELD) scores<D, BN>(s, q, sk + stage * BYTES);
+            else scores<D, BM, BN>(s, sq, group * 64, sk + stage * BYTES);
+            products_end();
+            if (HELD) scores<D, BN>(dp, dout, sv + stage * BYTES);
+            else scores<D, BM, BN>(dp, so, group * 64, sv + stage * BYTES);
+            products_end();
+            products_wait<1>();
+            arrived(s);
+            // What the tile before adds to dq is made, too.
+            if (before >= 0) ring.release(before);
+            const int first = see.position(j), own = position + mine;
+            const bool masked = see.real(j) < BN || first + BN - 1 > own || (a.window && first <= last - a.window);
+#pragma unroll
+            for (int i = 0; i < BN / 2; i++) s[i] = exp2_(s[i] * c - log_sum[half_of(i)]);
+            if (masked) {
+                int from[2], to[2];
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int row = own + (lane >> 2) + 8 * half;
+                    to[half] = min(see.real(j), row + 1 - first) - 2 * (lane & 3);
+                    from[half] = (a.window ? row + 1 - a.window - first : 0) - 2 * (lane & 3);
+                }
+#pragma unroll
+                for (int i = 0; i < BN / 2; i++)
+                    if (column_of(i) >= to[half_of(i)] || column_of(i) < from[half_of(i)]) s[i] = 0;
+            }
+            before_wait(s);
+            products_wait<0>();
+            arrived(dp);
+#pragma unroll
+            for (int i = 0; i < BN / 2; i++) s[i] *= dp[i] - delta[half_of(i)];
+            as_left<BN>(ds, s);
+            products_begin();
+            weigh<D, BN>(dq, ds, sk + stage * BYTES);
+            products_end();
+            before = stage;
+            ring.skip(SPLIT ? 2 : 1);
+        }
         products_wait<0>();
         arrived(dq);
-        as_left<BN>(ds, s);
-        before = stage, stage = next;
-    }
-    products_begin();
-    weigh<D, BN>(dq, ds, sk + before * STAGE);
-    products_end();
-    products_wait<0>();
-    arrived(dq);
+        if (!HELD) queries.release(), queries.next();
+        if (before >= 0) ring.release(before);
+        if (SPLIT) {
+            keys.skip(see.end - see.first);
+            // One half of the sum goes to the group that has the other.
+            const u32 part = parts + (threadIdx.x & 127) * 4;
+            if (group == 1) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int r = t.first + warp * 16 + (lane >> 2) + 8 * half;
-        if (r >= t.end) continue;
-        bf16 *out = a.dq + (i64)(r - a.q_shift) * a.lddq + (i64)head * a.d;
+                for (int i = 0; i < D / 2; i++) store_float(part + i * 512, dq[i]);
+            }
+            turn_wait(0);
+            if (group == 0) {
 #pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-            const int column = n * 8 + 2 * (lane & 3), i = 4 * n + 2 * half;
-            if (column < a.d) *(u32 *)(out + column) = pack(dq[i], dq[i + 1]);
+                for (int i = 0; i < D / 2; i++) dq[i] += load_float(part + i * 512);
+            }
+            turn_wait(1);
+            if (group == 1) continue;
+        } else {
+            keys = ring;
+#pragma unroll 1
+            for (int j = end; j < see.end; j++) {
+                keys.await_full();
+                keys.release();
+                keys.next();
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int r = t.first + mine + (lane >> 2) + 8 * half;
+            write<D>(a.dq + (i64)(r - a.q_shift) * a.lddq + (i64)head * a.d, dq, half, a.scale, a.d, r < t.end);
         }
     }
 }
 
-// dk and dv of 128 keys from one query head. Keys are the rows, so that P and dS stay in registers as the left operand.
-template <int D> __device__ __forceinline__ void backward_kv(const Attention &a) {
-    const int BN = 64, STAGE = BN * D * 2;
-    const Tile t = tile_at(a, blockIdx.y);
-    const int head = blockIdx.x, kv_head = head / a.group;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group_row = (warp >> 2) * 64;
-    const u32 sk = shared_start(), sv = sk + BM * D * 2, sq = sv + BM * D * 2, so = sq + 3 * STAGE, slog = so + 3 * STAGE,
-              sdelta = slog + 3 * BN * 4;
-    const int keys = t.end - t.first;
-    const int stop = a.window ? min(t.stop, t.end - 1 + a.window) : t.stop;
-    const int blocks = (stop - t.first + BN - 1) / BN;
-    auto key = [&](int r, bool &real) { return real = r < keys, t.first + r; };
-    fetch<D, BM>(sk, a.k + (i64)kv_head * a.d, a.ldk, a.d, key);
-    fetch<D, BM>(sv, a.v + (i64)kv_head * a.d, a.ldv, a.d, key);
-    auto queries = [&](int j, int stage) {
-        const int first = t.first + j * BN;
-        auto row = [&](int r, bool &real) { return real = first + r < stop, first + r - a.q_shift; };
-        fetch<D, BN>(sq + stage * STAGE, a.q + (i64)head * a.d, a.ldq, a.d, row);
-        fetch<D, BN>(so + stage * STAGE, a.dout + (i64)head * a.d, a.ldo, a.d, row);
-        if (threadIdx.x < 2 * BN) {
-            const int i = threadIdx.x % BN, r = first + i;
-            const float *from = (threadIdx.x < BN ? a.log_sums : a.delta) + (i64)head * a.log_rows;
-            const bool real = r < stop;
-            copy4((threadIdx.x < BN ? slog : sdelta) + (stage * BN + i) * 4, real ? from + r - a.log_shift : from, real);
-        }
-    };
-    queries(0, 0);
-    copies_end();
-    float dk[D / 2], dv[D / 2], s[BN / 2], dp[BN / 2];
-    u32 p[BN / 16][4], ds[BN / 16][4];
-#pragma unroll
-    for (int i = 0; i < D / 2; i++) dk[i] = dv[i] = 0;
-    const float c = a.scale * LOG2E;
-    const int own = t.first + warp * 16 + (lane >> 2);
-    // Of the tile before, nothing yet: zeros times these queries.
-#pragma unroll
-    for (int x = 0; x < BN / 16; x++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) p[x][e] = ds[x][e] = 0;
-    int stage = 0, before = 0;
-    for (int j = 0; j < blocks; j++) {
-        const int next = stage == 2 ? 0 : stage + 1;
-        copies_wait<0>();
-        products_begin();
-        scores<D, BM, BN>(s, sk, group_row, sq + stage * STAGE);
-        products_end();
-        scores<D, BM, BN>(dp, sv, group_row, so + stage * STAGE);
-        products_end();
-        if (j + 1 < blocks) queries(j + 1, next);
-        copies_end();
-        products_begin();
-        weigh<D, BN>(dv, p, so + before * STAGE);
-        weigh<D, BN>(dk, ds, sq + before * STAGE);
-        products_end();
-        products_wait<2>();
-        arrived(s);
-        const int first = t.first + j * BN;
-        const bool masked = first < t.first + BM || first + BN > stop || a.window;
-#pragma unroll
-        for (int n = 0; n < BN / 8; n++) {
-            const float2 log_sum = pair(slog + (stage * BN + n * 8 + 2 * (lane & 3)) * 4);
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                float x = exp2_(s[4 * n + e] * c - (e & 1 ? log_sum.y : log_sum.x) * LOG2E);
-                if (masked) {
-                    const int query = first + n * 8 + 2 * (lane & 3) + (e & 1), at_row = own + 8 * (e >> 1);
-                    if (at_row > query || query >= stop || (a.window && at_row <= query - a.window)) x = 0;
+// dk and dv of 128 keys from one query head, 64 queries at a time. Keys are the rows, so that P and dS stay in registers as
+// the left operand.
+template <int D> __device__ __forceinline__ void backward_kv(const Attention &a, const Maps &maps, int heads, int tiles) {
+    const int BN = 64, STAGES = 4, BYTES = BN * D * 2;
+    const u32 sk = shared_start(), sv = sk + BM * D * 2, sq = sv + BM * D * 2, so = sq + STAGES * BYTES, slog = so + STAGES * BYTES,
+              sdelta = slog + STAGES * BN * 4, barriers = sdelta + STAGES * BN * 4;
+    if (threadIdx.x == 0) {
+        Ring<1>::make(barriers, 1, WARPS);
+        Ring<STAGES>::make(barriers + 16, 33, WARPS);
+        barriers_made();
+    }
+    __syncthreads();
+    Ring<1> keys(barriers);
+    Ring<STAGES> queries(barriers + 16);
+    if (threadIdx.x < 128) {
+        registers_fewer<24>();
+        if (threadIdx.x >= 32) return;
+        const int lane = threadIdx.x;
+        Work work(heads, tiles);
+        while (work.next(a)) {
+            const Tile &t = work.tile;
+            const int stop = a.window ? min(t.stop, t.end - 1 + a.window) : t.stop;
+            if (lane == 0) {
+                keys.await_empty();
+                work.leave(barriers);
+                arrive_expecting(keys.full(), 2 * BM * D * 2);
+                copy_tile<D, BM>(sk, maps.k, keys.full(), work.head / a.group, t.first);
+                copy_tile<D, BM>(sv, maps.v, keys.full(), work.head / a.group, t.first);
+            }
+            keys.next();
+            const i64 row = (i64)work.head * a.log_rows - a.log_shift;
+#pragma unroll 1
+            for (int first = t.first; first < stop; first += BN) {
+                queries.await_empty();
+                if (lane == 0) {
+                    arrive_expecting(queries.full(), 2 * BYTES);
+                    copy_tile<D, BN>(sq + queries.stage * BYTES, maps.q, queries.full(), work.head, first - a.q_shift);
+                    copy_tile<D, BN>(so + queries.stage * BYTES, maps.dout, queries.full(), work.head, first - a.q_shift);
                 }
-                s[4 * n + e] = x;
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int i = half * 32 + lane, r = first + i;
+                    const u32 to = (queries.stage * BN + i) * 4;
+                    const i64 from = r < stop ? row + r : 0;
+                    copy4(slog + to, a.log_sums + from, r < stop);
+                    copy4(sdelta + to, a.delta + from, r < stop);
+                }
+                copies_arrive(queries.full());
+                queries.next();
             }
         }
-        products_wait<1>();
-        arrived(dp);
+        if (lane == 0) {
+            keys.await_empty();
+            leave_end(barriers);
+            arrive(keys.full());
+        }
+        return;
+    }
+    registers_more<240>();
+    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group = warp >> 2;
+    const float c = a.scale * LOG2E;
+    while (true) {
+        int head;
+        keys.await_full();
+        const Tile t = find(barriers, head);
+        if (head < 0) break;
+        const int stop = a.window ? min(t.stop, t.end - 1 + a.window) : t.stop;
+        float dk[D / 2], dv[D / 2], s[BN / 2], dp[BN / 2];
+        u32 p[BN / 16][4], ds[BN / 16][4];
 #pragma unroll
-        for (int n = 0; n < BN / 8; n++) {
-            const float2 delta = pair(sdelta + (stage * BN + n * 8 + 2 * (lane & 3)) * 4);
+        for (int i = 0; i < D / 2; i++) dk[i] = dv[i] = 0;
+        // The first queries see none of the last keys.
+        if (group == 1) {
+            queries.await_full();
+            queries.release();
+            queries.next();
+        }
+        int before = -1;
+        for (int first = t.first + 64 * group; first < stop; first += BN) {
+            const int stage = queries.stage;
+            queries.await_full();
+            products_begin();
+            scores<D, BM, BN>(s, sk, group * 64, sq + stage * BYTES);
+            products_end();
+            // What the tile before adds to dk and dv is made: its registers are free.
+            products_wait<1>();
+            if (before >= 0) queries.release(before);
+            products_begin();
+            scores<D, BM, BN>(dp, sv, group * 64, so + stage * BYTES);
+            products_end();
+            products_wait<1>();
+            arrived(s);
+            const u32 logs = slog + (stage * BN + 2 * (lane & 3)) * 4, deltas = sdelta + (stage * BN + 2 * (lane & 3)) * 4;
 #pragma unroll
-            for (int e = 0; e < 4; e++) dp[4 * n + e] = s[4 * n + e] * (dp[4 * n + e] - (e & 1 ? delta.y : delta.x)) * a.scale;
+            for (int n = 0; n < BN / 8; n++) {
+                const float2 log_sum = pair(logs + n * 32);
+                const float low = log_sum.x * LOG2E, high = log_sum.y * LOG2E;
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[4 * n + e] = exp2_(s[4 * n + e] * c - (e & 1 ? high : low));
+            }
+            if (first < t.first + 64 * group + 64 || first + BN > stop || a.window) {
+#pragma unroll
+                for (int i = 0; i < BN / 2; i++) {
+                    const int query = first + column_of(i) + 2 * (lane & 3), key = t.first + warp * 16 + (lane >> 2) + 8 * half_of(i);
+                    if (key > query || query >= stop || (a.window && key <= query - a.window)) s[i] = 0;
+                }
+            }
+            as_left<BN>(p, s);
+            products_begin();
+            weigh<D, BN>(dv, p, so + stage * BYTES);
+            products_end();
+            products_wait<1>();
+            arrived(dp);
+#pragma unroll
+            for (int n = 0; n < BN / 8; n++) {
+                const float2 delta = pair(deltas + n * 32);
+#pragma unroll
+                for (int e = 0; e < 4; e++) dp[4 * n + e] = s[4 * n + e] * (dp[4 * n + e] - (e & 1 ? delta.y : delta.x));
+            }
+            as_left<BN>(ds, dp);
+            products_begin();
+            weigh<D, BN>(dk, ds, sq + stage * BYTES);
+            products_end();
+            if (first + BN >= stop) keys.release();
+            before = stage;
+            queries.next();
         }
         products_wait<0>();
         arrived(dk);
         arrived(dv);
-        as_left<BN>(p, s);
-        as_left<BN>(ds, dp);
-        before = stage, stage = next;
-    }
-    products_begin();
-    weigh<D, BN>(dv, p, so + before * STAGE);
-    weigh<D, BN>(dk, ds, sq + before * STAGE);
-    products_end();
-    products_wait<0>();
-    arrived(dk);
-    arrived(dv);
+        if (before >= 0) queries.release(before);
+        else keys.release();
+        keys.next();
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int r = t.first + warp * 16 + (lane >> 2) + 8 * half;
-        if (r >= t.end) continue;
-        const i64 to = (i64)(r - a.q_shift) * a.lddk + (i64)head * a.d;
-#pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-            const int column = n * 8 + 2 * (lane & 3), i = 4 * n + 2 * half;
-            if (column >= a.d) continue;
-            *(u32 *)(a.dk + to + column) = pack(dk[i], dk[i + 1]);
-            *(u32 *)(a.dv + to + column) = pack(dv[i], dv[i + 1]);
+        for (int half = 0; half < 2; half++) {
+            const int r = t.first + warp * 16 + (lane >> 2) + 8 * half;
+            const i64 to = (i64)(r - a.q_shift) * a.lddk + (i64)head * a.d;
+            write<D>(a.dk + to, dk, half, a.scale, a.d, r < t.end);
+            write<D>(a.dv + to, dv, half, 1, a.d, r < t.end);
         }
     }
 }
 
+#define KERNEL(NAME, OF) \
+    __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ Attention a, const __grid_constant__ Maps maps, int heads, int tiles) { \
+        OF(a, maps, heads, tiles); \
+    }
 extern "C" {
-__global__ void __launch_bounds__(THREADS, 1) hopper_forward_64(Attention a) { forward<64>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_forward_128(Attention a) { forward<128>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_q_64(Attention a) { backward_q<64>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_q_128(Attention a) { backward_q<128>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_64(Attention a) { backward_kv<64>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_128(Attention a) { backward_kv<128>(a); }
+KERNEL(hopper_forward_64, forward<64>)
+KERNEL(hopper_forward_128, forward<128>)
+KERNEL(hopper_backward_q_64, backward_q<64>)
+KERNEL(hopper_backward_q_128, backward_q<128>)
+KERNEL(hopper_backward_q_split_64, (backward_q<64, true, true>))
+KERNEL(hopper_backward_q_split_128, (backward_q<128, true, true>))
+KERNEL(hopper_backward_kv_64, backward_kv<64>)
+KERNEL(hopper_backward_kv_128, backward_kv<128>)
+// Other arms of an experiment, to be gone.
+KERNEL(free_forward_128, (forward<128, false, false>))
+KERNEL(whole_backward_q_128, (backward_q<128, true, false, true>))
+KERNEL(whole_backward_q_split_128, (backward_q<128, true, true, true>))
+KERNEL(deep_forward_128, (forward<128, true, false, 3>))
+KERNEL(held_forward_128, (forward<128, true, true>))
+KERNEL(heldfree_forward_128, (forward<128, false, true>))
+KERNEL(loose_backward_q_128, (backward_q<128, false>))
 }
