@@ -234,6 +234,94 @@ def attentions():
         attention_case([(0, 700, 0, 0), (700, 1577, 0, 700)], 6, 2, d, frozen=700, kind=kind)
 
 
+# ---- attention of heads of 129 to 256 on Hopper
+
+hopper_256 = Module("attention_hopper_256") if hopper else None
+
+
+def attention_256_case(spans, heads, kv, d, window=0, frozen=0, timed=False, wide=""):
+    """`attention_hopper_256.cu`; `wide` is "_wide" for its other keys' and values' kernel."""
+    total, group, scale = max(s[1] for s in spans), heads // kv, d ** -0.5
+    trained, width_q, width_kv = total - frozen, heads * d + 8, 2 * kv * d + 8
+    q, kvs, dout = random(total, width_q), random(total, width_kv), random(trained, heads * d)
+    k, v = kvs[:, : kv * d], kvs[:, kv * d : 2 * kv * d]
+    out, logs = poison(total, heads * d), poison(heads, trained, dtype=torch.float32)
+    delta = poison(heads, trained, dtype=torch.float32)
+    dq, dk, dv = (poison(trained, heads * d) for _ in range(3))
+    what = f"attention256 d={d}{wide} heads={heads}/{kv} window={window} spans={spans}"
+
+    def launch(which, spans, **fields):
+        t = [[i, min(end, i + 128), prefix, length, first, end]
+             for first, end, prefix, length in spans for i in range(first, end, 128)]
+        t.sort(key=lambda t: t[4] - t[3] - t[1])
+        count, t = len(t), torch.tensor(t, dtype=torch.int32, device=DEV)
+        a = Attention(tiles=t.data_ptr(), ldq=width_q, ldk=width_kv, ldv=width_kv, ldo=heads * d, lddq=heads * d,
+                      lddk=heads * d, log_rows=trained, log_shift=frozen, group=group, d=d, window=window, scale=scale,
+                      **{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in fields.items()})
+        blocks = 2 * count if which == "backward_kv" else count
+        # Rows of 512 bytes, numbers and barriers, and what aligns.
+        rows, rest = {"forward": (128 + 4 * 80, 64), "backward_q": (2 * 128 + 3 * 64, 48),
+                      "backward_kv": (2 * 64 + 6 * 48, 64 * 48 * 4 + 6 * 48 * 4 + 96),
+                      "backward_kv_wide": (2 * 64 + 4 * 64, 64 * 64 * 4 + 4 * 64 * 4 + 64)}[which + (wide if blocks > count else "")]
+        name = f"hopper_{which}_256" + (wide if blocks > count else "")
+        run = lambda: hopper_256(name, (heads, blocks), 384, a, shared=rows * 512 + rest + 1024)
+        run()
+        if not timed:
+            return t
+        torch.cuda.synchronize()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(10):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        pairs = sum((e - f) * (l if which != "backward_kv" else 0) + (e - f) * (e - f + 1) // 2 for f, e, _, l in spans)
+        ms = start.elapsed_time(end) / 10
+        flops = {"forward": 4, "backward_q": 6, "backward_kv": 8}[which] * pairs * d * heads
+        print(f"time {name} d={d} {[(e - f, l) for f, e, _, l in spans]}: {ms:.3f} ms, {flops / ms / 1e9:.0f} TFLOP/s")
+        return t
+
+    keep = [launch("forward", spans, q=q, k=k, v=v, out=out, log_sums=logs, q_shift=0)]
+    attention("attention_delta", ((trained * heads + 3) // 4,), 128, dout, out[frozen:], L(heads * d), I(trained), I(heads),
+              I(d), delta)
+    own = [s for s in spans if s[0] >= frozen]
+    back = dict(q=q[frozen:], k=k, v=v, log_sums=logs, dout=dout, delta=delta, q_shift=frozen)
+    keep.append(launch("backward_q", own, dq=dq, **back))
+    keep.append(launch("backward_kv", own, dk=dk, dv=dv, **back))
+    torch.cuda.synchronize()
+    if timed:
+        return
+    # The rows that train alone, whose bits are the same.
+    again, logs_again = poison(trained, heads * d), poison(heads, trained, dtype=torch.float32)
+    keep.append(launch("forward", own, q=q[frozen:], k=k, v=v, out=again, log_sums=logs_again, q_shift=frozen))
+    check(what + " again", again, out[frozen:], 0)
+    check(what + " log_sums again", logs_again, logs, 0)
+    qf = q[:, : heads * d].float().reshape(total, heads, d).requires_grad_()
+    kf = k.float().reshape(total, kv, d).requires_grad_()
+    vf = v.float().reshape(total, kv, d).requires_grad_()
+    want = attention_reference(qf, kf, vf, spans, window, scale)
+    check(what + " out", out, want.reshape(total, -1), 6e-3)
+    want.backward(torch.cat([torch.zeros(frozen, heads, d, device=DEV), dout.float().reshape(trained, heads, d)]))
+    gathered = lambda x: x.float().reshape(trained, kv, group, d).sum(2)
+    # A row that sees itself alone has no gradient: what is left of dP - delta is measured by dP.
+    least = 1e-2 * float(dout.float().norm())
+    check(what + " dq", dq, qf.grad[frozen:].reshape(trained, -1), 1.5e-2, least)
+    check(what + " dk", gathered(dk), kf.grad[frozen:], 1.5e-2, least)
+    check(what + " dv", gathered(dv), vf.grad[frozen:], 1.5e-2)
+
+
+def attentions_256():
+    packed = [(0, 70, 0, 0), (70, 75, 0, 0), (75, 240, 0, 70), (240, 241, 70, 5), (241, 400, 70, 5), (400, 463, 0, 0)]
+    for wide in ("", "_wide") if hopper else ():
+        for d in (256, 136, 200):
+            for window in (0, 3, 100):
+                attention_256_case(packed, 4, 2, d, window, frozen=75, wide=wide)
+        attention_256_case([(0, 1, 0, 0)], 2, 1, 256, wide=wide)
+        attention_256_case([(0, 64, 0, 0)], 2, 2, 256, wide=wide)
+        attention_256_case([(0, 129, 0, 0)], 8, 1, 256, wide=wide)
+        attention_256_case([(0, 700, 0, 0), (700, 1577, 0, 700)], 6, 2, 256, frozen=700, wide=wide)
+
+
 # ---- norms, rope, swiglu, loss
 
 norm, rope, swiglu, loss, embedding, linear, apollo = map(
@@ -868,7 +956,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", type=lambda names: names.split(","))
     args = parser.parse_args()
     torch.manual_seed(0)
-    for part in (attentions, norms, ropes, convolutions, deltas, gates, others, optimizer):
+    for part in (attentions, attentions_256, norms, ropes, convolutions, deltas, gates, others, optimizer):
         if args.only and part.__name__ not in args.only:
             continue
         try:
@@ -886,5 +974,11 @@ if __name__ == "__main__":
             if hopper and d <= 128:
                 attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True, kind=f"hopper_{d}")
                 attention_case([(0, 1024, 0, 0), (1024, 2048, 0, 1024)], heads, kv, d, frozen=1024, timed=True, kind=f"hopper_{d}")
+        if hopper:
+            # Of Qwen3.5-27B's heads: the spans of 0 + 1024, 4096 + 256 and 32768 + 1024.
+            for own, context in ((1024, 0), (4096, 0), (256, 4096), (1024, 32768)):
+                spans = [(0, context, 0, 0), (context, context + own, 0, context)] if context else [(0, own, 0, 0)]
+                for wide in ("",) if context > 4096 else ("", "_wide"):
+                    attention_256_case(spans, 24, 4, 256, frozen=context, timed=True, wide=wide)
     print("all agree" if not failures else f"{len(failures)} FAILED: {sorted(set(failures))[:20]}")
     raise SystemExit(bool(failures))
