@@ -69,6 +69,12 @@ template <int N> __device__ __forceinline__ void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+// The thread arrives at the barrier when its copies so far are there.
+__device__ __forceinline__ void copies_arrive(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// Shows copies that a barrier has waited for to products.
+__device__ __forceinline__ void copies_show() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void barrier_begin(u32 at, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
 }
@@ -245,10 +251,10 @@ template <int N> __device__ __forceinline__ void as_left(u32 (&p)[N / 16][4], co
 
 // N tiles of one kind in turn, with a barrier for "full" (the four warps that copy arrive) and one for "free" (the eight that
 // make products) each.
-template <int N> struct Ring {
+template <int N, bool SELF> struct Ring {
     u32 barriers;
     __device__ __forceinline__ void begin() const {
-        for (int i = 0; i < N; i++) barrier_begin(full(i), 4), barrier_begin(free(i), 8);
+        for (int i = 0; i < N; i++) barrier_begin(full(i), SELF ? 128 : 4), barrier_begin(free(i), 8);
     }
     __device__ __forceinline__ u32 full(int slot) const { return barriers + slot * 16; }
     __device__ __forceinline__ u32 free(int slot) const { return barriers + slot * 16 + 8; }
@@ -264,31 +270,36 @@ template <int N> struct Turn {
     }
 };
 
-template <int N> __device__ __forceinline__ void wait_full(const Ring<N> &ring, const Turn<N> &turn) {
+template <int N, bool SELF> __device__ __forceinline__ void wait_full(const Ring<N, SELF> &ring, const Turn<N> &turn) {
     while (!barrier_over_soon(ring.full(turn.slot), turn.parity));
+    if (SELF) copies_show();
 }
 // The warp reads the tile no more.
-template <int N> __device__ __forceinline__ void release(const Ring<N> &ring, const Turn<N> &turn) {
+template <int N, bool SELF> __device__ __forceinline__ void release(const Ring<N, SELF> &ring, const Turn<N> &turn) {
     if ((threadIdx.x & 31) == 0) barrier_arrive(ring.free(turn.slot));
 }
 
 // What the warps that copy do: tiles are said to be full one tile later, so that copies of two are under way.
-struct Copies {
+template <bool SELF> struct Copies {
     u32 under_way = 0;
     __device__ __forceinline__ void say() {
         __syncwarp();
         if ((threadIdx.x & 31) == 0) barrier_arrive(under_way);
     }
     // Waits until the slot may be filled. What is under way is said to be there first, if there is a wait: the wait may be for it.
-    template <int N> __device__ __forceinline__ void wait_free(const Ring<N> &ring, const Turn<N> &turn) {
+    template <int N> __device__ __forceinline__ void wait_free(const Ring<N, SELF> &ring, const Turn<N> &turn) {
         if (turn.i < N) return;
         const u32 barrier = ring.free(turn.slot);
         const int parity = turn.parity ^ 1;
-        if (__all_sync(0xffffffff, barrier_over(barrier, parity))) return;
-        finish();
+        if (!SELF && __all_sync(0xffffffff, barrier_over(barrier, parity))) return;
+        if (!SELF) finish();
         while (!barrier_over_soon(barrier, parity));
     }
-    template <int N> __device__ __forceinline__ void begun(const Ring<N> &ring, const Turn<N> &turn) {
+    template <int N> __device__ __forceinline__ void begun(const Ring<N, SELF> &ring, const Turn<N> &turn) {
+        if (SELF) {
+            copies_arrive(ring.full(turn.slot));
+            return;
+        }
         copies_end();
         if (under_way) {
             copies_wait<1>();
@@ -297,6 +308,11 @@ struct Copies {
         under_way = ring.full(turn.slot);
     }
     __device__ __forceinline__ void finish() {
+        if (SELF) {
+            copies_end();
+            copies_wait<0>();
+            return;
+        }
         if (!under_way) return;
         copies_wait<0>();
         say();
@@ -343,11 +359,11 @@ __device__ __forceinline__ void softmax(float (&s)[N / 2], float (&m)[2], float 
 // 128 queries of one head; tiles of 80 keys and of 80 values, two of each.
 static const int FORWARD_M = 128, FORWARD_N = 80;
 
-struct Forward {
+template <bool SELF> struct Forward {
     static const int BM = FORWARD_M, BN = FORWARD_N, STAGE = BN * ROW;
     Tile t;
     u32 sq, sk, sv;
-    Ring<2> keys, values;
+    Ring<2, SELF> keys, values;
     int head, rows, position, last, j0, j1;
 
     __device__ __forceinline__ Forward() {
@@ -368,7 +384,7 @@ struct Forward {
     __device__ __forceinline__ void copy(const Attention &a) const {
         const int kv_head = head / a.group;
         const bf16 *k = a.k + (i64)kv_head * a.d, *v = a.v + (i64)kv_head * a.d;
-        Copies copies;
+        Copies<SELF> copies;
         Turn<2> key, value;
         auto tile = [&](const bf16 *x, i64 ld, u32 to, int j) {
             fetch<BN>(to, x, ld, a.d, [&](int r, bool &real) { return real = j * BN + r <= last, row_of(t, j * BN + r); });
@@ -495,12 +511,12 @@ __device__ __forceinline__ void write_row(bf16 *to, const float (&x)[D / 2], int
 
 // dq of 128 queries of one head. dS = P * (dO V^T - delta) * scale, dQ = dS K. Tiles of 64 keys in two stages; of values in
 // one, which a tile's dP alone needs.
-struct BackwardQ {
+template <bool SELF> struct BackwardQ {
     static const int BM = 128, BN = 64, STAGE = BN * ROW;
     Tile t;
     u32 sq, so, sk, sv;
-    Ring<2> keys;
-    Ring<1> values;
+    Ring<2, SELF> keys;
+    Ring<1, SELF> values;
     int head, rows, position, last, j0, j1;
 
     __device__ __forceinline__ BackwardQ() {
@@ -521,7 +537,7 @@ struct BackwardQ {
     __device__ __forceinline__ void copy(const Attention &a) const {
         const int kv_head = head / a.group;
         const bf16 *k = a.k + (i64)kv_head * a.d, *v = a.v + (i64)kv_head * a.d;
-        Copies copies;
+        Copies<SELF> copies;
         Turn<2> key;
         Turn<1> value;
         auto mine = [&](int r, bool &real) { return real = r < rows, t.first + r - a.q_shift; };
@@ -635,11 +651,11 @@ struct BackwardQ {
 // first makes P and hands it to the second, thread by thread.
 //
 // A tile of `tiles` is 128 keys, two blocks. The last tiles, of the latest rows, are of the keys that the fewest queries see.
-template <int BN, int STAGES> struct BackwardKV {
+template <int BN, int STAGES, bool SELF> struct BackwardKV {
     static const int BM = 64, STAGE = BN * ROW;
     Tile t;
     u32 sk, sv, sq, so, slog, sdelta, sp;
-    Ring<STAGES> queries, outs;
+    Ring<STAGES, SELF> queries, outs;
     int head, first, stop, blocks;
 
     __device__ __forceinline__ BackwardKV() {
@@ -665,7 +681,7 @@ template <int BN, int STAGES> struct BackwardKV {
         // Past the end of a tile that has a first half alone, nobody has work.
         if (first >= t.end) return;
         const int kv_head = head / a.group;
-        Copies copies;
+        Copies<SELF> copies;
         Turn<STAGES> query, out;
         auto own = [&](int r, bool &real) { return real = first + r < t.end, first + r; };
         fetch<BM>(sk, a.k + (i64)kv_head * a.d, a.ldk, a.d, own);
@@ -749,7 +765,7 @@ template <int BN, int STAGES> struct BackwardKV {
     // A group's gradient, with tiles of `near` for its scores and of `far` for what it sums: queries and outputs' gradients, or
     // the other way round.
     template <typename F>
-    __device__ __forceinline__ void go_over(const Ring<STAGES> &near, const Ring<STAGES> &far, u32 rows, u32 snear, u32 sfar,
+    __device__ __forceinline__ void go_over(const Ring<STAGES, SELF> &near, const Ring<STAGES, SELF> &far, u32 rows, u32 snear, u32 sfar,
                                             float (&sum)[D / 2], F make) const {
         float s[BN / 2];
         u32 p[BN / 16][4];
@@ -828,8 +844,13 @@ template <typename Work, int COPY, int WORK> __device__ __forceinline__ void rol
 }
 
 extern "C" {
-__global__ void __launch_bounds__(THREADS, 1) hopper_forward_256(Attention a) { roles<Forward, 40, 232>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_q_256(Attention a) { roles<BackwardQ, 40, 232>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256(Attention a) { roles<BackwardKV<48, 3>, 56, 224>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256_wide(Attention a) { roles<BackwardKV<64, 2>, 56, 224>(a); }
+__global__ void __launch_bounds__(THREADS, 1) hopper_forward_256(Attention a) { roles<Forward<false>, 40, 232>(a); }
+__global__ void __launch_bounds__(THREADS, 1) hopper_backward_q_256(Attention a) { roles<BackwardQ<false>, 40, 232>(a); }
+__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256(Attention a) { roles<BackwardKV<48, 3, false>, 56, 224>(a); }
+// Others that are timed against them.
+__global__ void __launch_bounds__(THREADS, 1) hopper_forward_256_self(Attention a) { roles<Forward<true>, 40, 232>(a); }
+__global__ void __launch_bounds__(THREADS, 1) hopper_backward_q_256_self(Attention a) { roles<BackwardQ<true>, 40, 232>(a); }
+__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256_self(Attention a) { roles<BackwardKV<48, 3, true>, 56, 224>(a); }
+__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256_wide(Attention a) { roles<BackwardKV<64, 2, false>, 56, 224>(a); }
+__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256_wide_self(Attention a) { roles<BackwardKV<64, 2, true>, 56, 224>(a); }
 }
