@@ -239,8 +239,8 @@ def attentions():
 hopper_256 = Module("attention_hopper_256") if hopper else None
 
 
-def attention_256_case(spans, heads, kv, d, window=0, frozen=0, timed=False, way=""):
-    """`attention_hopper_256.cu`; `way` names kernels beside the chosen ones: "_self", "_wide", "_wide_self"."""
+def attention_256_case(spans, heads, kv, d, window=0, frozen=0, timed=False, ways=("", "", "")):
+    """`attention_hopper_256.cu`; `ways` are the ends of its kernels' names: forward, of queries, of keys and values."""
     total, group, scale = max(s[1] for s in spans), heads // kv, d ** -0.5
     trained, width_q, width_kv = total - frozen, heads * d + 8, 2 * kv * d + 8
     q, kvs, dout = random(total, width_q), random(total, width_kv), random(trained, heads * d)
@@ -248,7 +248,7 @@ def attention_256_case(spans, heads, kv, d, window=0, frozen=0, timed=False, way
     out, logs = poison(total, heads * d), poison(heads, trained, dtype=torch.float32)
     delta = poison(heads, trained, dtype=torch.float32)
     dq, dk, dv = (poison(trained, heads * d) for _ in range(3))
-    what = f"attention256 d={d} {way} heads={heads}/{kv} window={window} spans={spans}"
+    what = f"attention256 d={d} {ways} heads={heads}/{kv} window={window} spans={spans}"
 
     def launch(which, spans, **fields):
         t = [[i, min(end, i + 128), prefix, length, first, end]
@@ -262,11 +262,11 @@ def attention_256_case(spans, heads, kv, d, window=0, frozen=0, timed=False, way
         # Rows of 512 bytes, numbers and barriers, and what aligns.
         rows, rest = {"forward": (128 + 4 * 80, 64), "backward_q": (2 * 128 + 3 * 64, 48),
                       "backward_kv": (2 * 64 + 6 * 48, 64 * 48 * 4 + 6 * 48 * 4 + 96)}[which]
-        suffix = way if which == "backward_kv" else way.replace("_wide", "")
+        suffix = dict(zip(("forward", "backward_q", "backward_kv"), ways))[which]
         if "wide" in suffix:
             rows, rest = 2 * 64 + 4 * 64, 64 * 64 * 4 + 4 * 64 * 4 + 64
-        name = f"hopper_{which}_256{suffix}"
-        run = lambda: hopper_256(name, (heads, blocks), 384, a, shared=rows * 512 + rest + 1024)
+        name, parts = f"hopper_{which}_256{suffix}", 2 if "pair" in suffix else 1
+        run = lambda: hopper_256(name, (heads, blocks, parts), 384, a, shared=rows * 512 + rest + 1024)
         run()
         if not timed:
             return t
@@ -312,16 +312,19 @@ def attention_256_case(spans, heads, kv, d, window=0, frozen=0, timed=False, way
     check(what + " dv", gathered(dv), vf.grad[frozen:], 1.5e-2)
 
 
+WAYS = [("", "", ""), ("_self", "_self", "_self"), ("", "_pair", "_wide"), ("_self", "_pair_self", "_wide_self")]
+
+
 def attentions_256():
     packed = [(0, 70, 0, 0), (70, 75, 0, 0), (75, 240, 0, 70), (240, 241, 70, 5), (241, 400, 70, 5), (400, 463, 0, 0)]
-    for way in ("", "_self", "_wide", "_wide_self") if hopper else ():
+    for ways in WAYS if hopper else ():
         for d in (256, 136, 200):
             for window in (0, 3, 100):
-                attention_256_case(packed, 4, 2, d, window, frozen=75, way=way)
-        attention_256_case([(0, 1, 0, 0)], 2, 1, 256, way=way)
-        attention_256_case([(0, 64, 0, 0)], 2, 2, 256, way=way)
-        attention_256_case([(0, 129, 0, 0)], 8, 1, 256, way=way)
-        attention_256_case([(0, 700, 0, 0), (700, 1577, 0, 700)], 6, 2, 256, frozen=700, way=way)
+                attention_256_case(packed, 4, 2, d, window, frozen=75, ways=ways)
+        attention_256_case([(0, 1, 0, 0)], 2, 1, 256, ways=ways)
+        attention_256_case([(0, 64, 0, 0)], 2, 2, 256, ways=ways)
+        attention_256_case([(0, 129, 0, 0)], 8, 1, 256, ways=ways)
+        attention_256_case([(0, 700, 0, 0), (700, 1577, 0, 700)], 6, 2, 256, frozen=700, ways=ways)
 
 
 # ---- norms, rope, swiglu, loss
@@ -982,7 +985,7 @@ if __name__ == "__main__":
                 spans = [(0, context, 0, 0), (context, context + own, 0, context)] if context else [(0, own, 0, 0)]
                 if context <= 4096:
                     attention_case(spans, 24, 4, 256, frozen=context, timed=True)
-                for way in ("", "_self", "_wide", "_wide_self"):
-                    attention_256_case(spans, 24, 4, 256, frozen=context, timed=True, way=way)
+                for ways in WAYS:
+                    attention_256_case(spans, 24, 4, 256, frozen=context, timed=True, ways=ways)
     print("all agree" if not failures else f"{len(failures)} FAILED: {sorted(set(failures))[:20]}")
     raise SystemExit(bool(failures))

@@ -138,9 +138,14 @@ impl Class {
         let name = match self {
             Class::Hopper(d) => return hopper::launch(gpu, &format!("hopper_{of}_{d}"), grid, shared, arguments),
             Class::Hopper256 => {
-                // Parts of a tile one after the other, so that the longest still begin first.
-                let grid = (grid.0, grid.1 * parts, 1);
-                return hopper_256::launch(gpu, &format!("hopper_{of}_256"), grid, shared, arguments);
+                let few = heads * tiles < gpu.device.multiprocessors as usize;
+                let (name, grid) = match of {
+                    // Two blocks share the keys where there are too few for the device.
+                    "backward_q" if few => ("hopper_backward_q_256_pair".to_owned(), (grid.0, grid.1, 2)),
+                    // Parts of a tile one after the other, so that the longest still begin first.
+                    _ => (format!("hopper_{of}_256"), (grid.0, grid.1 * parts, 1)),
+                };
+                return hopper_256::launch(gpu, &name, grid, shared, arguments);
             }
             Class::Plain => format!("attention_{of}_plain"),
             Class::Tensor(d) => format!("attention_{of}_{d}"),

@@ -97,6 +97,12 @@ __device__ __forceinline__ bool barrier_over_soon(u32 at, int parity) {
 // Two warps meet at one of the hardware's 16 barriers: one goes on at once, the other when both are there.
 __device__ __forceinline__ void meet_arrive(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
 __device__ __forceinline__ void meet_wait(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
+// All warps that make products meet.
+__device__ __forceinline__ void workers_meet() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+// The two blocks of a cluster meet, with all that they have written to shared memory.
+__device__ __forceinline__ void blocks_meet() {
+    asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
 template <int N> __device__ __forceinline__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> __device__ __forceinline__ void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -131,6 +137,14 @@ __device__ __forceinline__ float2 pair(u32 at) {
 __device__ __forceinline__ float4 four(u32 at) {
     float4 x;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(at) : "memory");
+    return x;
+}
+// The same in the shared memory of another block of the cluster.
+__device__ __forceinline__ float4 four_of(int block, u32 at) {
+    float4 x;
+    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %4, %5;"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];}"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(at), "r"(block) : "memory");
     return x;
 }
 __device__ __forceinline__ void put_four(u32 at, float x, float y, float z, float w) {
@@ -510,14 +524,15 @@ __device__ __forceinline__ void write_row(bf16 *to, const float (&x)[D / 2], int
 }
 
 // dq of 128 queries of one head. dS = P * (dO V^T - delta) * scale, dQ = dS K. Tiles of 64 keys in two stages; of values in
-// one, which a tile's dP alone needs.
-template <bool SELF> struct BackwardQ {
+// one, which a tile's dP alone needs. Of PARTS blocks each has every PARTS-th tile; two are a cluster, and each adds what the
+// other has to half of the rows: few queries of many keys would else leave the device idle.
+template <int PARTS, bool SELF> struct BackwardQ {
     static const int BM = 128, BN = 64, STAGE = BN * ROW;
     Tile t;
     u32 sq, so, sk, sv;
     Ring<2, SELF> keys;
     Ring<1, SELF> values;
-    int head, rows, position, last, j0, j1;
+    int head, part, rows, position, last, j0, tiles;
 
     __device__ __forceinline__ BackwardQ() {
         sq = shared_start(), so = sq + BM * ROW, sk = so + BM * ROW, sv = sk + 2 * STAGE;
@@ -529,10 +544,13 @@ template <bool SELF> struct BackwardQ {
     }
     __device__ __forceinline__ BackwardQ(const Attention &a) : BackwardQ() {
         t = tile_at(a, blockIdx.y);
-        head = blockIdx.x;
+        head = blockIdx.x, part = PARTS == 1 ? 0 : blockIdx.z;
         rows = t.end - t.first, position = t.length + t.first - t.start, last = position + rows - 1;
-        j0 = (a.window ? max(0, position + 1 - a.window) : 0) / BN, j1 = last / BN + 1;
+        j0 = (a.window ? max(0, position + 1 - a.window) : 0) / BN, tiles = mine(last / BN + 1 - j0);
     }
+
+    // How many of this many tiles are the block's.
+    __device__ __forceinline__ int mine(int all) const { return (all - part + PARTS - 1) / PARTS; }
 
     __device__ __forceinline__ void copy(const Attention &a) const {
         const int kv_head = head / a.group;
@@ -540,21 +558,24 @@ template <bool SELF> struct BackwardQ {
         Copies<SELF> copies;
         Turn<2> key;
         Turn<1> value;
-        auto mine = [&](int r, bool &real) { return real = r < rows, t.first + r - a.q_shift; };
-        fetch<BM>(sq, a.q + (i64)head * a.d, a.ldq, a.d, mine);
-        for (int j = j0; j < j1; j++) {
-            auto row = [&](int r, bool &real) { return real = j * BN + r <= last, row_of(t, j * BN + r); };
+        auto query = [&](int r, bool &real) { return real = r < rows, t.first + r - a.q_shift; };
+        // Nothing is on its way where rows will be handed over.
+        if (tiles > 0) fetch<BM>(sq, a.q + (i64)head * a.d, a.ldq, a.d, query);
+        for (int j = 0; j < tiles; j++) {
+            const int first = (j0 + j * PARTS + part) * BN;
+            auto row = [&](int r, bool &real) { return real = first + r <= last, row_of(t, first + r); };
             copies.wait_free(keys, key);
             fetch<BN>(sk + key.slot * STAGE, k, a.ldk, a.d, row);
             copies.begun(keys, key);
             key.next();
-            if (j == j0) fetch<BM>(so, a.dout + (i64)head * a.d, a.ldo, a.d, mine);
+            if (j == 0) fetch<BM>(so, a.dout + (i64)head * a.d, a.ldo, a.d, query);
             copies.wait_free(values, value);
             fetch<BN>(sv, v, a.ldv, a.d, row);
             copies.begun(values, value);
             value.next();
         }
         copies.finish();
+        if (PARTS > 1) blocks_meet(), blocks_meet();
     }
 
     __device__ __forceinline__ void work(const Attention &a) const {
@@ -572,8 +593,8 @@ template <bool SELF> struct BackwardQ {
 #pragma unroll
         for (int i = 0; i < D / 2; i++) dq[i] = 0;
         const float c = a.scale * LOG2E;
-        // Registers are scarce: tiles, keys and rows are counted from the first tile's first key. Where the warp's rows begin:
-        const int low = position + warp * 16 - j0 * BN;
+        // Registers are scarce: tiles, keys and rows are counted from the block's first key. Where the warp's rows begin:
+        const int STEP = PARTS * BN, low = position + warp * 16 - (j0 + part) * BN;
         auto key = [](int j) { return Turn<2>(j); };
         auto value = [](int j) { return Turn<1>(j); };
         // dS of tile j, whose scores are in the making.
@@ -590,13 +611,13 @@ template <bool SELF> struct BackwardQ {
             products_end();
             products_wait<1>();
             arrived(s);
-            const bool masked = j * BN + BN - 1 > low || (a.window && j * BN <= low + 15 - a.window);
+            const bool masked = j * STEP + BN - 1 > low || (a.window && j * STEP <= low + 15 - a.window);
 #pragma unroll
             for (int i = 0; i < BN / 2; i++) {
                 const int half = (i >> 1) & 1;
                 s[i] = exp2_(s[i] * c - log_sum[half]);
                 if (masked) {
-                    const int ahead = j * BN + (i >> 2) * 8 + 2 * (lane & 3) + (i & 1) - low - (lane >> 2) - 8 * half;
+                    const int ahead = j * STEP + (i >> 2) * 8 + 2 * (lane & 3) + (i & 1) - low - (lane >> 2) - 8 * half;
                     if (ahead > 0 || (a.window && ahead <= -a.window)) s[i] = 0;
                 }
             }
@@ -608,35 +629,57 @@ template <bool SELF> struct BackwardQ {
             for (int i = 0; i < BN / 2; i++) s[i] *= (dp[i] - delta[(i >> 1) & 1]) * a.scale;
             as_left<BN>(ds, s);
         };
-        wait_full(keys, key(0));
-        products_begin();
-        scores<BM, BN>(s, sq, group_row, sk);
-        products_end();
-        rest(0);
-        const int end = min(j1 - j0, (low - warp * 16 + group_row + 63) / BN + 1);
-        int j = 1;
-        for (; j < end; j++) {
+        const int end = min(tiles, mine((position + group_row + 63) / BN + 1 - j0));
+        int j = 0;
+        if (end > 0) {
+            wait_full(keys, key(0));
+            products_begin();
+            scores<BM, BN>(s, sq, group_row, sk);
+            products_end();
+            rest(0);
+            for (j = 1; j < end; j++) {
+                products_begin();
+                weigh<BN>(dq, ds, sk + key(j - 1).slot * STAGE);
+                products_end();
+                wait_full(keys, key(j));
+                products_begin();
+                scores<BM, BN>(s, sq, group_row, sk + key(j).slot * STAGE);
+                products_end();
+                rest(j);
+            }
             products_begin();
             weigh<BN>(dq, ds, sk + key(j - 1).slot * STAGE);
             products_end();
-            wait_full(keys, key(j));
-            products_begin();
-            scores<BM, BN>(s, sq, group_row, sk + key(j).slot * STAGE);
-            products_end();
-            rest(j);
+            products_wait<0>();
+            arrived(dq);
+            release(keys, key(j - 1));
         }
-        products_begin();
-        weigh<BN>(dq, ds, sk + key(j - 1).slot * STAGE);
-        products_end();
-        products_wait<0>();
-        arrived(dq);
-        release(keys, key(j - 1));
+        // Read once more, rather than held all the while.
         const BackwardQ again(a);
-        for (; j < again.j1 - again.j0; j++) {
+        for (; j < again.tiles; j++) {
             wait_full(keys, key(j));
             release(keys, key(j));
             wait_full(values, value(j));
             release(values, value(j));
+        }
+        if (PARTS > 1) {
+            const int group = warp >> 2;
+            const u32 room = (group ? so : sq) + (threadIdx.x & 127) * 16;
+            workers_meet();
+            if (group != part) {
+#pragma unroll
+                for (int i = 0; i < D / 8; i++) put_four(room + i * 2048, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+            }
+            blocks_meet();
+            if (group == part) {
+#pragma unroll
+                for (int i = 0; i < D / 8; i++) {
+                    const float4 x = four_of(part ^ 1, room + i * 2048);
+                    dq[4 * i] += x.x, dq[4 * i + 1] += x.y, dq[4 * i + 2] += x.z, dq[4 * i + 3] += x.w;
+                }
+            }
+            blocks_meet();
+            if (group != part) return;
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -845,11 +888,17 @@ template <typename Work, int COPY, int WORK> __device__ __forceinline__ void rol
 
 extern "C" {
 __global__ void __launch_bounds__(THREADS, 1) hopper_forward_256(Attention a) { roles<Forward<false>, 40, 232>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_q_256(Attention a) { roles<BackwardQ<false>, 40, 232>(a); }
+__global__ void __launch_bounds__(THREADS, 1) hopper_backward_q_256(Attention a) { roles<BackwardQ<1, false>, 40, 232>(a); }
 __global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256(Attention a) { roles<BackwardKV<48, 3, false>, 56, 224>(a); }
+__global__ void __cluster_dims__(1, 1, 2) __launch_bounds__(THREADS, 1) hopper_backward_q_256_pair(Attention a) {
+    roles<BackwardQ<2, false>, 40, 232>(a);
+}
 // Others that are timed against them.
+__global__ void __cluster_dims__(1, 1, 2) __launch_bounds__(THREADS, 1) hopper_backward_q_256_pair_self(Attention a) {
+    roles<BackwardQ<2, true>, 40, 232>(a);
+}
 __global__ void __launch_bounds__(THREADS, 1) hopper_forward_256_self(Attention a) { roles<Forward<true>, 40, 232>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_q_256_self(Attention a) { roles<BackwardQ<true>, 40, 232>(a); }
+__global__ void __launch_bounds__(THREADS, 1) hopper_backward_q_256_self(Attention a) { roles<BackwardQ<1, true>, 40, 232>(a); }
 __global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256_self(Attention a) { roles<BackwardKV<48, 3, true>, 56, 224>(a); }
 __global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256_wide(Attention a) { roles<BackwardKV<64, 2, false>, 56, 224>(a); }
 __global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256_wide_self(Attention a) { roles<BackwardKV<64, 2, true>, 56, 224>(a); }
