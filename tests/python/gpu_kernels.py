@@ -239,10 +239,31 @@ def attentions():
 hopper_256 = Module("attention_hopper_256") if hopper else None
 
 
+def tensor_map(x, heads, d, rows):
+    """How Hopper's copy engine finds boxes of so many rows and 64 columns of a head in rows of heads x d."""
+    room = (ctypes.c_uint64 * 32)()
+    at = (ctypes.addressof(room) + 127) & ~127
+    dims, strides = (ctypes.c_uint64 * 3)(d, heads, x.shape[0]), (ctypes.c_uint64 * 2)(2 * d, 2 * x.stride(0))
+    box, steps = (ctypes.c_uint32 * 3)(64, 1, rows), (ctypes.c_uint32 * 3)(1, 1, 1)
+    # bf16, three dimensions, as they lie, swizzle of 128 bytes, 256 bytes at a time into the second cache, zeros outside.
+    ok(cuda.cuTensorMapEncodeTiled(P(at), I(9), I(3), P(x.data_ptr()), dims, strides, box, steps, I(0), I(3), I(3), I(0)))
+    return bytes((ctypes.c_char * 128).from_address(at))
+
+
+class Maps(ctypes.Structure):
+    _fields_ = [("maps", ctypes.c_char * 384)]
+
+    def __init__(self, *maps):
+        super().__init__()
+        ctypes.memmove(ctypes.addressof(self), b"".join(maps), 128 * len(maps))
+
+
 def attention_256_case(spans, heads, kv, d, window=0, frozen=0, timed=False, ways=("", "", "")):
     """`attention_hopper_256.cu`; `ways` are the ends of its kernels' names: forward, of queries, of keys and values."""
     total, group, scale = max(s[1] for s in spans), heads // kv, d ** -0.5
     trained, width_q, width_kv = total - frozen, heads * d + 8, 2 * kv * d + 8
+    if group % 2:
+        ways = (ways[0].replace("_mapped_pair", "_mapped"), *ways[1:])
     q, kvs, dout = random(total, width_q), random(total, width_kv), random(trained, heads * d)
     k, v = kvs[:, : kv * d], kvs[:, kv * d : 2 * kv * d]
     out, logs = poison(total, heads * d), poison(heads, trained, dtype=torch.float32)
@@ -260,13 +281,17 @@ def attention_256_case(spans, heads, kv, d, window=0, frozen=0, timed=False, way
                       **{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in fields.items()})
         blocks = 2 * count if which == "backward_kv" else count
         # Rows of 512 bytes, numbers and barriers, and what aligns.
-        rows, rest = {"forward": (128 + 4 * 80, 64), "backward_q": (2 * 128 + 3 * 64, 48),
+        rows, rest = {"forward": (128 + 4 * 80, 80), "backward_q": (2 * 128 + 3 * 64, 48),
                       "backward_kv": (2 * 64 + 6 * 48, 64 * 48 * 4 + 6 * 48 * 4 + 96)}[which]
         suffix = dict(zip(("forward", "backward_q", "backward_kv"), ways))[which]
         if "wide" in suffix:
             rows, rest = 2 * 64 + 4 * 64, 64 * 64 * 4 + 4 * 64 * 4 + 64
         name, parts = f"hopper_{which}_256{suffix}", 2 if "pair" in suffix else 1
-        run = lambda: hopper_256(name, (heads, blocks, parts), 384, a, shared=rows * 512 + rest + 1024)
+        maps = []
+        if "mapped" in suffix:
+            maps = [Maps(tensor_map(fields["q"], heads, d, 64), tensor_map(k, kv, d, 40), tensor_map(v, kv, d, 40))]
+            parts = 1
+        run = lambda: hopper_256(name, (heads, blocks, parts), 384, a, *maps, shared=rows * 512 + rest + 1024)
         run()
         if not timed:
             return t
@@ -312,7 +337,7 @@ def attention_256_case(spans, heads, kv, d, window=0, frozen=0, timed=False, way
     check(what + " dv", gathered(dv), vf.grad[frozen:], 1.5e-2)
 
 
-WAYS = [("", "", ""), ("_self", "_self", "_self"), ("", "_pair", "_wide"), ("_self", "_pair_self", "_wide_self")]
+WAYS = [("", "", ""), ("_self", "_self", "_self"), ("_mapped", "_pair", "_wide"), ("_mapped_pair", "_pair_self", "_wide_self")]
 
 
 def attentions_256():

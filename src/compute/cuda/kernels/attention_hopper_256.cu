@@ -27,6 +27,10 @@ struct Attention {
     float scale;
 };
 
+// How the copy engine finds q, k and v: columns of a head, heads, rows.
+struct __align__(64) Map { u64 opaque[16]; };
+struct Maps { Map q, k, v; };
+
 struct Tile { int first, end, prefix, length, start, stop; };
 
 __device__ __forceinline__ Tile tile_at(const Attention &a, int i) {
@@ -97,6 +101,30 @@ __device__ __forceinline__ bool barrier_over_soon(u32 at, int parity) {
 // Two warps meet at one of the hardware's 16 barriers: one goes on at once, the other when both are there.
 __device__ __forceinline__ void meet_arrive(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
 __device__ __forceinline__ void meet_wait(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
+// Arrives at the barrier, which then waits for so many bytes of the copy engine as well.
+__device__ __forceinline__ void barrier_expect(u32 at, int bytes) {
+    asm volatile("{.reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;}" ::"r"(at), "r"(bytes) : "memory");
+}
+// Arrives at the barriers of both blocks of a cluster.
+__device__ __forceinline__ void barrier_arrive_both(u32 at) {
+#pragma unroll
+    for (int block = 0; block < 2; block++)
+        asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
+                     "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(at), "r"(block) : "memory");
+}
+// Barriers that were begun are there for the copy engine and for other blocks.
+__device__ __forceinline__ void barriers_show() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Has the copy engine copy 64 columns of a map's rows.
+__device__ __forceinline__ void copy_box(u32 to, const Map &map, u32 barrier, int column, int head, int row) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+                 ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(head), "r"(row) : "memory");
+}
+// The same to both blocks of a cluster.
+__device__ __forceinline__ void copy_box_both(u32 to, const Map &map, u32 barrier, int column, int head, int row) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%3, %4, %5}], [%2], %6;"
+                 ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(head), "r"(row), "h"((unsigned short)3) : "memory");
+}
 // All warps that make products meet.
 __device__ __forceinline__ void workers_meet() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 // The two blocks of a cluster meet, with all that they have written to shared memory.
@@ -512,6 +540,195 @@ template <bool SELF> struct Forward {
     }
 };
 
+// What a tile of queries sees, N keys at a time: tiles of the prefix, then of own rows. No tile has keys of both.
+template <int N> struct Seen {
+    int prefix, length, start, split, first, end;
+
+    __device__ __forceinline__ Seen(const Tile &t, int window)
+        : prefix(t.prefix), length(t.length), start(t.start), split((t.length + N - 1) / N) {
+        const int position = length + t.first - start, from = window ? max(0, position + 1 - window) : 0;
+        first = from < length ? from / N : split + (from - length) / N;
+        end = until(t.end - 1);
+    }
+    // The end of what a row sees.
+    __device__ __forceinline__ int until(int row) const { return split + (row - start) / N + 1; }
+    __device__ __forceinline__ int row(int j) const { return j < split ? prefix + j * N : start + (j - split) * N; }
+    // Position of a tile's first key in the sequence.
+    __device__ __forceinline__ int position(int j) const { return j < split ? j * N : length + (j - split) * N; }
+    // How many of a tile are of this sequence, or more than that.
+    __device__ __forceinline__ int real(int j) const { return j < split ? length - j * N : N; }
+};
+
+// The same with tiles by the copy engine. Of a PAIR, two heads of one key-value head are a cluster, and each asks for half of
+// the rows of every tile, for both.
+template <bool PAIR> struct ForwardMapped {
+    static const int BM = FORWARD_M, BN = FORWARD_N, STAGE = BN * ROW, HALF = BN / 2;
+    u32 sq, sk, sv, keys, values, queries;
+
+    __device__ __forceinline__ ForwardMapped() {
+        sq = shared_start(), sk = sq + BM * ROW, sv = sk + 2 * STAGE;
+        keys = sv + 2 * STAGE, values = keys + 32, queries = values + 32;
+    }
+    // Full: the one thread that asks. Free: all warps that make products, of both blocks.
+    __device__ __forceinline__ void begin() const {
+        for (int i = 0; i < 4; i++) barrier_begin(keys + 16 * i, 1), barrier_begin(keys + 16 * i + 8, PAIR ? 16 : 8);
+        barrier_begin(queries, 1);
+        barriers_show();
+    }
+    __device__ __forceinline__ static void wait(u32 barrier, int parity) {
+        while (!barrier_over_soon(barrier, parity));
+    }
+    __device__ __forceinline__ static void free(u32 barriers, int i) {
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) {
+            if (PAIR) barrier_arrive_both(barriers + (i & 1) * 16 + 8);
+            else barrier_arrive(barriers + (i & 1) * 16 + 8);
+        }
+    }
+    __device__ __forceinline__ static void wait_full(u32 barriers, int i) { wait(barriers + (i & 1) * 16, (i >> 1) & 1); }
+
+    __device__ __forceinline__ void copy(const Attention &a, const Maps &maps) const {
+        if (threadIdx.x) return;
+        const Tile t = tile_at(a, blockIdx.y);
+        const Seen<BN> seen(t, a.window);
+        const int head = blockIdx.x, kv_head = head / a.group, half = head & 1;
+        barrier_expect(queries, BM * ROW);
+        for (int panel = 0; panel < 4; panel++)
+            for (int i = 0; i < 2; i++)
+                copy_box(sq + panel * (BM * 128) + i * 8192, maps.q, queries, panel * 64, head, t.first - a.q_shift + i * 64);
+        auto tile = [&](const Map &map, u32 to, u32 barriers, int j) {
+            const int i = j - seen.first;
+            const u32 full = barriers + (i & 1) * 16;
+            // Of a slot never filled, too.
+            wait(full + 8, ((i >> 1) & 1) ^ 1);
+            barrier_expect(full, STAGE);
+            to += (i & 1) * STAGE;
+            const int row = seen.row(j);
+            for (int panel = 0; panel < 4; panel++) {
+                if (PAIR) {
+                    copy_box_both(to + panel * (BN * 128) + half * (HALF * 128), map, full, panel * 64, kv_head, row + half * HALF);
+                } else {
+                    copy_box(to + panel * (BN * 128), map, full, panel * 64, kv_head, row);
+                    copy_box(to + panel * (BN * 128) + HALF * 128, map, full, panel * 64, kv_head, row + HALF);
+                }
+            }
+        };
+        for (int j = seen.first; j <= seen.end; j++) {
+            if (j < seen.end) tile(maps.k, sk, keys, j);
+            if (j > seen.first) tile(maps.v, sv, values, j - 1);
+        }
+    }
+
+    __device__ __forceinline__ void work(const Attention &a) const {
+        const Tile t = tile_at(a, blockIdx.y);
+        const Seen<BN> seen(t, a.window);
+        const int head = blockIdx.x, lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group_row = (warp >> 2) * 64;
+        // Where the warp's rows begin, and own rows' first tile, which the first own row begins.
+        const int low = t.length + t.first - t.start + warp * 16, first = seen.first, split = seen.split, length = t.length;
+        const int end = min(seen.end, seen.until(t.first + group_row + 63)) - first;
+        float o[D / 2], s[BN / 2], m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, shrink[2];
+        u32 p[BN / 16][4];
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) o[i] = 0;
+        const float c = a.scale * LOG2E;
+        auto mask = [&](int j) {
+            const int position = j * BN + (j < split ? 0 : length - split * BN), real = j < split ? length - position : BN;
+            if (position + BN - 1 <= low && real >= BN && !(a.window && position <= low + 15 - a.window)) return;
+#pragma unroll
+            for (int i = 0; i < BN / 2; i++) {
+                const int key = (i >> 2) * 8 + 2 * (lane & 3) + (i & 1), ahead = position + key - low - (lane >> 2) - 8 * ((i >> 1) & 1);
+                if (ahead > 0 || key >= real || (a.window && ahead <= -a.window)) s[i] = -INFINITY;
+            }
+        };
+        wait(queries, 0);
+        wait_full(keys, 0);
+        products_begin();
+        scores<BM, BN>(s, sq, group_row, sk);
+        products_end();
+        products_wait<0>();
+        arrived(s);
+        free(keys, 0);
+        mask(first);
+        softmax<BN>(s, m, l, shrink, c);
+        as_left<BN>(p, s);
+        int j = 1;
+        for (; j < end; j++) {
+            wait_full(keys, j);
+            products_begin();
+            scores<BM, BN>(s, sq, group_row, sk + (j & 1) * STAGE);
+            products_end();
+            wait_full(values, j - 1);
+            products_begin();
+            weigh<BN>(o, p, sv + ((j - 1) & 1) * STAGE);
+            products_end();
+            products_wait<1>();
+            arrived(s);
+            free(keys, j);
+            mask(first + j);
+            softmax<BN>(s, m, l, shrink, c);
+            before_wait(l[0] + l[1]);
+            products_wait<0>();
+            arrived(o);
+            free(values, j - 1);
+            if (__any_sync(0xffffffff, shrink[0] != 1.f || shrink[1] != 1.f)) {
+#pragma unroll
+                for (int i = 0; i < D / 2; i++) o[i] *= shrink[(i >> 1) & 1];
+            }
+            as_left<BN>(p, s);
+        }
+        wait_full(values, j - 1);
+        products_begin();
+        weigh<BN>(o, p, sv + ((j - 1) & 1) * STAGE);
+        products_end();
+        products_wait<0>();
+        arrived(o);
+        free(values, j - 1);
+        // Read once more, rather than held all the while.
+        const Tile again = tile_at(a, blockIdx.y);
+        const Seen<BN> all(again, a.window);
+        for (; j < all.end - all.first; j++) {
+            wait_full(keys, j);
+            free(keys, j);
+            wait_full(values, j);
+            free(values, j);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float sum = quad_sum(l[half]);
+            const int r = again.first + warp * 16 + (lane >> 2) + 8 * half;
+            if (r >= again.end) continue;
+            const float inverse = 1.f / sum;
+            bf16 *out = a.out + (i64)(r - a.q_shift) * a.ldo + (i64)head * a.d;
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) {
+                const int column = n * 8 + 2 * (lane & 3), i = 4 * n + 2 * half;
+                if (column < a.d) *(u32 *)(out + column) = pack(o[i] * inverse, o[i + 1] * inverse);
+            }
+            if ((lane & 3) == 0 && r >= a.log_shift)
+                a.log_sums[(i64)head * a.log_rows + r - a.log_shift] = m[half] * a.scale + logf(sum);
+        }
+    }
+};
+
+template <bool PAIR> __device__ __forceinline__ void forward_mapped(const Attention &a, const Maps &maps) {
+    const ForwardMapped<PAIR> f;
+    if (threadIdx.x == 0) f.begin();
+    if (PAIR) blocks_meet();
+    else __syncthreads();
+    if (threadIdx.x < 128) {
+        registers_down<24>();
+        f.copy(a, maps);
+    } else {
+        registers_up<240>();
+        f.work(a);
+    }
+    // Neither block goes while the other's warps arrive at its barriers.
+    if (PAIR) {
+        __syncwarp();
+        blocks_meet();
+    }
+}
+
 // ---- backward
 
 __device__ __forceinline__ void write_row(bf16 *to, const float (&x)[D / 2], int half, int d) {
@@ -894,6 +1111,12 @@ __global__ void __cluster_dims__(1, 1, 2) __launch_bounds__(THREADS, 1) hopper_b
     roles<BackwardQ<2, false>, 40, 232>(a);
 }
 // Others that are timed against them.
+__global__ void __launch_bounds__(THREADS, 1) hopper_forward_256_mapped(Attention a, const __grid_constant__ Maps maps) {
+    forward_mapped<false>(a, maps);
+}
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) hopper_forward_256_mapped_pair(Attention a, const __grid_constant__ Maps maps) {
+    forward_mapped<true>(a, maps);
+}
 __global__ void __cluster_dims__(1, 1, 2) __launch_bounds__(THREADS, 1) hopper_backward_q_256_pair_self(Attention a) {
     roles<BackwardQ<2, true>, 40, 232>(a);
 }
