@@ -27,9 +27,9 @@ struct Attention {
     float scale;
 };
 
-// How the copy engine finds q, k and v: columns of a head, heads, rows.
+// How the copy engine finds q, k, v and dout: columns of a head, heads, rows.
 struct __align__(64) Map { u64 opaque[16]; };
-struct Maps { Map q, k, v; };
+struct Maps { Map q, k, v, dout; };
 
 struct Tile { int first, end, prefix, length, start, stop; };
 
@@ -291,12 +291,16 @@ template <int N> __device__ __forceinline__ void as_left(u32 (&p)[N / 16][4], co
 
 // ---- full and free
 
+// How tiles are copied: by four warps, which say themselves when they are there (WARPS), or whose copies do (SELF); by the
+// copy engine (MAPPED), or by those of two blocks of a cluster for both (PAIRED).
+static const int WARPS = 0, SELF = 1, MAPPED = 2, PAIRED = 3;
+
 // N tiles of one kind in turn, with a barrier for "full" (the four warps that copy arrive) and one for "free" (the eight that
 // make products) each.
-template <int N, bool SELF> struct Ring {
+template <int N, int MODE> struct Ring {
     u32 barriers;
-    __device__ __forceinline__ void begin() const {
-        for (int i = 0; i < N; i++) barrier_begin(full(i), SELF ? 128 : 4), barrier_begin(free(i), 8);
+    __device__ __forceinline__ void begin(int mapped = 1) const {
+        for (int i = 0; i < N; i++) barrier_begin(full(i), MODE == WARPS ? 4 : MODE == SELF ? 128 : mapped), barrier_begin(free(i), MODE == PAIRED ? 16 : 8);
     }
     __device__ __forceinline__ u32 full(int slot) const { return barriers + slot * 16; }
     __device__ __forceinline__ u32 free(int slot) const { return barriers + slot * 16 + 8; }
@@ -312,33 +316,37 @@ template <int N> struct Turn {
     }
 };
 
-template <int N, bool SELF> __device__ __forceinline__ void wait_full(const Ring<N, SELF> &ring, const Turn<N> &turn) {
+template <int N, int MODE> __device__ __forceinline__ void wait_full(const Ring<N, MODE> &ring, const Turn<N> &turn) {
     while (!barrier_over_soon(ring.full(turn.slot), turn.parity));
-    if (SELF) copies_show();
+    if (MODE == SELF) copies_show();
 }
 // The warp reads the tile no more.
-template <int N, bool SELF> __device__ __forceinline__ void release(const Ring<N, SELF> &ring, const Turn<N> &turn) {
-    if ((threadIdx.x & 31) == 0) barrier_arrive(ring.free(turn.slot));
+template <int N, int MODE> __device__ __forceinline__ void release(const Ring<N, MODE> &ring, const Turn<N> &turn) {
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) {
+        if (MODE == PAIRED) barrier_arrive_both(ring.free(turn.slot));
+        else barrier_arrive(ring.free(turn.slot));
+    }
 }
 
 // What the warps that copy do: tiles are said to be full one tile later, so that copies of two are under way.
-template <bool SELF> struct Copies {
+template <int MODE> struct Copies {
     u32 under_way = 0;
     __device__ __forceinline__ void say() {
         __syncwarp();
         if ((threadIdx.x & 31) == 0) barrier_arrive(under_way);
     }
     // Waits until the slot may be filled. What is under way is said to be there first, if there is a wait: the wait may be for it.
-    template <int N> __device__ __forceinline__ void wait_free(const Ring<N, SELF> &ring, const Turn<N> &turn) {
+    template <int N> __device__ __forceinline__ void wait_free(const Ring<N, MODE> &ring, const Turn<N> &turn) {
         if (turn.i < N) return;
         const u32 barrier = ring.free(turn.slot);
         const int parity = turn.parity ^ 1;
-        if (!SELF && __all_sync(0xffffffff, barrier_over(barrier, parity))) return;
-        if (!SELF) finish();
+        if (MODE != SELF && __all_sync(0xffffffff, barrier_over(barrier, parity))) return;
+        if (MODE != SELF) finish();
         while (!barrier_over_soon(barrier, parity));
     }
-    template <int N> __device__ __forceinline__ void begun(const Ring<N, SELF> &ring, const Turn<N> &turn) {
-        if (SELF) {
+    template <int N> __device__ __forceinline__ void begun(const Ring<N, MODE> &ring, const Turn<N> &turn) {
+        if (MODE == SELF) {
             copies_arrive(ring.full(turn.slot));
             return;
         }
@@ -350,7 +358,7 @@ template <bool SELF> struct Copies {
         under_way = ring.full(turn.slot);
     }
     __device__ __forceinline__ void finish() {
-        if (SELF) {
+        if (MODE == SELF) {
             copies_end();
             copies_wait<0>();
             return;
@@ -360,6 +368,25 @@ template <bool SELF> struct Copies {
         say();
         under_way = 0;
     }
+};
+
+// What a tile of queries sees, N keys at a time: tiles of the prefix, then of own rows. No tile has keys of both.
+template <int N> struct Seen {
+    int prefix, length, start, split, first, end;
+
+    __device__ __forceinline__ Seen(const Tile &t, int window)
+        : prefix(t.prefix), length(t.length), start(t.start), split((t.length + N - 1) / N) {
+        const int position = length + t.first - start, from = window ? max(0, position + 1 - window) : 0;
+        first = from < length ? from / N : split + (from - length) / N;
+        end = until(t.end - 1);
+    }
+    // The end of what a row sees.
+    __device__ __forceinline__ int until(int row) const { return split + (row - start) / N + 1; }
+    __device__ __forceinline__ int row(int j) const { return j < split ? prefix + j * N : start + (j - split) * N; }
+    // Position of a tile's first key in the sequence.
+    __device__ __forceinline__ int position(int j) const { return j < split ? j * N : length + (j - split) * N; }
+    // How many of a tile are of this sequence, or more than that.
+    __device__ __forceinline__ int real(int j) const { return j < split ? length - j * N : N; }
 };
 
 // ---- forward
@@ -401,11 +428,11 @@ __device__ __forceinline__ void softmax(float (&s)[N / 2], float (&m)[2], float 
 // 128 queries of one head; tiles of 80 keys and of 80 values, two of each.
 static const int FORWARD_M = 128, FORWARD_N = 80;
 
-template <bool SELF> struct Forward {
+template <int MODE> struct Forward {
     static const int BM = FORWARD_M, BN = FORWARD_N, STAGE = BN * ROW;
     Tile t;
     u32 sq, sk, sv;
-    Ring<2, SELF> keys, values;
+    Ring<2, MODE> keys, values;
     int head, rows, position, last, j0, j1;
 
     __device__ __forceinline__ Forward() {
@@ -426,7 +453,7 @@ template <bool SELF> struct Forward {
     __device__ __forceinline__ void copy(const Attention &a) const {
         const int kv_head = head / a.group;
         const bf16 *k = a.k + (i64)kv_head * a.d, *v = a.v + (i64)kv_head * a.d;
-        Copies<SELF> copies;
+        Copies<MODE> copies;
         Turn<2> key, value;
         auto tile = [&](const bf16 *x, i64 ld, u32 to, int j) {
             fetch<BN>(to, x, ld, a.d, [&](int r, bool &real) { return real = j * BN + r <= last, row_of(t, j * BN + r); });
@@ -538,25 +565,6 @@ template <bool SELF> struct Forward {
                 a.log_sums[(i64)head * a.log_rows + r - a.log_shift] = m[half] * a.scale + logf(sum);
         }
     }
-};
-
-// What a tile of queries sees, N keys at a time: tiles of the prefix, then of own rows. No tile has keys of both.
-template <int N> struct Seen {
-    int prefix, length, start, split, first, end;
-
-    __device__ __forceinline__ Seen(const Tile &t, int window)
-        : prefix(t.prefix), length(t.length), start(t.start), split((t.length + N - 1) / N) {
-        const int position = length + t.first - start, from = window ? max(0, position + 1 - window) : 0;
-        first = from < length ? from / N : split + (from - length) / N;
-        end = until(t.end - 1);
-    }
-    // The end of what a row sees.
-    __device__ __forceinline__ int until(int row) const { return split + (row - start) / N + 1; }
-    __device__ __forceinline__ int row(int j) const { return j < split ? prefix + j * N : start + (j - split) * N; }
-    // Position of a tile's first key in the sequence.
-    __device__ __forceinline__ int position(int j) const { return j < split ? j * N : length + (j - split) * N; }
-    // How many of a tile are of this sequence, or more than that.
-    __device__ __forceinline__ int real(int j) const { return j < split ? length - j * N : N; }
 };
 
 // The same with tiles by the copy engine. Of a PAIR, two heads of one key-value head are a cluster, and each asks for half of
@@ -743,27 +751,33 @@ __device__ __forceinline__ void write_row(bf16 *to, const float (&x)[D / 2], int
 // dq of 128 queries of one head. dS = P * (dO V^T - delta) * scale, dQ = dS K. Tiles of 64 keys in two stages; of values in
 // one, which a tile's dP alone needs. Of PARTS blocks each has every PARTS-th tile; two are a cluster, and each adds what the
 // other has to half of the rows: few queries of many keys would else leave the device idle.
-template <int PARTS, bool SELF> struct BackwardQ {
+template <int PARTS, int MODE> struct BackwardQ {
     static const int BM = 128, BN = 64, STAGE = BN * ROW;
     Tile t;
     u32 sq, so, sk, sv;
-    Ring<2, SELF> keys;
-    Ring<1, SELF> values;
-    int head, part, rows, position, last, j0, tiles;
+    Ring<2, MODE> keys;
+    Ring<1, MODE> values;
+    u32 own;
+    int head, part, rows, position, last, j0, tiles, split;
 
     __device__ __forceinline__ BackwardQ() {
         sq = shared_start(), so = sq + BM * ROW, sk = so + BM * ROW, sv = sk + 2 * STAGE;
-        keys.barriers = sv + STAGE, values.barriers = keys.barriers + 32;
+        keys.barriers = sv + STAGE, values.barriers = keys.barriers + 32, own = values.barriers + 16;
     }
     __device__ __forceinline__ static void begin() {
         const BackwardQ b;
         b.keys.begin(), b.values.begin();
+        if (MODE == MAPPED) barrier_begin(b.own, 1), barrier_begin(b.own + 8, 1), barriers_show();
     }
     __device__ __forceinline__ BackwardQ(const Attention &a) : BackwardQ() {
         t = tile_at(a, blockIdx.y);
         head = blockIdx.x, part = PARTS == 1 ? 0 : blockIdx.z;
         rows = t.end - t.first, position = t.length + t.first - t.start, last = position + rows - 1;
         j0 = (a.window ? max(0, position + 1 - a.window) : 0) / BN, tiles = mine(last / BN + 1 - j0);
+        if (MODE == MAPPED) {
+            const Seen<BN> seen(t, a.window);
+            j0 = seen.first, tiles = mine(seen.end - j0), split = mine(max(0, seen.split - j0));
+        }
     }
 
     // How many of this many tiles are the block's.
@@ -772,7 +786,7 @@ template <int PARTS, bool SELF> struct BackwardQ {
     __device__ __forceinline__ void copy(const Attention &a) const {
         const int kv_head = head / a.group;
         const bf16 *k = a.k + (i64)kv_head * a.d, *v = a.v + (i64)kv_head * a.d;
-        Copies<SELF> copies;
+        Copies<MODE> copies;
         Turn<2> key;
         Turn<1> value;
         auto query = [&](int r, bool &real) { return real = r < rows, t.first + r - a.q_shift; };
@@ -795,6 +809,32 @@ template <int PARTS, bool SELF> struct BackwardQ {
         if (PARTS > 1) blocks_meet(), blocks_meet();
     }
 
+    __device__ __forceinline__ void copy_mapped(const Attention &a, const Map &q, const Map &k, const Map &v, const Map &dout) const {
+        if (threadIdx.x || tiles <= 0) return;
+        const int kv_head = head / a.group;
+        const Seen<BN> seen(t, a.window);
+        auto rows = [&](u32 to, const Map &map, u32 barrier) {
+            barrier_expect(barrier, BM * ROW);
+            for (int panel = 0; panel < 4; panel++)
+                for (int i = 0; i < 2; i++)
+                    copy_box(to + panel * (BM * 128) + i * 8192, map, barrier, panel * 64, head, t.first - a.q_shift + i * 64);
+        };
+        auto tile = [&](u32 full, u32 free, int parity, u32 to, const Map &map, int row) {
+            // Of a slot never filled, too.
+            while (!barrier_over_soon(free, parity ^ 1));
+            barrier_expect(full, STAGE);
+            for (int panel = 0; panel < 4; panel++) copy_box(to + panel * (BN * 128), map, full, panel * 64, kv_head, row);
+        };
+        rows(sq, q, own);
+        for (int j = 0; j < tiles; j++) {
+            const int row = seen.row(j0 + j * PARTS + part);
+            const Turn<2> key(j);
+            tile(keys.full(key.slot), keys.free(key.slot), key.parity, sk + key.slot * STAGE, k, row);
+            if (j == 0) rows(so, dout, own + 8);
+            tile(values.full(0), values.free(0), j & 1, sv, v, row);
+        }
+    }
+
     __device__ __forceinline__ void work(const Attention &a) const {
         const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group_row = (warp >> 2) * 64;
         float log_sum[2], delta[2];
@@ -812,10 +852,14 @@ template <int PARTS, bool SELF> struct BackwardQ {
         const float c = a.scale * LOG2E;
         // Registers are scarce: tiles, keys and rows are counted from the block's first key. Where the warp's rows begin:
         const int STEP = PARTS * BN, low = position + warp * 16 - (j0 + part) * BN;
+        // Mapped, tiles of own rows begin where the prefix ends, in the middle of its last tile.
+        const int in_prefix = split, gap = MODE == MAPPED ? min(0, t.length - Seen<BN>(t, a.window).split * BN) : 0,
+                  prefix_end = t.length - (j0 + part) * BN;
         auto key = [](int j) { return Turn<2>(j); };
         auto value = [](int j) { return Turn<1>(j); };
         // dS of tile j, whose scores are in the making.
         auto rest = [&](int j) {
+            if (MODE == MAPPED && j == 0) while (!barrier_over_soon(own + 8, 0));
             wait_full(values, value(j));
             if (j) {
                 // What the tile before adds to dQ is done, so that its dS gives its registers back.
@@ -828,14 +872,16 @@ template <int PARTS, bool SELF> struct BackwardQ {
             products_end();
             products_wait<1>();
             arrived(s);
-            const bool masked = j * STEP + BN - 1 > low || (a.window && j * STEP <= low + 15 - a.window);
+            const int here = j * STEP + (MODE == MAPPED && j >= in_prefix ? gap : 0);
+            const int real = MODE == MAPPED && j < in_prefix ? prefix_end - here : BN;
+            const bool masked = here + BN - 1 > low || real < BN || (a.window && here <= low + 15 - a.window);
 #pragma unroll
             for (int i = 0; i < BN / 2; i++) {
                 const int half = (i >> 1) & 1;
                 s[i] = exp2_(s[i] * c - log_sum[half]);
                 if (masked) {
-                    const int ahead = j * STEP + (i >> 2) * 8 + 2 * (lane & 3) + (i & 1) - low - (lane >> 2) - 8 * half;
-                    if (ahead > 0 || (a.window && ahead <= -a.window)) s[i] = 0;
+                    const int at_key = (i >> 2) * 8 + 2 * (lane & 3) + (i & 1), ahead = here + at_key - low - (lane >> 2) - 8 * half;
+                    if (ahead > 0 || (MODE == MAPPED && at_key >= real) || (a.window && ahead <= -a.window)) s[i] = 0;
                 }
             }
             before_wait(s);
@@ -846,9 +892,11 @@ template <int PARTS, bool SELF> struct BackwardQ {
             for (int i = 0; i < BN / 2; i++) s[i] *= (dp[i] - delta[(i >> 1) & 1]) * a.scale;
             as_left<BN>(ds, s);
         };
-        const int end = min(tiles, mine((position + group_row + 63) / BN + 1 - j0));
+        const int seen_by_group = MODE == MAPPED ? Seen<BN>(t, a.window).until(t.first + group_row + 63) : (position + group_row + 63) / BN + 1;
+        const int end = min(tiles, mine(seen_by_group - j0));
         int j = 0;
         if (end > 0) {
+            if (MODE == MAPPED) while (!barrier_over_soon(own, 0));
             wait_full(keys, key(0));
             products_begin();
             scores<BM, BN>(s, sq, group_row, sk);
@@ -911,43 +959,49 @@ template <int PARTS, bool SELF> struct BackwardQ {
 // first makes P and hands it to the second, thread by thread.
 //
 // A tile of `tiles` is 128 keys, two blocks. The last tiles, of the latest rows, are of the keys that the fewest queries see.
-template <int BN, int STAGES, bool SELF> struct BackwardKV {
+template <int BN, int STAGES, int MODE> struct BackwardKV {
     static const int BM = 64, STAGE = BN * ROW;
     Tile t;
     u32 sk, sv, sq, so, slog, sdelta, sp;
-    Ring<STAGES, SELF> queries, outs;
-    int head, first, stop, blocks;
+    Ring<STAGES, MODE> queries, outs;
+    u32 own;
+    int head, first, stop, base, blocks;
 
     __device__ __forceinline__ BackwardKV() {
         sk = shared_start(), sv = sk + BM * ROW, sq = sv + BM * ROW, so = sq + STAGES * STAGE, sp = so + STAGES * STAGE;
         slog = sp + BM * BN * 4, sdelta = slog + STAGES * BN * 4;
         queries.barriers = sdelta + STAGES * BN * 4, outs.barriers = queries.barriers + STAGES * 16;
+        own = outs.barriers + STAGES * 16;
     }
     __device__ __forceinline__ static void begin() {
         const BackwardKV b;
-        b.queries.begin(), b.outs.begin();
+        b.queries.begin(33), b.outs.begin(33);
+        if (MODE >= MAPPED) barrier_begin(b.own, 1), barrier_begin(b.own + 8, 1), barriers_show();
     }
     __device__ __forceinline__ BackwardKV(const Attention &a) : BackwardKV() {
         const int from_end = gridDim.y - 1 - blockIdx.y;
         t = tile_at(a, from_end >> 1);
         head = blockIdx.x;
+        // Two that share their queries begin with those of the first.
+        base = t.first + (MODE == PAIRED ? 0 : (from_end & 1) * BM);
         first = t.first + (from_end & 1) * BM;
         t.end = min(t.end, first + BM);
-        stop = a.window ? min(t.stop, t.end - 1 + a.window) : t.stop;
-        blocks = (stop - first + BN - 1) / BN;
+        const int last = MODE == PAIRED ? tile_at(a, from_end >> 1).end : t.end;
+        stop = a.window ? min(t.stop, last - 1 + a.window) : t.stop;
+        blocks = (stop - base + BN - 1) / BN;
     }
 
     __device__ __forceinline__ void copy(const Attention &a) const {
         // Past the end of a tile that has a first half alone, nobody has work.
         if (first >= t.end) return;
         const int kv_head = head / a.group;
-        Copies<SELF> copies;
+        Copies<MODE> copies;
         Turn<STAGES> query, out;
         auto own = [&](int r, bool &real) { return real = first + r < t.end, first + r; };
         fetch<BM>(sk, a.k + (i64)kv_head * a.d, a.ldk, a.d, own);
         for (int j = 0; j < blocks; j++) {
-            auto row = [&](int r, bool &real) { return real = first + j * BN + r < stop, first + j * BN + r - a.q_shift; };
-            const int r = first + j * BN + threadIdx.x;
+            auto row = [&](int r, bool &real) { return real = base + j * BN + r < stop, base + j * BN + r - a.q_shift; };
+            const int r = base + j * BN + threadIdx.x;
             auto numbers = [&](u32 to, const float *x) {
                 x += (i64)head * a.log_rows;
                 if (threadIdx.x < BN) copy4(to + threadIdx.x * 4, r < stop ? x + r - a.log_shift : x, r < stop);
@@ -967,12 +1021,56 @@ template <int BN, int STAGES, bool SELF> struct BackwardKV {
         copies.finish();
     }
 
+    // By one warp, which copies numbers itself.
+    __device__ __forceinline__ void copy_mapped(const Attention &a, const Map &q, const Map &k, const Map &v, const Map &dout) const {
+        if (threadIdx.x >= 32 || (MODE != PAIRED && first >= t.end)) return;
+        const int kv_head = head / a.group, half = (first - t.first) / BM, lane = threadIdx.x;
+        Turn<STAGES> turn;
+        auto rows = [&](u32 to, const Map &map, u32 barrier) {
+            if (lane) return;
+            barrier_expect(barrier, BM * ROW);
+            for (int panel = 0; panel < 4; panel++) copy_box(to + panel * (BM * 128), map, barrier, panel * 64, kv_head, first);
+        };
+        auto tile = [&](const Ring<STAGES, MODE> &ring, u32 to, const Map &map, u32 to_numbers, const float *x, int j) {
+            const u32 full = ring.full(turn.slot);
+            // Of a slot never filled, too.
+            while (!barrier_over_soon(ring.free(turn.slot), turn.parity ^ 1));
+            if (lane == 0) {
+                barrier_expect(full, STAGE);
+                const int row = base + j * BN - a.q_shift;
+                to += turn.slot * STAGE;
+                for (int panel = 0; panel < 4; panel++)
+                    for (int i = 0; i < 2; i++) {
+                        const u32 there = to + panel * (BN * 128) + i * (BN / 2 * 128);
+                        if (MODE != PAIRED) copy_box(there, map, full, panel * 64, head, row + i * (BN / 2));
+                        else if (i == half) copy_box_both(there, map, full, panel * 64, head, row + i * (BN / 2));
+                    }
+            }
+            x += (i64)head * a.log_rows;
+#pragma unroll
+            for (int i = lane; i < BN; i += 32) {
+                const int r = base + j * BN + i;
+                copy4(to_numbers + (turn.slot * BN + i) * 4, r < stop ? x + r - a.log_shift : x, r < stop);
+            }
+            copies_arrive(full);
+        };
+        for (int j = 0; j < blocks; j++) {
+            if (j == 0) rows(sk, k, own);
+            tile(queries, sq, q, slog, a.log_sums, j);
+            if (j == 0) rows(sv, v, own + 8);
+            tile(outs, so, dout, sdelta, a.delta, j);
+            turn.next();
+        }
+        copies_end();
+        copies_wait<0>();
+    }
+
     // P of a block of queries out of scores.
     __device__ __forceinline__ void weights(const Attention &a, float (&s)[BN / 2], int j, int slot) const {
         const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
         const float c = a.scale * LOG2E;
-        const int own = first + warp * 16 + (lane >> 2), start = first + j * BN;
-        const bool masked = j * BN < BM || start + BN > stop || a.window;
+        const int own = first + warp * 16 + (lane >> 2), start = base + j * BN;
+        const bool masked = start < first + BM || start + BN > stop || a.window;
 #pragma unroll
         for (int n = 0; n < BN / 8; n++) {
             const float2 log_sum = pair(slog + (slot * BN + n * 8 + 2 * (lane & 3)) * 4);
@@ -1025,7 +1123,7 @@ template <int BN, int STAGES, bool SELF> struct BackwardKV {
     // A group's gradient, with tiles of `near` for its scores and of `far` for what it sums: queries and outputs' gradients, or
     // the other way round.
     template <typename F>
-    __device__ __forceinline__ void go_over(const Ring<STAGES, SELF> &near, const Ring<STAGES, SELF> &far, u32 rows, u32 snear, u32 sfar,
+    __device__ __forceinline__ void go_over(const Ring<STAGES, MODE> &near, const Ring<STAGES, MODE> &far, u32 rows, u32 snear, u32 sfar,
                                             float (&sum)[D / 2], F make) const {
         float s[BN / 2];
         u32 p[BN / 16][4];
@@ -1070,12 +1168,13 @@ template <int BN, int STAGES, bool SELF> struct BackwardKV {
     }
 
     __device__ __forceinline__ void work(const Attention &a) const {
-        if (first >= t.end) return;
+        if (MODE != PAIRED && first >= t.end) return;
         if (threadIdx.x < 256) work_values(a);
         else work_keys(a);
     }
     __device__ __forceinline__ void work_values(const Attention &a) const {
         float dv[D / 2];
+        if (MODE >= MAPPED) while (!barrier_over_soon(own, 0));
         go_over(queries, outs, sk, sq, so, dv, [&](float (&s)[BN / 2], int j, int slot) {
             weights(a, s, j, slot);
             hand_over(s, j);
@@ -1084,6 +1183,7 @@ template <int BN, int STAGES, bool SELF> struct BackwardKV {
     }
     __device__ __forceinline__ void work_keys(const Attention &a) const {
         float dk[D / 2];
+        if (MODE >= MAPPED) while (!barrier_over_soon(own + 8, 0));
         go_over(outs, queries, sv, so, sq, dk, [&](float (&dp)[BN / 2], int j, int slot) { differences(a, dp, j, slot); });
         write(a.dk, a, dk);
     }
@@ -1103,26 +1203,46 @@ template <typename Work, int COPY, int WORK> __device__ __forceinline__ void rol
     }
 }
 
+template <int PARTS> __device__ __forceinline__ void backward_q_mapped(const Attention &a, const Maps &maps) {
+    typedef BackwardQ<PARTS, MAPPED> Work;
+    if (threadIdx.x == 0) Work::begin();
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        registers_down<24>();
+        Work(a).copy_mapped(a, maps.q, maps.k, maps.v, maps.dout);
+        if (PARTS > 1) {
+            __syncwarp();
+            blocks_meet(), blocks_meet();
+        }
+    } else {
+        registers_up<240>();
+        Work(a).work(a);
+    }
+}
+
+template <int MODE> __device__ __forceinline__ void backward_kv_mapped(const Attention &a, const Maps &maps) {
+    typedef BackwardKV<48, 3, MODE> Work;
+    if (threadIdx.x == 0) Work::begin();
+    if (MODE == PAIRED) blocks_meet();
+    else __syncthreads();
+    if (threadIdx.x < 128) {
+        registers_down<40>();
+        Work(a).copy_mapped(a, maps.q, maps.k, maps.v, maps.dout);
+    } else {
+        registers_up<232>();
+        Work(a).work(a);
+    }
+    if (MODE == PAIRED) {
+        __syncwarp();
+        blocks_meet();
+    }
+}
+
 extern "C" {
-__global__ void __launch_bounds__(THREADS, 1) hopper_forward_256(Attention a) { roles<Forward<false>, 40, 232>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_q_256(Attention a) { roles<BackwardQ<1, false>, 40, 232>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256(Attention a) { roles<BackwardKV<48, 3, false>, 56, 224>(a); }
+__global__ void __launch_bounds__(THREADS, 1) hopper_forward_256(Attention a) { roles<Forward<WARPS>, 40, 232>(a); }
+__global__ void __launch_bounds__(THREADS, 1) hopper_backward_q_256(Attention a) { roles<BackwardQ<1, WARPS>, 40, 232>(a); }
+__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256(Attention a) { roles<BackwardKV<48, 3, WARPS>, 56, 224>(a); }
 __global__ void __cluster_dims__(1, 1, 2) __launch_bounds__(THREADS, 1) hopper_backward_q_256_pair(Attention a) {
-    roles<BackwardQ<2, false>, 40, 232>(a);
+    roles<BackwardQ<2, WARPS>, 40, 232>(a);
 }
-// Others that are timed against them.
-__global__ void __launch_bounds__(THREADS, 1) hopper_forward_256_mapped(Attention a, const __grid_constant__ Maps maps) {
-    forward_mapped<false>(a, maps);
-}
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) hopper_forward_256_mapped_pair(Attention a, const __grid_constant__ Maps maps) {
-    forward_mapped<true>(a, maps);
-}
-__global__ void __cluster_dims__(1, 1, 2) __launch_bounds__(THREADS, 1) hopper_backward_q_256_pair_self(Attention a) {
-    roles<BackwardQ<2, true>, 40, 232>(a);
-}
-__global__ void __launch_bounds__(THREADS, 1) hopper_forward_256_self(Attention a) { roles<Forward<true>, 40, 232>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_q_256_self(Attention a) { roles<BackwardQ<1, true>, 40, 232>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256_self(Attention a) { roles<BackwardKV<48, 3, true>, 56, 224>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256_wide(Attention a) { roles<BackwardKV<64, 2, false>, 56, 224>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256_wide_self(Attention a) { roles<BackwardKV<64, 2, true>, 56, 224>(a); }
 }
