@@ -1,6 +1,6 @@
 //! Causal attention over packed sequences (see `cpu::attention`), rows side by side instead of heads apart. The kernels
-//! for head dimensions in multiples of 8 use the tensor cores, up to 128 in Hopper's own way where the device is one; others
-//! go to plain ones.
+//! for head dimensions in multiples of 8 use the tensor cores, in Hopper's own way where the device is one; others go to plain
+//! ones.
 
 use super::rope::{Heads, LARGEST_HEAD};
 use super::{Buffer, Gpu, Part, Result, blocks, kernels, launch};
@@ -52,11 +52,44 @@ enum Class {
     Plain,
     Tensor(usize),
     Hopper(usize),
+    /// Of 129 to 256.
+    Hopper256,
 }
 
 /// Rows that a block of Hopper's has, and shared memory to align its tiles.
 const HOPPER: usize = 128;
 const ALIGN: usize = 1024;
+
+/// The kernels of `attention_hopper_256.cu`.
+mod hopper_256 {
+    use super::{ALIGN, Arguments, Gpu, Result, launch};
+
+    static KERNELS: crate::memory::cuda::Ptx = crate::memory::cuda::Ptx {
+        name: "compute/attention_hopper_256",
+        // For 9.0 alone, which `Class::of` sees to.
+        baseline: (90, include_str!("kernels/attention_hopper_256.ptx")),
+        exact: &[],
+    };
+
+    const ROW: usize = 2 * 256;
+    /// Keys of a tile of the forward pass, and of the backward pass for queries.
+    const KEYS: (usize, usize) = (80, 64);
+    /// Keys of a block of the backward pass for them, and queries of a tile, of which there are three.
+    const OWN: usize = 64;
+    const QUERIES: usize = 48;
+    /// Two barriers for every tile that is copied.
+    const BARRIERS: usize = 16;
+
+    pub const FORWARD: usize = (super::HOPPER + 4 * KEYS.0) * ROW + 4 * BARRIERS + ALIGN;
+    pub const BACKWARD_Q: usize = (2 * super::HOPPER + 3 * KEYS.1) * ROW + 3 * BARRIERS + ALIGN;
+    pub const BACKWARD_KV: usize =
+        (2 * OWN + 6 * QUERIES) * ROW + OWN * QUERIES * 4 + 6 * QUERIES * 4 + 6 * BARRIERS + ALIGN;
+
+    pub fn launch(gpu: &Gpu, name: &str, grid: (u32, u32, u32), shared: u32, arguments: Arguments) -> Result<()> {
+        launch!(gpu, name, grid, (384, 1, 1), shared; arguments);
+        Ok(())
+    }
+}
 
 /// The kernels of `attention_hopper.cu`.
 mod hopper {
@@ -126,6 +159,7 @@ impl Class {
                 let d = if d <= 64 { 64 } else { 128 };
                 if hopper { Class::Hopper(d) } else { Class::Tensor(d) }
             }
+            _ if hopper => Class::Hopper256,
             _ => Class::Tensor(256),
         }
     }
@@ -150,6 +184,16 @@ impl Class {
                 let name = format!("hopper_{of}_{d}");
                 return hopper::launch(gpu, &name, tiles, shared, arguments, (heads, q_rows, kv_rows));
             }
+            Class::Hopper256 => {
+                let few = heads * tiles < gpu.device.multiprocessors as usize;
+                let (name, grid) = match of {
+                    // Two blocks share the keys where there are too few for the device.
+                    "backward_q" if few => ("hopper_backward_q_256_pair".to_owned(), (grid.0, grid.1, 2)),
+                    // Parts of a tile one after the other, so that the longest still begin first.
+                    _ => (format!("hopper_{of}_256"), (grid.0, grid.1 * parts, 1)),
+                };
+                return hopper_256::launch(gpu, &name, grid, shared, arguments);
+            }
             Class::Plain => format!("attention_{of}_plain"),
             Class::Tensor(d) => format!("attention_{of}_{d}"),
         };
@@ -166,12 +210,13 @@ impl Class {
                 (rows, (rows + 4 * TILE) * 2 * d)
             }
             Class::Hopper(d) => (HOPPER, 5 * HOPPER * 2 * d + hopper::BARRIERS + ALIGN),
+            Class::Hopper256 => (HOPPER, hopper_256::FORWARD),
         }
     }
 
     /// Rows of a tile in the backward pass.
     fn backward(self) -> usize {
-        if matches!(self, Class::Hopper(_)) { HOPPER } else { TILE }
+        if matches!(self, Class::Hopper(_) | Class::Hopper256) { HOPPER } else { TILE }
     }
 
     fn backward_q(self) -> (usize, u32) {
@@ -179,10 +224,11 @@ impl Class {
             Class::Plain => (0, 1),
             Class::Tensor(d) => (6 * TILE * 2 * d, 1),
             Class::Hopper(d) => ((2 * HOPPER + 8 * TILE) * 2 * d + hopper::BARRIERS + ALIGN, 1),
+            Class::Hopper256 => (hopper_256::BACKWARD_Q, 1),
         }
     }
 
-    /// Shared memory, and in how many parts the columns are done.
+    /// Shared memory, and in how many parts the columns, or the keys of a tile, are done.
     fn backward_kv(self) -> (usize, u32) {
         match self {
             Class::Plain => (0, 1),
@@ -191,6 +237,7 @@ impl Class {
                 ((2 * TILE + 4 * rows) * 2 * d + 4 * rows * 4, if d < 256 { 1 } else { 2 })
             }
             Class::Hopper(d) => ((2 * HOPPER + 8 * TILE) * 2 * d + 8 * TILE * 4 + hopper::BARRIERS + ALIGN, 1),
+            Class::Hopper256 => (hopper_256::BACKWARD_KV, 2),
         }
     }
 }
