@@ -53,6 +53,8 @@ pub struct GpuTrainer {
     pub budget: Option<u64>,
     /// Layouts that are not ruled out.
     pub allowed: Allowed,
+    /// Whether matrices are updated without their gradient in memory wherever they can be, or nowhere; `None`: where it pays.
+    pub by_factors: Option<bool>,
     /// How the last step was laid out.
     pub plan: Option<Plan>,
     /// Host milliseconds and device milliseconds of the parts of the last step, where asked for.
@@ -83,6 +85,7 @@ struct Context<'a> {
     rows: Arc<Rows<'a>>,
     plan: &'a Plan,
     settings: &'a Settings,
+    by_factors: Option<bool>,
     _mapped: Arc<Mapped<'a>>,
 }
 
@@ -137,7 +140,8 @@ impl GpuTrainer {
         }
         let (gpu, side) = (Arc::new(Gpu::new(device)?), Arc::new(Gpu::new(device)?));
         let moments = Arc::new(state::Moments::new(gpu.clone()));
-        Ok(GpuTrainer { model, gpu, side, moments, allowed: Allowed::default(), budget: None, plan: None, timed: None })
+        let (allowed, budget, by_factors, plan, timed) = (Allowed::default(), None, None, None, None);
+        Ok(GpuTrainer { model, gpu, side, moments, allowed, budget, by_factors, plan, timed })
     }
 
     pub fn gpu(&self) -> &Gpu {
@@ -217,7 +221,8 @@ impl GpuTrainer {
             sequences: delta_net::Sequences::new(gpu, a, batch)?,
         };
         let mapped = Arc::new(Mapped { gpu, _held: held });
-        Ok(Context { gpu, a, weights: Arc::new(weights), rows: Arc::new(rows), plan, settings, _mapped: mapped })
+        let (weights, rows, by_factors) = (Arc::new(weights), Arc::new(rows), self.by_factors);
+        Ok(Context { gpu, a, weights, rows, plan, settings, by_factors, _mapped: mapped })
     }
 
     /// Losses of the batch's targets, in their order. Changes nothing.

@@ -7,7 +7,8 @@ use super::state::Moments;
 use super::{Context, Result, delta_net};
 use crate::compute::cuda::apollo::{self, Apply, Factors, Gradient, Judge, Rates, Verdict};
 use crate::compute::cuda::embedding::{self, Lookups};
-use crate::compute::cuda::matmul::{Operand, Output, matmul};
+use crate::compute::cuda::factored::{self, Product};
+use crate::compute::cuda::matmul::Output;
 use crate::compute::cuda::{Buffer, Gpu, Part, Weight, linear, rms_norm};
 use crate::compute::rng::{Purpose, Stream as Random};
 use crate::train::apollo::{form, moment_elements};
@@ -15,7 +16,9 @@ use crate::train::families::Mixer;
 use crate::train::settings::Rounding;
 use crate::train::state::{Form, OptimizerState, TensorState};
 use crate::train::step::{LARGEST, StepError};
+use std::cell::RefCell;
 use std::collections::HashMap;
+use std::rc::Rc;
 
 /// Elements of the embedding's or the head's gradient that are in memory at once.
 pub(super) const VOCABULARY: usize = 32 << 20;
@@ -23,11 +26,56 @@ pub(super) const VOCABULARY: usize = 32 << 20;
 /// Elements of a vector that one block updates by itself.
 const VECTOR: usize = 1 << 16;
 
-/// A gradient: all there, or made some rows at a time (bf16; `fill(first, rows, to)`).
+/// A gradient: all there; or made some rows at a time (bf16; `fill(first, rows, to)`); or a product of which that may be done, or
+/// never is. `gram`: see [`Grams`].
 pub(super) enum Source<'s> {
     Whole(Gradient),
     Parts { at_once: usize, fill: &'s mut dyn FnMut(usize, usize, Part) -> Result<()> },
+    Product { at_once: usize, product: Product, grams: &'s Grams },
 }
+
+/// Products of the rows of an input that several matrices share, made when the first asks.
+#[derive(Default)]
+pub(super) struct Grams(RefCell<Option<Rc<Buffer>>>);
+
+impl Grams {
+    /// For a product whose other factor is that input, where it is tall; one that is not has its own.
+    fn of(&self, gpu: &Gpu, product: &Product) -> Result<Rc<Buffer>> {
+        if !product.tall() {
+            return Ok(Rc::new(factored::gram(gpu, product)?));
+        }
+        if let Some(gram) = &*self.0.borrow() {
+            return Ok(gram.clone());
+        }
+        let gram = Rc::new(factored::gram(gpu, product)?);
+        *self.0.borrow_mut() = Some(gram.clone());
+        Ok(gram)
+    }
+}
+
+impl Source<'_> {
+    fn at_once(&self) -> Option<usize> {
+        match self {
+            Source::Whole(_) => None,
+            Source::Parts { at_once, .. } | Source::Product { at_once, .. } => Some(*at_once),
+        }
+    }
+
+    /// Rows of a gradient that is made.
+    fn fill(&mut self, gpu: &Gpu, first: usize, rows: usize, to: Part) -> Result<()> {
+        match self {
+            Source::Parts { fill, .. } => fill(first, rows, to),
+            Source::Product { product, .. } => {
+                Ok(product.fill(gpu, first, rows, Output::bf16(to, product.columns))?)
+            }
+            Source::Whole(_) => unreachable!("it is there"),
+        }
+    }
+}
+
+/// Is the gradient made for more than a third of a matrix's smaller side's tokens, it is cheaper to have it in memory: what the
+/// norm takes grows with their square.
+const FEW: usize = 3;
 
 /// Who takes gradients.
 pub(super) trait Sink {
@@ -54,13 +102,12 @@ impl Context<'_> {
         let mut together = |linears: &[&crate::train::families::Linear], dy: &Buffer, x: Part| -> Result<()> {
             let width: usize = linears.iter().map(|l| l.outputs).sum();
             let mut at = 0;
+            let grams = Grams::default();
             for l in linears {
                 let dy = dy.from(2 * at as u64);
-                let mut fill = |first: usize, rows: usize, to: Part| -> Result<()> {
-                    let dy = Operand::new(dy.from(2 * first as u64), width).t();
-                    Ok(matmul(gpu, Output::bf16(to, l.inputs), rows, l.inputs, n, dy, Operand::new(x, l.inputs))?)
-                };
-                self.give(sink, &l.weight, Source::Parts { at_once: l.outputs, fill: &mut fill })?;
+                let (rows, columns) = (l.outputs, l.inputs);
+                let product = Product { dy, dy_stride: width, x, x_stride: columns, tokens: n, rows, columns };
+                self.give(sink, &l.weight, Source::Product { at_once: rows, product, grams: &grams })?;
                 if let Some(bias) = l.bias.as_ref().filter(|b| self.trains(b)) {
                     let sums = gpu.f32(l.outputs)?;
                     linear::column_sums(gpu, dy, width, n, l.outputs, sums.part())?;
@@ -122,17 +169,17 @@ impl Context<'_> {
         if v < h { v } else { (VOCABULARY / h).next_multiple_of(64).min(v) }
     }
 
-    fn head_part(&self, head: &Head, first: usize, rows: usize, to: Part) -> Result<()> {
-        let (h, v, count) = (self.a.hidden, self.a.vocabulary, self.rows.batch.targets.len());
+    fn head_product(&self, head: &Head) -> Product {
+        let (h, v, tokens) = (self.a.hidden, self.a.vocabulary, self.rows.batch.targets.len());
         let d_logits = head.d_logits.as_ref().expect("kept, since the head trains");
-        let dy = Operand::new(d_logits.from(2 * first as u64), v).t();
-        Ok(matmul(self.gpu, Output::bf16(to, h), rows, h, count, dy, Operand::new(head.normed.part(), h))?)
+        let (dy, x) = (d_logits.part(), head.normed.part());
+        Product { dy, dy_stride: v, x, x_stride: h, tokens, rows: v, columns: h }
     }
 
     pub(super) fn give_own_head(&self, head: &Head, sink: &mut dyn Sink) -> Result<()> {
-        let mut fill = |first: usize, rows: usize, to: Part| self.head_part(head, first, rows, to);
+        let (product, grams) = (self.head_product(head), Grams::default());
         let name = self.a.head.as_ref().expect("asked where the head is a tensor of its own");
-        self.give(sink, name, Source::Parts { at_once: self.vocabulary_part(), fill: &mut fill })
+        self.give(sink, name, Source::Product { at_once: self.vocabulary_part(), product, grams: &grams })
     }
 
     /// Sums of the gradient's rows by token.
@@ -173,12 +220,21 @@ impl Context<'_> {
         }
         let (lookups, sums) = self.token_sums(dx)?;
         let ids = self.gpu.upload(&lookups.ids)?;
+        let product = self.head_product(head);
         let mut fill = |first: usize, rows: usize, to: Part| {
-            self.head_part(head, first, rows, to)?;
+            product.fill(self.gpu, first, rows, Output::bf16(to, product.columns))?;
             let (tokens, h) = (lookups.ids.len(), self.a.hidden);
             Ok(embedding::add(self.gpu, sums.part(), ids.part(), tokens, h, first, rows, to)?)
         };
         self.give(sink, &self.a.embedding, Source::Parts { at_once: self.vocabulary_part(), fill: &mut fill })
+    }
+
+    /// The rank of a matrix that is updated without its gradient in memory.
+    fn by_factors(&self, w: &Weight, source: &Source) -> Option<usize> {
+        let Source::Product { product: g, .. } = source else { return None };
+        let Form::Channel { rank } = form(self.settings, &[w.rows as u64, w.columns as u64]) else { return None };
+        let pays = self.by_factors.unwrap_or(FEW * g.tokens <= g.rows.min(g.columns));
+        (pays && factored::fits(self.gpu, w, g, rank)).then_some(rank)
     }
 
     /// Every gradient as f32, for tests.
@@ -211,13 +267,20 @@ impl Sink for Collector<'_, '_> {
         let gpu = self.c.gpu;
         let narrow =
             |values: Vec<u16>| -> Vec<f32> { values.into_iter().map(|x| half::bf16::from_bits(x).to_f32()).collect() };
+        let exact = self.c.by_factors(w, &source).is_some();
         let values = match source {
-            Source::Parts { at_once, fill } => {
-                let mut all = Vec::new();
+            // As it is updated: never rounded.
+            Source::Product { product, .. } if exact => {
+                let g = gpu.f32(w.rows * w.columns)?;
+                product.fill(gpu, 0, w.rows, Output::f32(g.part(), w.columns))?;
+                gpu.download(g.part(), w.rows * w.columns)?
+            }
+            Source::Parts { at_once, .. } | Source::Product { at_once, .. } => {
+                let (mut all, mut source) = (Vec::new(), source);
                 for first in (0..w.rows).step_by(at_once) {
                     let rows = at_once.min(w.rows - first);
                     let g = gpu.bf16(rows * w.columns)?;
-                    fill(first, rows, g.part())?;
+                    source.fill(gpu, first, rows, g.part())?;
                     all.extend(narrow(gpu.download(g.part(), rows * w.columns)?));
                 }
                 all
@@ -423,6 +486,23 @@ impl Sink for Updater<'_, '_> {
             self.begun = self.done.len();
             return Ok(apollo::adam_vector(gpu, w, g.part, moments, &rates, &how, limit, &verdict)?);
         }
+        if let (Some(rank), Source::Product { product, grams, .. }) = (c.by_factors(w, &source), &source) {
+            let rates = Rates { rate: (rate * settings.scale(m, n)) as f32, ..rates };
+            let random_p = Random::new(settings.seed, Purpose::Projection, name, steps / settings.proj_refresh);
+            let (channels, tall) = (m.max(n), product.tall());
+            let projected = gpu.f32(2 * rank * channels)?;
+            let projection = apollo::projection(gpu, &random_p, m.min(n), rank, tall)?;
+            factored::project(gpu, product, &projection, projected.part(), limit, &verdict)?;
+            self.begun = self.done.len();
+            let (factors, gain) = (gpu.f32(channels)?, gpu.f32(1)?);
+            let (sizes, results) = ((channels, rank, tall, true), (factors.part(), gain.part()));
+            let (last, r) = (self.lasts.from(at), projected.part());
+            apollo::factors(gpu, sizes, r, Part::NONE, moments, &rates, last, results, &verdict)?;
+            let gram = grams.of(gpu, product)?;
+            factored::norm(gpu, product, gram.part(), factors.part(), &rates, last, gain.part(), &verdict)?;
+            let factors = if tall { Factors::Rows(factors.part()) } else { Factors::Columns(factors.part()) };
+            return Ok(factored::update(gpu, w, product, factors, gain.part(), &how, &verdict)?);
+        }
         let mut pass = Pass::new(&c, w, source)?;
 
         let (rank, by_channel) = match form {
@@ -480,17 +560,14 @@ struct Pass<'p, 's> {
 
 impl<'p, 's> Pass<'p, 's> {
     fn new(c: &'p Context<'_>, w: &Weight, source: Source<'s>) -> Result<Pass<'p, 's>> {
-        let buffer = match &source {
-            Source::Whole(_) => None,
-            Source::Parts { at_once, .. } => Some(c.gpu.bf16((*at_once).min(w.rows) * w.columns)?),
-        };
+        let buffer = source.at_once().map(|rows| c.gpu.bf16(rows.min(w.rows) * w.columns)).transpose()?;
         Ok(Pass { c, w: *w, source, buffer, filled: false })
     }
 
     fn map(&self) -> Option<Part> {
         match &self.source {
             Source::Whole(g) => g.map,
-            Source::Parts { .. } => None,
+            Source::Parts { .. } | Source::Product { .. } => None,
         }
     }
 
@@ -508,21 +585,21 @@ impl<'p, 's> Pass<'p, 's> {
 
     /// Calls `f` with each part and its first row. A gradient in one part is made once.
     fn each(&mut self, mut f: impl FnMut(&Gradient, usize) -> Result<()>) -> Result<()> {
-        match (&mut self.source, &self.buffer) {
-            (Source::Parts { at_once, fill }, Some(buffer)) => {
-                let one = *at_once >= self.w.rows;
-                for first in (0..self.w.rows).step_by(*at_once) {
-                    let rows = (*at_once).min(self.w.rows - first);
+        match (self.source.at_once(), &self.buffer, &self.source) {
+            (Some(at_once), Some(buffer), _) => {
+                let one = at_once >= self.w.rows;
+                for first in (0..self.w.rows).step_by(at_once) {
+                    let rows = at_once.min(self.w.rows - first);
                     if !(one && self.filled) {
-                        fill(first, rows, buffer.part())?;
+                        self.source.fill(self.c.gpu, first, rows, buffer.part())?;
                     }
                     f(&Gradient::new(buffer.part(), false, rows, self.w.columns), first)?;
                 }
                 self.filled = true;
                 Ok(())
             }
-            (Source::Whole(g), _) => f(g, 0),
-            (Source::Parts { .. }, None) => unreachable!("made with a buffer"),
+            (_, _, Source::Whole(g)) => f(g, 0),
+            _ => unreachable!("made with a buffer"),
         }
     }
 }

@@ -252,6 +252,30 @@ __global__ void projection(Stream s, i64 count, float scale, float *p, bf16 *spl
     }
 }
 
+// y (rows x 2 n, bf16) = sums of the two halves (of n) of each row of x, each as the sum of two bf16, side by side.
+__global__ void split_sums(const float *x, int rows, int n, bf16 *y) {
+    const i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= (i64)rows * n) return;
+    const i64 i = at / n * 2 * n + at % n;
+    const float sum = x[i] + x[i + n];
+    const bf16 high = to_bf16(sum);
+    y[i] = high;
+    y[i + n] = to_bf16(sum - f32(high));
+}
+
+// Judges a gradient by its projection: by all that r (count, a multiple of 4) has.
+__global__ void __launch_bounds__(256) judge_projection(const float *r, i64 count, Judge j) {
+    __shared__ double scratch[32];
+    float sum = 0;
+#pragma unroll 4
+    for (i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < count; i += (i64)gridDim.x * blockDim.x * 4) {
+        float x[4];
+        load<4>(r + i, x);
+        sum += x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
+    }
+    judge(j, blockIdx.x, block_sum(judged(sum, j.limit), scratch));
+}
+
 // squares (rows) = sums of squares of the rows of g, a warp each; with `p` (n): r (rows) = g p, the projection to rank 1. Rows
 // are `first` .. of what is judged, in blocks of as many rows as warps.
 #define ROWS(NAME, T, W)                                                                                                     \
@@ -337,7 +361,7 @@ __global__ void __launch_bounds__(256) sum_columns(const float *partial, int cou
 
 // What the moments' blocks leave for the last of them, which makes the factors' limit of it.
 struct Limits {
-    const float *squares; // by channel, of the gradient
+    const float *squares; // by channel, of the gradient; or none, where its norm is made elsewhere: then factors are all
     double *sums;         // three of every block
     float *last, *factors, *gain;
     int *counter;
@@ -350,7 +374,7 @@ __device__ __forceinline__ void channel(const Limits &f, i64 c, float raw, float
     if (f.by_channel) {
         const double x = sqrt((double)normed) / (sqrt((double)raw) + TINY);
         f.factors[c] = (float)x;
-        part[0] += x * x * f.squares[c];
+        if (f.squares) part[0] += x * x * f.squares[c];
     } else part[0] += raw, part[1] += normed, part[2] += f.squares[c];
 }
 
@@ -358,6 +382,7 @@ __device__ __forceinline__ void channel(const Limits &f, i64 c, float raw, float
 // the limiter takes.
 __device__ __forceinline__ void limit(const Limits &f, i64 channels, double (&part)[3]) {
     __shared__ double scratch[32];
+    if (!f.squares) return;
     const int planes = f.by_channel ? 1 : 3;
     for (int k = 0; k < planes; k++) {
         part[k] = block_sum(part[k], scratch);
@@ -410,6 +435,60 @@ __global__ void __launch_bounds__(256) moments_tall(const float *r, int halves, 
         sum = warp_sum(sum), sum2 = warp_sum(sum2);
         if ((threadIdx.x & 31) == 0) channel(f, c, sum, sum2, part);
     }
+    limit(f, channels, part);
+}
+
+// The same for ranks in multiples of 4: half a warp a channel, 64 channels a block.
+__global__ void __launch_bounds__(256) moments_tall_wide(const float *r, int halves, int channels, int rank, float b1, float b2,
+                                                         float eps, float *m, float *v, Limits f, const int *verdict,
+                                                         const int *halted) {
+    if (*verdict || *halted) return;
+    const int EACH = 4, lane = threadIdx.x & 15;
+    const i64 first = (i64)blockIdx.x * 64 + threadIdx.x / 32 * (2 * EACH) + (threadIdx.x >> 4 & 1);
+    const i64 width = halves ? 2 * rank : rank;
+    float sum[EACH], sum2[EACH];
+#pragma unroll
+    for (int u = 0; u < EACH; u++) sum[u] = sum2[u] = 0;
+    for (int k = 4 * lane; k < rank; k += 64) {
+        // All that is read is asked for before any of it is used.
+        float x[EACH][4], y[EACH][4], mi[EACH][4], vi[EACH][4];
+#pragma unroll
+        for (int u = 0; u < EACH; u++) {
+            const i64 c = min(first + 2 * u, (i64)channels - 1);
+            load<4>(r + c * width + k, x[u]);
+            if (halves) load<4>(r + c * width + rank + k, y[u]);
+            load<4>(m + c * rank + k, mi[u]);
+            load<4>(v + c * rank + k, vi[u]);
+        }
+#pragma unroll
+        for (int u = 0; u < EACH; u++) {
+            const i64 c = first + 2 * u;
+            if (c >= channels) continue;
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float z = halves ? x[u][e] + y[u][e] : x[u][e];
+                mi[u][e] = ADD(MUL(b1, mi[u][e]), MUL(1.f - b1, z));
+                vi[u][e] = ADD(MUL(b2, vi[u][e]), MUL(1.f - b2, MUL(z, z)));
+                const float normed = DIV(mi[u][e], ADD(__fsqrt_rn(vi[u][e]), eps));
+                sum[u] += z * z, sum2[u] += normed * normed;
+            }
+            store<4>(m + c * rank + k, mi[u]);
+            store<4>(v + c * rank + k, vi[u]);
+        }
+    }
+    float raw = 0, normed = 0;
+#pragma unroll
+    for (int u = 0; u < EACH; u++) {
+#pragma unroll
+        for (int w = 8; w; w /= 2) {
+            sum[u] += __shfl_xor_sync(0xffffffff, sum[u], w);
+            sum2[u] += __shfl_xor_sync(0xffffffff, sum2[u], w);
+        }
+        if (lane == u) raw = sum[u], normed = sum2[u];
+    }
+    double part[3] = {0, 0, 0};
+    const i64 c = first + 2 * lane;
+    if (lane < EACH && c < channels) channel(f, c, raw, normed, part);
     limit(f, channels, part);
 }
 
