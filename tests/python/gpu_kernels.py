@@ -696,6 +696,14 @@ class Limits(ctypes.Structure):
         [("growth", F), ("rate", F), ("by_channel", I)]
 
 
+class Vector(ctypes.Structure):
+    _fields_ = [(n, P) for n in "w g m v verdict".split()] + [("n", I), ("kind", I), ("rate", F), ("s", Stream)]
+
+
+class Vectors(ctypes.Structure):
+    _fields_ = [("of", Vector * 8)]
+
+
 def struct(kind, **fields):
     return kind(**{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in fields.items()})
 
@@ -873,28 +881,43 @@ def optimizer():
            F(1e-2), F(0.99), I(1), STREAM, zero, zero)
     a, b = 0.1 * full, 0.001 * full * full
     check("adam", w, (old - 1e-2 * a / (b.sqrt() + 1e-8)) * 0.99, 1e-6)
-    for n in (5, 128, 4096, 5000):
-        for scale, want in ((1.0, 0), (0.0, 1), (math.nan, 2), (math.inf, 2), (1e38, 2)):
-            g, w = random(n, dtype=f32), random(n)
-            g *= scale
-            mm, vv, old = torch.zeros(n, device=DEV), torch.zeros(n, device=DEV), w.clone()
-            verdict, halted = torch.full((1,), 7, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32)
-            apollo("adam_vector", (1,), 1024, w, I(0), g, I(n), mm, vv, F(0.9), F(0.999), F(1e-8), F(1e-2), F(0.99), I(0), STREAM,
-                   F(1e30), verdict, halted)
-            if verdict.item() != want or halted.item() != (want == 2):
-                failures.append(f"adam_vector verdict {scale}: {verdict.item()}, {halted.item()}")
-            if want:
-                check("adam_vector leaves", w, old, 0)
-            else:
+    # Vectors, one of which may be what holds those behind it back.
+    counter = torch.zeros(1, device=DEV, dtype=torch.int32)
+    sizes = (5, 128, 4096, 5000, 1, 33)
+    for spoilt in range(-1, 6):
+        for scale, want in ((0.0, 1), (math.nan, 2), (math.inf, 2), (1e38, 2)):
+            verdicts, halted = torch.full((6,), 7, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32)
+            of, vectors = [], Vectors()
+            for k, n in enumerate(sizes):
+                g, w = random(n, dtype=f32), random(n, dtype=[torch.bfloat16, f32][k % 2])
+                if k == spoilt:
+                    g *= scale
+                of.append((g, w, w.clone(), torch.zeros(n, device=DEV), torch.zeros(n, device=DEV)))
+                vectors.of[k] = struct(Vector, w=w, g=g, m=of[k][3], v=of[k][4], verdict=verdicts[k:], n=n, kind=KIND[w.dtype],
+                                       rate=1e-2 * (k + 1), s=STREAM)
+            apollo("adam_vectors", (6,), 1024, vectors, F(0.9), F(0.999), F(1e-8), F(0.99), I(0), F(1e30), halted, counter)
+            expected = [want if k == spoilt else 0 for k in range(6)]
+            if verdicts.tolist() != expected or halted.item() != (spoilt >= 0 and want == 2) or counter.item():
+                failures.append(f"adam_vectors verdict {spoilt} {scale}: {verdicts.tolist()}, {halted.item()}")
+            for k, (g, w, old, mm, vv) in enumerate(of):
+                if spoilt >= 0 and (k == spoilt or (k > spoilt and want == 2)):
+                    check("adam_vectors leaves", w, old, 0)
+                    check("adam_vectors leaves m", mm, torch.zeros_like(mm), 0)
+                    continue
                 a, b = 0.1 * g, 0.001 * g * g
-                check("adam_vector", w, (old.float() - 1e-2 * a / (b.sqrt() + 1e-8)) * 0.99, 3e-3)
-                check("adam_vector m", mm, a, 1e-6)
+                check("adam_vectors", w, (old.float() - 1e-2 * (k + 1) * a / (b.sqrt() + 1e-8)) * 0.99, 4e-3)
+                check("adam_vectors m", mm, a, 1e-6)
 
 
 # ---- the update from a gradient's factors
 
 class Norm(ctypes.Structure):
     _fields_ = [(n, P) for n in "sums last gain counter".split()] + [("growth", F), ("rate", F)]
+
+
+class Update(ctypes.Structure):
+    _fields_ = [(n, I) for n in "m n tokens late".split()] + \
+        [("factors", P), ("by", I), ("gain", P), ("keep", F), ("stochastic", I), ("s", Stream), ("verdict", P), ("halted", P)]
 
 
 class Map(ctypes.Structure):
@@ -920,8 +943,12 @@ MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count
 def launch_update(name, dy, x, w, factors, by, gain, keep, random_bits, stream, verdict, halted, late=None):
     m, n, t = w.shape[0], w.shape[1], dy.shape[0]
     late = MULTIPROCESSORS if late is None else late
-    apollo_hopper(name, (-(-m // 128) * -(-n // 128),), 256, tensor_map(dy, 64), tensor_map(x, 64), tensor_map(w, 128), I(m), I(n), I(t),
-                  I(late), factors, I(by), gain, F(keep), I(random_bits), stream, verdict, halted, shared=SHARED)
+    rows = -(-m // 128)
+    if name.endswith("pair"):
+        rows += rows % 2
+    a = struct(Update, m=m, n=n, tokens=t, late=late, factors=factors, by=by, gain=gain, keep=keep, stochastic=random_bits, s=stream,
+               verdict=verdict, halted=halted)
+    apollo_hopper(name, (rows * -(-n // 128),), 256, tensor_map(dy, 64), tensor_map(x, 64), tensor_map(w, 128), a, shared=SHARED)
 
 
 def launch_norm(c, gram, tokens, factors, sums, last, gain, counter, verdict, halted, growth=1.01, rate=0.25):
@@ -956,12 +983,12 @@ def factored():
         dy = random(t, (m + 31) // 8 * 8)[:, 8 : 8 + m]
         x = random(t, (n + 31) // 8 * 8)[:, 16 : 16 + n]
         want_g = dy.double().T @ x.double()
-        for by in (1, 2):
+        for by, name in ((1, "update_product"), (2, "update_product"), (1, "update_product_pair"), (2, "update_product_pair")):
             for bits in (0, 1):
                 w = random(m + 1, n + 8, scale=0.02)
                 f = random([m, n][by - 1], dtype=f32)
                 gain, old = torch.tensor([1e-3], device=DEV), w.clone()
-                launch_update("update_product", dy, x, w[:m, :n], f, by, gain, 0.999, bits, STREAM, verdict, halted)
+                launch_update(name, dy, x, w[:m, :n], f, by, gain, 0.999, bits, STREAM, verdict, halted)
                 factor = f[:, None] if by == 1 else f[None]
                 g = dy.float().T @ x.float() if t < 300 else want_g.float()
                 z = (old[:m, :n].float() - (factor * gain) * g) * torch.tensor(0.999, device=DEV)
@@ -971,17 +998,17 @@ def factored():
                     differ = (got.cpu().view(torch.int16).numpy() != want).mean()
                     check.worst["update_bits"] = max(check.worst.get("update_bits", 0), differ)
                     if differ > 2e-3:
-                        failures.append("update_product bits")
-                        print(f"FAIL update_product {m} {n} {t} by {by}: {differ:.2e} of the bits differ")
+                        failures.append(f"{name} bits")
+                        print(f"FAIL {name} {m} {n} {t} by {by}: {differ:.2e} of the bits differ")
                 else:
-                    check(f"update_product {m} {n} {t} {by}", got, z, 3e-3)
+                    check(f"{name} {m} {n} {t} {by}", got, z, 3e-3)
                 check("update beside", w[m:], old[m:], 0)
                 check("update beside", w[:m, n:], old[:m, n:], 0)
         for held in (verdict, halted):
             held.fill_(1)
             w = random(m, n + (-n) % 8)[:, :n]
             old = w.clone()
-            launch_update("update_product", dy, x, w, f, 2, gain, 0.999, 1, STREAM, verdict, halted)
+            launch_update("update_product_pair" if held is halted else "update_product", dy, x, w, f, 2, gain, 0.999, 1, STREAM, verdict, halted)
             check("update held", w, old, 0)
             held.fill_(0)
         # The norm, from either side, of a scaled gradient.

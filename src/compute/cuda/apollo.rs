@@ -369,23 +369,58 @@ pub fn adam(
     Ok(())
 }
 
-/// Adam on a vector whose gradient is `g (f32)`, judged and applied at once: its squares, and their sum, may be at most `limit`.
-#[allow(clippy::too_many_arguments)]
-pub fn adam_vector(
+/// A weight that is a vector, on its way to an update by Adam: as `struct Vector` in the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Vector {
+    w: u64,
+    g: u64,
+    m: u64,
+    v: u64,
+    verdict: u64,
+    n: i32,
+    kind: i32,
+    rate: f32,
+    stream: Words,
+}
+
+impl Vector {
+    /// `g (f32)` is its gradient. Its random numbers are drawn where the rounding that [`adam_vectors`] is told is stochastic.
+    pub fn new(w: &Weight, g: Part, (m, v): (Part, Part), rate: f32, stream: &Stream, verdict: Part) -> Vector {
+        assert_eq!(w.rows, 1);
+        let n = w.columns;
+        let (g, m, v, verdict) = (g.f32(n), m.f32(n), v.f32(n), verdict.holds(1, 4));
+        Vector { w: w.address, g, m, v, verdict, n: n as i32, kind: w.number(), rate, stream: words(Some(stream)) }
+    }
+}
+
+/// The most vectors of one call of [`adam_vectors`].
+pub const VECTORS: usize = 8;
+
+/// As `struct Vectors` in the kernels.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Vectors([Vector; VECTORS]);
+
+// SAFETY: plain numbers in C's layout, the same fields in the same order as the kernels' structs.
+unsafe impl cudarc::driver::DeviceRepr for Vectors {}
+
+/// Adam on vectors, each judged by itself, and held back where one before it is bad: its squares, and their sum, may be at most
+/// `limit`. Of `rates`, the rate is each vector's own; `verdict` has what they share.
+pub fn adam_vectors(
     gpu: &Gpu,
-    w: &Weight,
-    g: Part,
-    (m, v): (Part, Part),
+    vectors: &[Vector],
     rates: &Rates,
-    how: &Apply,
+    (stochastic, keep): (bool, f32),
     limit: f32,
     verdict: &Verdict,
 ) -> Result<()> {
-    assert_eq!(w.rows, 1);
-    let (n, (vp, hp)) = (w.columns, verdict.parts());
-    launch!(gpu, "adam_vector", (1, 1, 1), (1024, 1, 1), 0;
-        w.address, w.number(), g.f32(n), n as i32, m.f32(n), v.f32(n), rates.betas.0, rates.betas.1, rates.eps, rates.rate,
-        how.keep, how.stochastic.is_some() as i32, words(how.stochastic), limit, vp, hp);
+    let Some(&first) = vectors.first() else { return Ok(()) };
+    let mut all = Vectors([first; VECTORS]);
+    all.0[..vectors.len()].copy_from_slice(vectors);
+    let (halted, counter) = (verdict.halted.holds(1, 4), verdict.counter.holds(1, 4));
+    launch!(gpu, "adam_vectors", (vectors.len() as u32, 1, 1), (1024, 1, 1), 0;
+        all, rates.betas.0, rates.betas.1, rates.eps, keep, stochastic as i32, limit, halted, counter);
     Ok(())
 }
 

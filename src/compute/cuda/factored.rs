@@ -3,7 +3,7 @@
 //! weights (`kernels/apollo_hopper.cu`). Saves four passes over dW, for products whose cost grows with the square of the
 //! tokens: worth it where these are few beside the matrix's sides.
 
-use super::apollo::{Apply, Factors, Projection, Rates, Verdict, words};
+use super::apollo::{Apply, Factors, Projection, Rates, Verdict, Words, words};
 use super::matmul::{Operand, Output, matmul};
 use super::{Buffer, Gpu, GpuError, Part, Result, Weight, launch};
 use crate::compute::cpu::weight::Kind;
@@ -221,6 +221,27 @@ pub fn norm(
     Ok(())
 }
 
+/// As `struct Update` in the kernels.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Update {
+    m: i32,
+    n: i32,
+    tokens: i32,
+    late: i32,
+    factors: u64,
+    by: i32,
+    gain: u64,
+    keep: f32,
+    stochastic: i32,
+    stream: Words,
+    verdict: u64,
+    halted: u64,
+}
+
+// SAFETY: plain numbers in C's layout, the same fields in the same order as the kernels' struct.
+unsafe impl DeviceRepr for Update {}
+
 /// `w <- round((w - factor dW gain) keep)`, as [`super::apollo::apply`].
 pub fn update(
     gpu: &Gpu,
@@ -241,11 +262,23 @@ pub fn update(
     let side = |part, stride, width| Side { part, stride, width }.map(gpu, g.tokens, PANEL);
     let (dy, x) = (side(g.dy, g.dy_stride, g.rows)?, side(g.x, g.x_stride, g.columns)?);
     let weights = Map::new(gpu, w.address, (w.rows, w.columns, w.stride), TILE)?;
-    let (vp, hp) = verdict.parts();
+    let (verdict, halted) = verdict.parts();
+    let a = Update {
+        m: w.rows as i32,
+        n: w.columns as i32,
+        tokens: g.tokens as i32,
+        late: gpu.device.multiprocessors as i32,
+        factors,
+        by,
+        gain: gain.f32(1),
+        keep: how.keep,
+        stochastic: how.stochastic.is_some() as i32,
+        stream: words(how.stochastic),
+        verdict,
+        halted,
+    };
     let tiles = w.rows.div_ceil(TILE) * w.columns.div_ceil(TILE);
-    let late = gpu.device.multiprocessors as i32;
     launch!(gpu, "update_product", (u32::try_from(tiles).expect("a grid fits 32 bits"), 1, 1), (THREADS, 1, 1), SHARED;
-        dy, x, weights, w.rows as i32, w.columns as i32, g.tokens as i32, late, factors, by, gain.f32(1), how.keep,
-        how.stochastic.is_some() as i32, words(how.stochastic), vp, hp);
+        dy, x, weights, a);
     Ok(())
 }

@@ -5,7 +5,7 @@ use super::backward::{LayerGradients, MixerGradients};
 use super::head::{Head, Stream};
 use super::state::Moments;
 use super::{Context, Result, delta_net};
-use crate::compute::cuda::apollo::{self, Apply, Factors, Gradient, Judge, Rates, Verdict};
+use crate::compute::cuda::apollo::{self, Apply, Factors, Gradient, Judge, Rates, Vector, Verdict};
 use crate::compute::cuda::embedding::{self, Lookups};
 use crate::compute::cuda::factored::{self, Product};
 use crate::compute::cuda::matmul::Output;
@@ -22,6 +22,9 @@ use std::rc::Rc;
 
 /// Elements of the embedding's or the head's gradient that are in memory at once.
 pub(super) const VOCABULARY: usize = 32 << 20;
+
+/// The most that squares of a gradient may come to.
+const LIMIT: f32 = (LARGEST * LARGEST) as f32;
 
 /// Elements of a vector that one block updates by itself.
 const VECTOR: usize = 1 << 16;
@@ -80,6 +83,11 @@ const FEW: usize = 3;
 /// Who takes gradients.
 pub(super) trait Sink {
     fn take(&mut self, name: &str, w: &Weight, source: Source) -> Result<()>;
+
+    /// Nothing that was given is looked at after this.
+    fn done(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl Context<'_> {
@@ -93,7 +101,8 @@ impl Context<'_> {
     }
 
     pub(super) fn give_norm(&self, head: &Head, sink: &mut dyn Sink) -> Result<()> {
-        self.give_vector(sink, &self.a.norm, head.d_norm.part())
+        self.give_vector(sink, &self.a.norm, head.d_norm.part())?;
+        sink.done()
     }
 
     pub(super) fn give_layer(&self, g: &LayerGradients, sink: &mut dyn Sink) -> Result<()> {
@@ -112,6 +121,7 @@ impl Context<'_> {
                     let sums = gpu.f32(l.outputs)?;
                     linear::column_sums(gpu, dy, width, n, l.outputs, sums.part())?;
                     self.give_vector(sink, bias, sums.part())?;
+                    sink.done()?;
                 }
                 at += l.outputs;
             }
@@ -140,6 +150,11 @@ impl Context<'_> {
             }
             _ => unreachable!("a layer's gradients are its own mixer's"),
         }
+        // Vectors one behind the other: one kernel has them all.
+        if let (Mixer::DeltaNet(l), MixerGradients::DeltaNet { d_convolution, .. }) = (&layer.mixer, &g.mixer) {
+            let g = Gradient::new(d_convolution.part(), true, l.shape.channels(), l.kernel);
+            self.give(sink, &l.convolution, Source::Whole(g))?;
+        }
         self.give_vector(sink, &layer.input_norm, g.d_input_norm.part())?;
         self.give_vector(sink, &layer.post_norm, g.d_post_norm.part())?;
         match (&layer.mixer, &g.mixer) {
@@ -149,17 +164,14 @@ impl Context<'_> {
                     self.give_vector(sink, k, d.from(4 * a.head_dim as u64))?;
                 }
             }
-            (Mixer::DeltaNet(l), MixerGradients::DeltaNet { d_convolution, d_gates, d_norm, .. }) => {
-                let (channels, heads) = (l.shape.channels(), l.shape.v_heads);
-                let g = Gradient::new(d_convolution.part(), true, channels, l.kernel);
-                self.give(sink, &l.convolution, Source::Whole(g))?;
+            (Mixer::DeltaNet(l), MixerGradients::DeltaNet { d_gates, d_norm, .. }) => {
                 self.give_vector(sink, &l.a_log, d_gates.part())?;
-                self.give_vector(sink, &l.dt_bias, d_gates.from(4 * heads as u64))?;
+                self.give_vector(sink, &l.dt_bias, d_gates.from(4 * l.shape.v_heads as u64))?;
                 self.give_vector(sink, &l.norm, d_norm.part())?;
             }
             _ => unreachable!("a layer's gradients are its own mixer's"),
         }
-        Ok(())
+        sink.done()
     }
 
     /// Rows of a part of the vocabulary's gradient; all of a matrix that is wider than tall.
@@ -325,6 +337,8 @@ pub(super) struct Updater<'u, 'a> {
     /// Whether a gradient held everything back, and the kernels' counter.
     halted: Buffer,
     done: Vec<(String, Form, usize)>,
+    /// The last of them, where they are vectors: not yet begun.
+    vectors: Vec<Vector>,
     /// How many of them may have changed their moments or weights, where their verdict lets them.
     begun: usize,
 }
@@ -349,8 +363,13 @@ impl<'u, 'a> Updater<'u, 'a> {
         let verdicts = c.gpu.zeros(4 * tensors.len() as u64)?;
         let (lasts, halted) = (c.gpu.upload(&lasts)?, c.gpu.zeros(8)?);
         let places = tensors.into_iter().enumerate().map(|(i, (name, shape))| (name, (i, shape))).collect();
-        let (done, begun, layer, head) = (Vec::new(), 0, None, None);
-        Ok(Updater { c, main, layer, head, moments, state, lr, places, verdicts, lasts, halted, done, begun })
+        let (done, vectors, begun, layer, head) = (Vec::new(), Vec::new(), 0, None, None);
+        Ok(Updater { c, main, layer, head, moments, state, lr, places, verdicts, lasts, halted, done, vectors, begun })
+    }
+
+    fn verdict(&self, place: usize) -> Verdict {
+        let (halted, counter) = (self.halted.part(), self.halted.from(4));
+        Verdict { verdict: self.verdicts.from(4 * place as u64), halted, counter }
     }
 
     /// What is asked from here on sees all that the backward pass has done.
@@ -452,18 +471,30 @@ impl Drop for Updater<'_, '_> {
 }
 
 impl Sink for Updater<'_, '_> {
+    fn done(&mut self) -> Result<()> {
+        let settings = self.c.settings;
+        self.begun = self.done.len();
+        let vectors = std::mem::take(&mut self.vectors);
+        let how = (settings.rounding == Rounding::Stochastic, (1.0 - self.lr * settings.weight_decay) as f32);
+        let rates = Rates {
+            betas: (settings.betas[0] as f32, settings.betas[1] as f32),
+            eps: settings.eps as f32,
+            rate: 0.0,
+            growth: 0.0,
+        };
+        Ok(apollo::adam_vectors(self.c.gpu, &vectors, &rates, how, LIMIT, &self.verdict(0))?)
+    }
+
     fn take(&mut self, name: &str, w: &Weight, source: Source) -> Result<()> {
         let c = self.c.clone();
         let (gpu, settings) = (c.gpu, c.settings);
         let (place, shape) = self.places[name].clone();
         let form = form(settings, &shape);
         let steps = self.state.tensors.get(name).map_or(0, |t| t.steps);
-        self.done.push((name.to_string(), form, place));
         let pair = self.moments.of(name, moment_elements(form, &shape) as usize)?;
         let moments = (pair.m.part(), pair.v.part());
         let at = 4 * place as u64;
-        let verdict =
-            Verdict { verdict: self.verdicts.from(at), halted: self.halted.part(), counter: self.halted.from(4) };
+        let verdict = self.verdict(place);
         let random = Random::new(settings.seed, Purpose::Rounding, name, self.state.step);
         let how = Apply {
             stochastic: (settings.rounding == Rounding::Stochastic).then_some(&random),
@@ -478,21 +509,23 @@ impl Sink for Updater<'_, '_> {
             rate: rate as f32,
             growth: settings.norm_growth_limit.unwrap_or(0.0) as f32,
         };
-        let limit = (LARGEST * LARGEST) as f32;
         let (m, n) = (w.rows, w.columns);
         if let (Form::Adam, Source::Whole(g)) = (form, &source)
             && let (1, true, true, None) = (m, n <= VECTOR, g.wide, g.map)
         {
-            self.begun = self.done.len();
-            return Ok(apollo::adam_vector(gpu, w, g.part, moments, &rates, &how, limit, &verdict)?);
+            self.done.push((name.to_string(), form, place));
+            self.vectors.push(Vector::new(w, g.part, moments, rates.rate, &random, verdict.verdict));
+            return if self.vectors.len() == apollo::VECTORS { self.done() } else { Ok(()) };
         }
+        self.done()?;
+        self.done.push((name.to_string(), form, place));
         if let (Some(rank), Source::Product { product, grams, .. }) = (c.by_factors(w, &source), &source) {
             let rates = Rates { rate: (rate * settings.scale(m, n)) as f32, ..rates };
             let random_p = Random::new(settings.seed, Purpose::Projection, name, steps / settings.proj_refresh);
             let (channels, tall) = (m.max(n), product.tall());
             let projected = gpu.f32(2 * rank * channels)?;
             let projection = apollo::projection(gpu, &random_p, m.min(n), rank, tall)?;
-            factored::project(gpu, product, &projection, projected.part(), limit, &verdict)?;
+            factored::project(gpu, product, &projection, projected.part(), LIMIT, &verdict)?;
             self.begun = self.done.len();
             let (factors, gain) = (gpu.f32(channels)?, gpu.f32(1)?);
             let (sizes, results) = ((channels, rank, tall, true), (factors.part(), gain.part()));
@@ -507,7 +540,7 @@ impl Sink for Updater<'_, '_> {
 
         let (rank, by_channel) = match form {
             Form::Adam => {
-                let judge = Judge::new(gpu, &verdict, limit, pass.channels(m), true)?;
+                let judge = Judge::new(gpu, &verdict, LIMIT, pass.channels(m), true)?;
                 let squares = pass.squares(m)?;
                 pass.each(|g, first| {
                     Ok(apollo::measure(gpu, g, true, first, None, squares.part(), Part::NONE, &judge)?)
@@ -524,7 +557,7 @@ impl Sink for Updater<'_, '_> {
         let projection = apollo::projection(gpu, &random_p, m.min(n), rank, tall)?;
         let width = if rank > 1 { 2 * rank } else { 1 };
         let (mut squares, mut projected) = (pass.squares(channels)?, gpu.f32(width * pass.channels(channels))?);
-        let judge = Judge::new(gpu, &verdict, limit, pass.channels(channels), tall)?;
+        let judge = Judge::new(gpu, &verdict, LIMIT, pass.channels(channels), tall)?;
         pass.each(|g, first| {
             let (s, r) = (squares.part(), projected.part());
             Ok(apollo::measure(gpu, g, tall, first, Some(&projection), s, r, &judge)?)

@@ -74,6 +74,13 @@ template <int W> __device__ __forceinline__ void store(float *to, const float (&
     }
 }
 
+__device__ __forceinline__ void store4(bf16 *to, const float (&x)[4]) {
+    u32 w[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
+    *(uint2 *)to = make_uint2(w[0], w[1]);
+}
+
 static const int ZERO = 1, BAD = 2;
 static const double TINY = 1e-8;
 
@@ -229,6 +236,18 @@ __device__ __forceinline__ float value(const void *g, int wide, i64 i) {
     return wide ? ((const float *)g)[i] : f32(((const bf16 *)g)[i]);
 }
 
+// A weight (of a kind, as for `weight`) that is a vector, its gradient, its moments and what becomes of it.
+struct Vector {
+    void *w;
+    const float *g;
+    float *m, *v;
+    int *verdict;
+    int n, kind;
+    float rate;
+    Stream s;
+};
+struct Vectors { Vector of[8]; };
+
 extern "C" {
 // `count` normals times `scale` as f32; and for matrix products in bf16, where `split` is given: each as the sum of two bf16,
 // `inner` of the first and then `inner` of the second in turn (inner = count: one after the other).
@@ -237,17 +256,29 @@ __global__ void projection(Stream s, i64 count, float scale, float *p, bf16 *spl
     if (block * 4 >= count) return;
     const uint4 b = philox(s, (u32)block);
     const u32 w[4] = {b.x, b.y, b.z, b.w};
+    float x[4], high[4], rest[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        x[e] = MUL(normal(w[e]), scale);
+        high[e] = f32(to_bf16(x[e]));
+        rest[e] = x[e] - high[e];
+    }
+    if (split && !p && inner % 4 == 0 && count % 4 == 0 && 2 * count < 0x7fffffff) {
+        // All four lie beside each other.
+        const u32 i = (u32)block * 4, at = i / (u32)inner * 2 * (u32)inner + i % (u32)inner;
+        store4(split + at, high);
+        store4(split + at + (u32)inner, rest);
+        return;
+    }
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         const i64 i = block * 4 + e;
         if (i >= count) return;
-        const float x = MUL(normal(w[e]), scale);
-        if (p) p[i] = x;
+        if (p) p[i] = x[e];
         if (split) {
-            const bf16 high = to_bf16(x);
             const i64 at = i / inner * 2 * inner + i % inner;
-            split[at] = high;
-            split[at + inner] = to_bf16(x - f32(high));
+            split[at] = to_bf16(high[e]);
+            split[at + inner] = to_bf16(rest[e]);
         }
     }
 }
@@ -597,28 +628,38 @@ __global__ void adam(void *w, int kind, i64 ld, const void *g, int wide, int row
     put(w, kind, to, MUL(ADD(weight(w, kind, to), -MUL(rate, y)), keep), stochastic, random);
 }
 
-// Adam on a vector whose gradient is f32, judged by itself: one block of 1024.
-__global__ void __launch_bounds__(1024) adam_vector(void *w, int kind, const float *g, int n, float *m, float *v, float b1,
-                                                    float b2, float eps, float rate, float keep, int stochastic, Stream s,
-                                                    float limit, int *verdict, int *halted) {
+// Adam on vectors whose gradients are f32, each judged by itself and applied unless one before it is bad: a block of 1024 each.
+__global__ void __launch_bounds__(1024) adam_vectors(const Vectors all, float b1, float b2, float eps, float keep,
+                                                     int stochastic, float limit, int *halted, int *counter) {
     __shared__ double scratch[32];
-    double sum = 0;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) sum += judged(g[i] * g[i], limit);
-    sum = block_sum(sum, scratch);
-    const bool bad = !(sum <= limit), held = *halted;
-    if (threadIdx.x == 0) *verdict = bad ? BAD : sum == 0 ? ZERO : 0;
-    if (bad || sum == 0 || held) {
-        __syncthreads();
-        if (bad && threadIdx.x == 0) *halted = 1;
-        return;
+    // Set by the last block alone, after all have looked.
+    bool held = *halted, zero = false;
+    for (int k = 0; k <= blockIdx.x && !held; k++) {
+        const Vector &a = all.of[k];
+        double sum = 0;
+        for (int i = threadIdx.x; i < a.n; i += blockDim.x) sum += judged(a.g[i] * a.g[i], limit);
+        sum = block_sum(sum, scratch);
+        held = !(sum <= limit), zero = sum == 0;
+        if (k == blockIdx.x && threadIdx.x == 0) *a.verdict = held ? BAD : zero ? ZERO : 0;
+        // What is held back is judged none the less.
+        if (held && k < blockIdx.x && threadIdx.x == 0) *all.of[blockIdx.x].verdict = 0;
     }
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-        const float x = g[i];
-        const float mi = ADD(MUL(b1, m[i]), MUL(1.f - b1, x)), vi = ADD(MUL(b2, v[i]), MUL(1.f - b2, MUL(x, x)));
-        m[i] = mi, v[i] = vi;
-        const float y = DIV(mi, ADD(__fsqrt_rn(vi), eps));
-        const u32 random = stochastic && kind != 2 ? bits16(s, i) : 0;
-        put(w, kind, i, MUL(ADD(weight(w, kind, i), -MUL(rate, y)), keep), stochastic, random);
+    if (!held && !zero) {
+        const Vector &a = all.of[blockIdx.x];
+        for (int i = threadIdx.x; i < a.n; i += blockDim.x) {
+            const float x = a.g[i];
+            const float mi = ADD(MUL(b1, a.m[i]), MUL(1.f - b1, x)), vi = ADD(MUL(b2, a.v[i]), MUL(1.f - b2, MUL(x, x)));
+            a.m[i] = mi, a.v[i] = vi;
+            const float y = DIV(mi, ADD(__fsqrt_rn(vi), eps));
+            const u32 random = stochastic && a.kind != 2 ? bits16(a.s, i) : 0;
+            put(a.w, a.kind, i, MUL(ADD(weight(a.w, a.kind, i), -MUL(a.rate, y)), keep), stochastic, random);
+        }
+    }
+    if (!last_of(gridDim.x, counter) || threadIdx.x) return;
+    for (int k = 0; k < gridDim.x; k++) {
+        int verdict;
+        asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(verdict) : "l"(all.of[k].verdict) : "memory");
+        if (verdict == BAD) *halted = 1;
     }
 }
 

@@ -49,6 +49,21 @@ __device__ __forceinline__ void bring(u32 to, const Map &map, int column, int ro
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
+// The same into the same place of both blocks of a pair, whose barriers at that place hear of it.
+__device__ __forceinline__ void bring_both(u32 to, const Map &map, int column, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2, %3}], [%4], %5;"
+                 ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)3) : "memory");
+}
+// Arrives at the barrier that the block `rank` of the pair has at that place.
+__device__ __forceinline__ void arrive_at(u32 barrier, int rank) {
+    asm volatile("{.reg .u32 there;\n"
+                 "mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(barrier), "r"(rank) : "memory");
+}
+__device__ __forceinline__ void pair_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void take_away(u32 from, const Map &map, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
                  ::"l"(&map), "r"(column), "r"(row), "r"(from) : "memory");
@@ -160,25 +175,35 @@ __device__ __forceinline__ void turn(u32 (&w)[4]) {
     else w[2] = a, w[3] = b;
 }
 
-extern "C" {
+struct Update {
+    int m, n, tokens;
+    int late; // blocks from this to twice this begin later, where it is not 0
+    const float *factors;
+    int by;
+    const float *gain;
+    float keep;
+    int stochastic;
+    Stream s;
+    const int *verdict, *halted;
+};
+
 // w (m x n, bf16) <- round((w - factor dW gain) keep), dW = dy^T x over `tokens` rows of dy (m wide) and x (n wide). Factors by
 // row (1) or by column (2). A block has a tile of 128 x 128 of w, a warp group 64 rows of it; two blocks share a
-// multiprocessor, so that one's products run beside what the other does with its own.
-__global__ void __launch_bounds__(THREADS, 2)
-update_product(const __grid_constant__ Map dy, const __grid_constant__ Map x, const __grid_constant__ Map weights, int m, int n,
-               int tokens, int late, const float *factors, int by, const float *gain, float keep, int stochastic, Stream s,
-               const int *verdict, const int *halted) {
+// multiprocessor, so that one's products run beside what the other does with its own. In pairs, two blocks one below the other
+// share the tiles of x: each brings half of them to both.
+template <bool PAIR> __device__ __forceinline__ void update(const Map &dy, const Map &x, const Map &weights, const Update &a) {
     __shared__ __align__(8) u64 barriers[2 * STAGES];
-    if (*verdict || *halted) return;
+    if (*a.verdict || *a.halted) return;
     // Tiles that run at the same time lie in a square, so that their operands come from the L2 cache.
-    const int ROWS = 16, tiles_m = (m + TILE - 1) / TILE, tiles_n = (n + TILE - 1) / TILE;
+    const int m = a.m, n = a.n, ROWS = 16, EVEN = PAIR ? 2 : 1;
+    const int tiles_m = (m + TILE * EVEN - 1) / (TILE * EVEN) * EVEN, tiles_n = (n + TILE - 1) / TILE;
     const int band = blockIdx.x / (ROWS * tiles_n), inside = blockIdx.x - band * ROWS * tiles_n;
     const int high = min(tiles_m - band * ROWS, ROWS);
     const int row0 = (band * ROWS + inside % high) * TILE, column0 = inside / high * TILE;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = warp >> 2;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = warp >> 2, rank = blockIdx.x & 1;
     const u32 stages = shared_start();
     const u32 full = (u32)__cvta_generic_to_shared(barriers), empty = full + 8 * STAGES;
-    const int count = (tokens + 63) / 64; // and, in the end, the weights
+    const int count = (a.tokens + 63) / 64; // and, in the end, the weights
 
     auto ask = [&](int i) {
         const u32 to = stages + i % STAGES * STAGE, barrier = full + i % STAGES * 8;
@@ -186,22 +211,29 @@ update_product(const __grid_constant__ Map dy, const __grid_constant__ Map x, co
         if (i < count) {
             bring(to, dy, row0, 64 * i, barrier);
             bring(to + 8192, dy, row0 + 64, 64 * i, barrier);
-            bring(to + 16384, x, column0, 64 * i, barrier);
-            bring(to + 24576, x, column0 + 64, 64 * i, barrier);
+            if (PAIR) bring_both(to + 16384 + rank * 8192, x, column0 + 64 * rank, 64 * i, barrier);
+            else {
+                bring(to + 16384, x, column0, 64 * i, barrier);
+                bring(to + 24576, x, column0 + 64, 64 * i, barrier);
+            }
         } else {
             bring(to, weights, column0, row0, barrier);
             bring(to + 16384, weights, column0 + 64, row0, barrier);
         }
     };
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, THREADS / 32);
+        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, EVEN * THREADS / 32);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+    // Barriers of both are there before either brings anything.
+    if (PAIR) pair_sync();
+    if (threadIdx.x == 0) {
         // Two blocks that began together would want the products at the same time, and the rest at the same time.
-        if (late && blockIdx.x >= late && blockIdx.x < 2 * late) __nanosleep(2000);
+        if (a.late && blockIdx.x >= a.late && blockIdx.x < 2 * a.late) __nanosleep(4 * a.tokens);
         for (int i = 0; i < min(STAGES, count + 1); i++) ask(i);
     }
-    __syncthreads();
+    if (!PAIR) __syncthreads();
 
     float c[64];
     for (int i = 0; i < count; i++) {
@@ -217,7 +249,10 @@ update_product(const __grid_constant__ Map dy, const __grid_constant__ Map x, co
         // The products before these are done with their stage: what comes next may come there.
         products_wait<1>();
         const int done = i - 1;
-        if (lane == 0) arrive(empty + done % STAGES * 8);
+        if (lane == 0) {
+            if (PAIR) arrive_at(empty + done % STAGES * 8, 0), arrive_at(empty + done % STAGES * 8, 1);
+            else arrive(empty + done % STAGES * 8);
+        }
         if (threadIdx.x == 0 && done + STAGES <= count) {
             await(empty + done % STAGES * 8, done / STAGES & 1);
             ask(done + STAGES);
@@ -229,19 +264,19 @@ update_product(const __grid_constant__ Map dy, const __grid_constant__ Map x, co
     const u32 old = stages + count % STAGES * STAGE;
     await(full + count % STAGES * 8, count / STAGES & 1);
     const int q = lane & 3, top = group * 64 + (warp & 3) * 16 + (lane >> 2);
-    const float all = *gain;
+    const float all = *a.gain;
     float by_row[2] = {0, 0};
 #pragma unroll
     for (int half = 0; half < 2; half++)
-        if (by == 1 && row0 + top + 8 * half < m) by_row[half] = MUL(factors[row0 + top + 8 * half], all);
+        if (a.by == 1 && row0 + top + 8 * half < m) by_row[half] = MUL(a.factors[row0 + top + 8 * half], all);
 #pragma unroll
     for (int four = 0; four < 4; four++) {
         float by_column[8];
-        if (by == 2) {
+        if (a.by == 2) {
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 const int column = column0 + 32 * four + 8 * k + 2 * q;
-                const float2 f = column < n ? *(const float2 *)(factors + column) : make_float2(0, 0);
+                const float2 f = column < n ? *(const float2 *)(a.factors + column) : make_float2(0, 0);
                 by_column[2 * k] = MUL(f.x, all), by_column[2 * k + 1] = MUL(f.y, all);
             }
         }
@@ -249,8 +284,8 @@ update_product(const __grid_constant__ Map dy, const __grid_constant__ Map x, co
         for (int half = 0; half < 2; half++) {
             const int row = top + 8 * half;
             u32 random[4];
-            if (stochastic) {
-                const uint4 b = philox(s, (u32)(row0 + row) * (u32)(n / 8) + (u32)(column0 / 8 + 4 * four + q));
+            if (a.stochastic) {
+                const uint4 b = philox(a.s, (u32)(row0 + row) * (u32)(n / 8) + (u32)(column0 / 8 + 4 * four + q));
                 random[0] = b.x, random[1] = b.y, random[2] = b.z, random[3] = b.w;
                 turn(random);
             }
@@ -260,10 +295,10 @@ update_product(const __grid_constant__ Map dy, const __grid_constant__ Map x, co
                 const u32 at = old + (j >> 3) * 16384 + row * 128 + (((j ^ row) & 7) << 4) + 4 * q;
                 u32 w;
                 asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w) : "r"(at) : "memory");
-                const float f0 = by == 2 ? by_column[2 * k] : by_row[half], f1 = by == 2 ? by_column[2 * k + 1] : by_row[half];
-                const float y0 = MUL(ADD(__uint_as_float(w << 16), -MUL(f0, c[4 * j + 2 * half])), keep);
-                const float y1 = MUL(ADD(__uint_as_float(w & 0xffff0000), -MUL(f1, c[4 * j + 2 * half + 1])), keep);
-                if (stochastic) w = stochastic_bf16(y0, random[k] & 0xffff) | stochastic_bf16(y1, random[k] >> 16) << 16;
+                const float f0 = a.by == 2 ? by_column[2 * k] : by_row[half], f1 = a.by == 2 ? by_column[2 * k + 1] : by_row[half];
+                const float y0 = MUL(ADD(__uint_as_float(w << 16), -MUL(f0, c[4 * j + 2 * half])), a.keep);
+                const float y1 = MUL(ADD(__uint_as_float(w & 0xffff0000), -MUL(f1, c[4 * j + 2 * half + 1])), a.keep);
+                if (a.stochastic) w = stochastic_bf16(y0, random[k] & 0xffff) | stochastic_bf16(y1, random[k] >> 16) << 16;
                 else w = pack(y0, y1);
                 asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(w) : "memory");
             }
@@ -277,7 +312,23 @@ update_product(const __grid_constant__ Map dy, const __grid_constant__ Map x, co
         asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     }
+    // Neither is gone while the other may still reach into its memory.
+    if (PAIR) pair_sync();
 }
+
+extern "C" {
+__global__ void __launch_bounds__(THREADS, 2) update_product(const __grid_constant__ Map dy, const __grid_constant__ Map x,
+                                                             const __grid_constant__ Map weights,
+                                                             const __grid_constant__ Update a) {
+    update<false>(dy, x, weights, a);
+}
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 2)
+update_product_pair(const __grid_constant__ Map dy, const __grid_constant__ Map x, const __grid_constant__ Map weights,
+                    const __grid_constant__ Update a) {
+    update<true>(dy, x, weights, a);
+}
+}
+
 
 // What the norm's blocks leave for the last of them, which makes the limiter of it: as in apollo.cu.
 struct Norm {
@@ -290,7 +341,7 @@ struct Norm {
 // The norm of F dW (see above), and from it the gain. `side`: C, rows of tokens, channels wide; `gram` (tokens x ld, f32):
 // S S^T, of which what lies on or below the diagonal is read. Block (pair, part): a tile of 128 x 128 of C F^2 C^T on or below the
 // diagonal, of the channels 64 first .. that are the part's.
-__global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
 gram_norm(const __grid_constant__ Map side, const float *gram, int ld, int tokens, int channels, const float *factors, Norm f,
           const int *verdict, const int *halted) {
     __shared__ __align__(8) u64 barriers[2 * STAGES];
@@ -388,5 +439,4 @@ gram_norm(const __grid_constant__ Map side, const float *gram, int ld, int token
         *f.last = (float)(norm / shrink);
     }
     *f.gain = (float)(f.rate / shrink);
-}
 }
