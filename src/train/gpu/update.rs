@@ -68,9 +68,7 @@ impl Source<'_> {
     fn fill(&mut self, gpu: &Gpu, first: usize, rows: usize, to: Part) -> Result<()> {
         match self {
             Source::Parts { fill, .. } => fill(first, rows, to),
-            Source::Product { product, .. } => {
-                Ok(product.fill(gpu, first, rows, Output::bf16(to, product.columns))?)
-            }
+            Source::Product { product, .. } => Ok(product.fill(gpu, first, rows, Output::bf16(to, product.columns))?),
             Source::Whole(_) => unreachable!("it is there"),
         }
     }

@@ -69,6 +69,28 @@ __device__ __forceinline__ void take_away(u32 from, const Map &map, int column, 
                  ::"l"(&map), "r"(column), "r"(row), "r"(from) : "memory");
 }
 
+// What ordinary instructions wrote to shared memory is seen by the copy engine and the products from here on.
+__device__ __forceinline__ void show() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void barriers_made() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    show();
+}
+// All that was to be taken away is.
+__device__ __forceinline__ void taken_away() {
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" ::: "memory");
+}
+__device__ __forceinline__ u32 load_word(u32 at) {
+    u32 x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_word(u32 at, u32 x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory"); }
+// Four matrices of 8 x 8 whose rows lie where eight lanes each say.
+__device__ __forceinline__ void load4(u32 (&x)[4], u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at) : "memory");
+}
+
 // ---- Products
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -223,8 +245,7 @@ template <bool PAIR> __device__ __forceinline__ void update(const Map &dy, const
     };
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, EVEN * THREADS / 32);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        barriers_made();
     }
     // Barriers of both are there before either brings anything.
     if (PAIR) pair_sync();
@@ -293,24 +314,22 @@ template <bool PAIR> __device__ __forceinline__ void update(const Map &dy, const
             for (int k = 0; k < 4; k++) {
                 const int j = 4 * four + k;
                 const u32 at = old + (j >> 3) * 16384 + row * 128 + (((j ^ row) & 7) << 4) + 4 * q;
-                u32 w;
-                asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w) : "r"(at) : "memory");
+                u32 w = load_word(at);
                 const float f0 = a.by == 2 ? by_column[2 * k] : by_row[half], f1 = a.by == 2 ? by_column[2 * k + 1] : by_row[half];
                 const float y0 = MUL(ADD(__uint_as_float(w << 16), -MUL(f0, c[4 * j + 2 * half])), a.keep);
                 const float y1 = MUL(ADD(__uint_as_float(w & 0xffff0000), -MUL(f1, c[4 * j + 2 * half + 1])), a.keep);
                 if (a.stochastic) w = stochastic_bf16(y0, random[k] & 0xffff) | stochastic_bf16(y1, random[k] >> 16) << 16;
                 else w = pack(y0, y1);
-                asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(w) : "memory");
+                store_word(at, w);
             }
         }
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    show();
     __syncthreads();
     if (threadIdx.x == 0) {
         take_away(old, weights, column0, row0);
         take_away(old + 16384, weights, column0 + 64, row0);
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+        taken_away();
     }
     // Neither is gone while the other may still reach into its memory.
     if (PAIR) pair_sync();
@@ -364,8 +383,7 @@ gram_norm(const __grid_constant__ Map side, const float *gram, int ld, int token
     };
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, THREADS / 32);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        barriers_made();
         for (int i = 0; i < min(STAGES, count); i++) ask(i);
     }
     __syncthreads();
@@ -377,22 +395,26 @@ gram_norm(const __grid_constant__ Map side, const float *gram, int ld, int token
     for (int i = 0; i < count; i++) {
         const u32 stage = stages + i % STAGES * STAGE;
         // Squares of the factors of the columns that the thread has: 2 q, 2 q + 1, and 8 more on, of every 16.
-        u32 f2[8];
+        float2 f2[8];
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             const int column = 64 * (from + i) + 8 * k + 2 * q;
-            const float2 f = column < channels ? *(const float2 *)(factors + column) : make_float2(0, 0);
-            f2[k] = pack(f.x * f.x, f.y * f.y);
+            f2[k] = make_float2(0, 0);
+            if (column + 1 < channels) f2[k] = *(const float2 *)(factors + column);
+            else if (column < channels) f2[k].x = factors[column];
+            f2[k].x *= f2[k].x, f2[k].y *= f2[k].y;
         }
         await(full + i % STAGES * 8, i / STAGES & 1);
         u32 a[4][4];
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            const u32 at = stage + row * 128 + (((2 * k + (lane >> 4)) ^ (row & 7)) << 4);
-            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(a[k][0]), "=r"(a[k][1]), "=r"(a[k][2]), "=r"(a[k][3]) : "r"(at) : "memory");
+            load4(a[k], stage + row * 128 + (((2 * k + (lane >> 4)) ^ (row & 7)) << 4));
 #pragma unroll
-            for (int e = 0; e < 4; e++) asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(a[k][e]) : "r"(f2[2 * k + (e >> 1)]));
+            for (int e = 0; e < 4; e++) {
+                // Rounded once, by itself: over all tokens and channels that comes to nothing.
+                const float2 f = f2[2 * k + (e >> 1)];
+                a[k][e] = pack(__uint_as_float(a[k][e] << 16) * f.x, __uint_as_float(a[k][e] & 0xffff0000) * f.y);
+            }
         }
         products_begin();
 #pragma unroll
