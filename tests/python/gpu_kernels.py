@@ -743,12 +743,12 @@ def optimizer():
             s, r = poison(m, dtype=f32), poison(m, dtype=f32)
             counter = torch.zeros(1, device=DEV, dtype=torch.int32)
             sums = poison(max(m, n), dtype=torch.float64)
-            at = m // 16 * 8  # in two parts, as a large matrix comes
-            judge = struct(Judge, sums=sums, verdict=verdict, halted=halted, counter=counter, limit=1e30, total=-(-m // 8))
+            at = m // 64 * 32  # in two parts, as a large matrix comes
+            judge = struct(Judge, sums=sums, verdict=verdict, halted=halted, counter=counter, limit=1e30, total=-(-m // 32))
             for first, rows in ((0, at), (at, m - at)):
                 if rows:
                     verdict.fill_(7 if m > at else 0)
-                    apollo("square_rows" + name, (-(-rows // 8),), 256, g[first:], I(rows), I(n), pn, r[first:], s[first:], I(first),
+                    apollo("square_rows" + name, (-(-rows // 32),), 256, g[first:], I(rows), I(n), pn, r[first:], s[first:], I(first),
                            judge)
             if verdict.item() or halted.item() or counter.item():
                 failures.append("square_rows verdict")
@@ -830,8 +830,8 @@ def optimizer():
                 spoilt, out = torch.zeros(m, n, device=DEV), poison(max(m, n), dtype=f32)
                 spoilt[m // 2, n // 2] = bad
                 if tall:
-                    judge = struct(Judge, sums=sums, verdict=one, halted=two, counter=counter, limit=1e30, total=-(-m // 8))
-                    apollo("square_rows_f32", (-(-m // 8),), 256, spoilt, I(m), I(n), None, None, out, I(0), judge)
+                    judge = struct(Judge, sums=sums, verdict=one, halted=two, counter=counter, limit=1e30, total=-(-m // 32))
+                    apollo("square_rows_f32", (-(-m // 32),), 256, spoilt, I(m), I(n), None, None, out, I(0), judge)
                 else:
                     judge = struct(Judge, sums=sums, verdict=one, halted=two, counter=counter, limit=1e30, total=-(-n // 32))
                     apollo("sum_columns", (-(-n // 32),), 256, spoilt.square(), I(m), I(n), out, None, judge)
@@ -940,15 +940,18 @@ SHARED = 3 * 32768 + 1024
 MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count
 
 
+# Blocks that share tiles, by kernel.
+UPDATES = {"update_product": (1, 1), "update_product_pair": (2, 1), "update_product_four": (2, 2)}
+
+
 def launch_update(name, dy, x, w, factors, by, gain, keep, random_bits, stream, verdict, halted, late=None):
     m, n, t = w.shape[0], w.shape[1], dy.shape[0]
     late = MULTIPROCESSORS if late is None else late
-    rows = -(-m // 128)
-    if name.endswith("pair"):
-        rows += rows % 2
+    high, wide = UPDATES[name]
+    blocks = -(-m // (128 * high)) * high * -(-n // (128 * wide)) * wide
     a = struct(Update, m=m, n=n, tokens=t, late=late, factors=factors, by=by, gain=gain, keep=keep, stochastic=random_bits, s=stream,
                verdict=verdict, halted=halted)
-    apollo_hopper(name, (rows * -(-n // 128),), 256, tensor_map(dy, 64), tensor_map(x, 64), tensor_map(w, 128), a, shared=SHARED)
+    apollo_hopper(name, (blocks,), 256, tensor_map(dy, 64), tensor_map(x, 64), tensor_map(w, 128), a, shared=SHARED)
 
 
 def launch_norm(c, gram, tokens, factors, sums, last, gain, counter, verdict, halted, growth=1.01, rate=0.25):
@@ -978,39 +981,11 @@ def factored():
         apollo("judge_projection", (40,), 256, r, L(100004), judge)
         if (one.item(), two.item(), counter.item()) != (code, int(code == 2), 0):
             failures.append(f"judge_projection {bad}")
-    for m, n, t in [(128, 128, 64), (256, 128, 200), (1000, 512, 473), (512, 1000, 473), (48, 136, 3), (1001, 264, 1), (2048, 1024, 256),
-                    (4096, 1536, 1023)]:
-        dy = random(t, (m + 31) // 8 * 8)[:, 8 : 8 + m]
-        x = random(t, (n + 31) // 8 * 8)[:, 16 : 16 + n]
+    sizes = [(128, 128, 64), (256, 128, 200), (1000, 512, 473), (512, 1000, 473), (48, 136, 3), (1001, 264, 1), (2048, 1024, 256),
+             (4096, 1536, 1023)]
+    for m, n, t in sizes:
+        dy, x = random(t, (m + 31) // 8 * 8)[:, 8 : 8 + m], random(t, (n + 31) // 8 * 8)[:, 16 : 16 + n]
         want_g = dy.double().T @ x.double()
-        for by, name in ((1, "update_product"), (2, "update_product"), (1, "update_product_pair"), (2, "update_product_pair")):
-            for bits in (0, 1):
-                w = random(m + 1, n + 8, scale=0.02)
-                f = random([m, n][by - 1], dtype=f32)
-                gain, old = torch.tensor([1e-3], device=DEV), w.clone()
-                launch_update(name, dy, x, w[:m, :n], f, by, gain, 0.999, bits, STREAM, verdict, halted)
-                factor = f[:, None] if by == 1 else f[None]
-                g = dy.float().T @ x.float() if t < 300 else want_g.float()
-                z = (old[:m, :n].float() - (factor * gain) * g) * torch.tensor(0.999, device=DEV)
-                got = w[:m, :n]
-                if bits:
-                    want = stochastic(z.cpu().numpy(), random16(m * n).reshape(m, n)).view(np.int16)
-                    differ = (got.cpu().view(torch.int16).numpy() != want).mean()
-                    check.worst["update_bits"] = max(check.worst.get("update_bits", 0), differ)
-                    if differ > 2e-3:
-                        failures.append(f"{name} bits")
-                        print(f"FAIL {name} {m} {n} {t} by {by}: {differ:.2e} of the bits differ")
-                else:
-                    check(f"{name} {m} {n} {t} {by}", got, z, 3e-3)
-                check("update beside", w[m:], old[m:], 0)
-                check("update beside", w[:m, n:], old[:m, n:], 0)
-        for held in (verdict, halted):
-            held.fill_(1)
-            w = random(m, n + (-n) % 8)[:, :n]
-            old = w.clone()
-            launch_update("update_product_pair" if held is halted else "update_product", dy, x, w, f, 2, gain, 0.999, 1, STREAM, verdict, halted)
-            check("update held", w, old, 0)
-            held.fill_(0)
         # The norm, from either side, of a scaled gradient.
         for by, c, other in ((1, dy, x), (2, x, dy)):
             f = random(c.shape[1], dtype=f32).abs() + 0.5
@@ -1022,24 +997,58 @@ def factored():
                 launch_norm(c, gram, t, f, sums, last, gain, counter, verdict, halted)
                 length = scaled.norm()
                 shrink = 1 if before < 0 else max(float(length) / (before + 1e-8), 1.01) / 1.01
-                check("norm last", last, length[None] / shrink, 2e-4 if t > 3 else 2e-3)
-                check("norm gain", gain, torch.tensor([0.25 / shrink], device=DEV), 2e-4 if t > 3 else 2e-3)
+                check("norm last", last, length[None] / shrink, 1e-4 if t > 3 else 1e-3)
+                check("norm gain", gain, torch.tensor([0.25 / shrink], device=DEV), 1e-4 if t > 3 else 1e-3)
                 if counter.item():
                     failures.append("norm counter")
+    for name in UPDATES:
+        for m, n, t in sizes:
+            dy, x = random(t, (m + 31) // 8 * 8)[:, 8 : 8 + m], random(t, (n + 31) // 8 * 8)[:, 16 : 16 + n]
+            g = (dy.double().T @ x.double()).float()
+            for by in (1, 2):
+                f = random([m, n][by - 1], dtype=f32)
+                factor = f[:, None] if by == 1 else f[None]
+                for bits in (0, 1):
+                    w, gain = random(m + 1, n + 8, scale=0.02), torch.tensor([1e-3], device=DEV)
+                    old = w.clone()
+                    launch_update(name, dy, x, w[:m, :n], f, by, gain, 0.999, bits, STREAM, verdict, halted)
+                    z = (old[:m, :n].float() - (factor * gain) * g) * torch.tensor(0.999, device=DEV)
+                    got = w[:m, :n]
+                    check(f"update {name} {m} {n} {t} {by}", got, z, 5e-3)
+                    if bits:
+                        want = stochastic(z.cpu().numpy(), random16(m * n).reshape(m, n)).view(np.int16)
+                        differ = float((got.cpu().view(torch.int16).numpy() != want).mean())
+                        check.worst["update_bits"] = max(check.worst.get("update_bits", 0), differ)
+                        if not differ < 2e-3:
+                            failures.append(f"{name} bits")
+                            print(f"FAIL {name} {m} {n} {t} by {by}: {differ:.2e} of the bits differ")
+                    check("update beside", w[m:], old[m:], 0)
+                    check("update beside", w[:m, n:], old[:m, n:], 0)
+            for held in (verdict, halted):
+                held.fill_(1)
+                launch_update(name, dy, x, w[:m, :n], f, 2, gain, 0.999, 1, STREAM, verdict, halted)
+                check("update held", w[:m, :n], got, 0)
+                held.fill_(0)
+        torch.cuda.synchronize()
 
 
-def timed(f, repeat=5):
-    """Milliseconds, the median of some."""
+def timed(f, repeat=5, each=5):
+    """Milliseconds, the median of some: replayed, so that the host takes no part in it."""
     f()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(each):
+            f()
+    graph.replay()
     times = []
     for _ in range(repeat):
         a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         a.record()
-        for _ in range(3):
-            f()
+        graph.replay()
         b.record()
         torch.cuda.synchronize()
-        times.append(a.elapsed_time(b) / 3)
+        times.append(a.elapsed_time(b) / each)
     return sorted(times)[len(times) // 2]
 
 
@@ -1051,7 +1060,7 @@ def time_factored():
         dy, x, w, g = random(t, m), random(t, n), random(m, n, scale=0.02), random(m, n)
         c, s, by = (dy, x, 1) if m >= n else (x, dy, 2)
         f, channels = random(max(m, n), dtype=f32).abs(), max(m, n)
-        for name in [k for k in ("update_product", "update_product_pair") if has(apollo_hopper, k)]:
+        for name in UPDATES:
             for bits, late in ((1, 0), (1, None), (0, None)):
                 ms = timed(lambda: launch_update(name, dy, x, w, f, by, one, 0.999, bits, STREAM, zero, zero, late))
                 print(f"time {name} {m} {n} {t} random {bits} late {late}: {ms * 1e3:.0f} us, {2 * m * n * t / ms / 1e9:.0f} TFLOP/s, {4 * m * n / ms / 1e9:.2f} TB/s")
@@ -1067,9 +1076,9 @@ def time_factored():
                            for k, per in (("moments_tall", 8), ("moments_tall_wide", 64), ("moments_flat", 32)))
         judge = struct(Judge, sums=sums, verdict=zero, halted=zero, counter=counter, limit=1e30, total=1056)
         judging = timed(lambda: apollo("judge_projection", (1056,), 256, r, L(r.numel()), judge))
-        judge = struct(Judge, sums=sums, verdict=zero, halted=zero, counter=counter, limit=1e30, total=-(-m // 8))
+        judge = struct(Judge, sums=sums, verdict=zero, halted=zero, counter=counter, limit=1e30, total=-(-m // 32))
         out = poison(channels, dtype=f32)
-        rows = timed(lambda: apollo("square_rows_wide", (-(-m // 8),), 256, g, I(m), I(n), None, None, out, I(0), judge))
+        rows = timed(lambda: apollo("square_rows_wide", (-(-m // 32),), 256, g, I(m), I(n), None, None, out, I(0), judge))
         partial = poison(-(-m // 64), n, dtype=f32)
         columns = timed(lambda: apollo("square_columns_wide", (-(-n // 1024), -(-m // 64)), 128, g, I(m), I(n), I(64), None, partial))
         flat_apply = [w, L(n), g, I(m), I(n), L(0), None, f, I(by), one, F(0.999), I(1), STREAM, zero, zero]
@@ -1078,11 +1087,6 @@ def time_factored():
         print(f"time {m} {n} {t} us: gram_norm {ms * 1e3:.0f} ({t * t * channels / ms / 1e9:.0f} TFLOP/s of half), S P {first * 1e3:.0f}, C Z {second * 1e3:.0f}, "
               f"S S^T {self_ * 1e3:.0f}, dW {dw * 1e3:.0f}, moments tall {old * 1e3:.0f} wide {tall * 1e3:.0f} flat {flat * 1e3:.0f}, judge {judging * 1e3:.0f}, "
               f"rows {rows * 1e3:.0f}, columns {columns * 1e3:.0f}, apply {applying * 1e3:.0f}, projection {numbers * 1e3:.0f}; matrix {2 * m * n / 4.1e6:.0f}")
-
-
-def has(module, name):
-    f = P()
-    return cuda.cuModuleGetFunction(ctypes.byref(f), module.handle, name.encode()) == 0
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ impl Verdict {
 }
 
 /// Rows, and columns, that one block of the kernels that judge has.
-const ROWS: usize = BLOCK / 32;
+const ROWS: usize = 32;
 const COLUMNS: usize = 32;
 
 /// Decides on a gradient while [`measure`] goes over its parts: every channel's sum of squares and their sum may be at most
@@ -281,7 +281,7 @@ pub fn factors(
 ) -> Result<()> {
     let (name, per) = match tall {
         true if rank.is_multiple_of(4) => ("moments_tall_wide", 64),
-        true => ("moments_tall", ROWS),
+        true => ("moments_tall", BLOCK / 32),
         false => ("moments_flat", COLUMNS),
     };
     assert!(squares != Part::NONE || by_channel);

@@ -308,38 +308,38 @@ __global__ void __launch_bounds__(256) judge_projection(const float *r, i64 coun
 }
 
 // squares (rows) = sums of squares of the rows of g, a warp each; with `p` (n): r (rows) = g p, the projection to rank 1. Rows
-// are `first` .. of what is judged, in blocks of as many rows as warps.
+// are `first` .. of what is judged, 32 a block: four for each warp, so that the end of a block is a small part of it.
 #define ROWS(NAME, T, W)                                                                                                     \
-    __global__ void square_rows##NAME(const T *g, int rows, int n, const float *p, float *r, float *squares, int first,      \
-                                      Judge j) {                                                                             \
-        __shared__ double parts[32];                                                                                         \
-        const int warps = blockDim.x / 32;                                                                                   \
-        const i64 row = (i64)blockIdx.x * warps + threadIdx.x / 32;                                                          \
-        float sum = 0, dot = 0, x[W], y[W];                                                                                  \
-        if (row < rows) {                                                                                                    \
-            _Pragma("unroll 2") for (int i = (threadIdx.x & 31) * W; i < n; i += 32 * W) {                                   \
+    __global__ void __launch_bounds__(256) square_rows##NAME(const T *g, int rows, int n, const float *p, float *r,          \
+                                                             float *squares, int first, Judge j) {                           \
+        __shared__ double parts[8];                                                                                          \
+        double all = 0;                                                                                                      \
+        for (int k = 0; k < 4; k++) {                                                                                        \
+            const i64 row = (i64)blockIdx.x * 32 + k * 8 + threadIdx.x / 32;                                                 \
+            if (row >= rows) break;                                                                                          \
+            float sum[2] = {0, 0}, dot = 0, x[W], y[W];                                                                      \
+            _Pragma("unroll 4") for (int i = (threadIdx.x & 31) * W; i < n; i += 32 * W) {                                   \
                 load<W>(g + row * n + i, x);                                                                                 \
                 if (p) load<W>(p + i, y);                                                                                    \
                 _Pragma("unroll") for (int e = 0; e < W; e++) {                                                              \
-                    sum += x[e] * x[e];                                                                                      \
+                    sum[e & 1] += x[e] * x[e];                                                                               \
                     if (p) dot += x[e] * y[e];                                                                               \
                 }                                                                                                            \
             }                                                                                                                \
-        }                                                                                                                    \
-        sum = warp_sum(sum);                                                                                                 \
-        if (p) dot = warp_sum(dot);                                                                                          \
-        if ((threadIdx.x & 31) == 0) {                                                                                       \
-            if (row < rows) {                                                                                                \
-                squares[row] = sum;                                                                                          \
+            const float square = warp_sum(sum[0] + sum[1]);                                                                  \
+            if (p) dot = warp_sum(dot);                                                                                      \
+            if ((threadIdx.x & 31) == 0) {                                                                                   \
+                squares[row] = square;                                                                                       \
                 if (p) r[row] = dot;                                                                                         \
             }                                                                                                                \
-            parts[threadIdx.x / 32] = judged(sum, j.limit);                                                                  \
+            all += judged(square, j.limit);                                                                                  \
         }                                                                                                                    \
+        if ((threadIdx.x & 31) == 0) parts[threadIdx.x / 32] = all;                                                          \
         __syncthreads();                                                                                                     \
-        double all = 0;                                                                                                      \
+        all = 0;                                                                                                             \
         if (threadIdx.x == 0)                                                                                                \
-            for (int i = 0; i < warps; i++) all += parts[i];                                                                 \
-        judge(j, first / warps + blockIdx.x, all);                                                                           \
+            for (int i = 0; i < 8; i++) all += parts[i];                                                                     \
+        judge(j, first / 32 + blockIdx.x, all);                                                                              \
     }                                                                                                                        \
     /* By column, of the rows blockIdx.y * span ..: row blockIdx.y of `partial` (two planes with p: squares, then g^T p). */ \
     __global__ void square_columns##NAME(const T *g, int rows, int n, int span, const float *p, float *partial) {            \

@@ -49,19 +49,19 @@ __device__ __forceinline__ void bring(u32 to, const Map &map, int column, int ro
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
-// The same into the same place of both blocks of a pair, whose barriers at that place hear of it.
-__device__ __forceinline__ void bring_both(u32 to, const Map &map, int column, int row, u32 barrier) {
+// The same into the same place of those blocks of a cluster that have a bit in `who`, whose barriers at that place hear of it.
+__device__ __forceinline__ void bring_to(int who, u32 to, const Map &map, int column, int row, u32 barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
                  "[%0], [%1, {%2, %3}], [%4], %5;"
-                 ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)3) : "memory");
+                 ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)who) : "memory");
 }
-// Arrives at the barrier that the block `rank` of the pair has at that place.
+// Arrives at the barrier that the block `rank` of the cluster has at that place.
 __device__ __forceinline__ void arrive_at(u32 barrier, int rank) {
     asm volatile("{.reg .u32 there;\n"
                  "mapa.shared::cluster.u32 there, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(barrier), "r"(rank) : "memory");
 }
-__device__ __forceinline__ void pair_sync() {
+__device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void take_away(u32 from, const Map &map, int column, int row) {
@@ -211,18 +211,20 @@ struct Update {
 
 // w (m x n, bf16) <- round((w - factor dW gain) keep), dW = dy^T x over `tokens` rows of dy (m wide) and x (n wide). Factors by
 // row (1) or by column (2). A block has a tile of 128 x 128 of w, a warp group 64 rows of it; two blocks share a
-// multiprocessor, so that one's products run beside what the other does with its own. In pairs, two blocks one below the other
-// share the tiles of x: each brings half of them to both.
-template <bool PAIR> __device__ __forceinline__ void update(const Map &dy, const Map &x, const Map &weights, const Update &a) {
+// multiprocessor, so that one's products run beside what the other does with its own. Clusters of HIGH by WIDE blocks, two
+// by two at most, share their tiles of dy and x: where two have the same tile, each brings half of it to both.
+template <int HIGH, int WIDE>
+__device__ __forceinline__ void update(const Map &dy, const Map &x, const Map &weights, const Update &a) {
     __shared__ __align__(8) u64 barriers[2 * STAGES];
     if (*a.verdict || *a.halted) return;
+    const int m = a.m, n = a.n, SHARE = HIGH * WIDE;
+    const int rank = blockIdx.x % SHARE, below = rank % HIGH, beside = rank / HIGH;
     // Tiles that run at the same time lie in a square, so that their operands come from the L2 cache.
-    const int m = a.m, n = a.n, ROWS = 16, EVEN = PAIR ? 2 : 1;
-    const int tiles_m = (m + TILE * EVEN - 1) / (TILE * EVEN) * EVEN, tiles_n = (n + TILE - 1) / TILE;
-    const int band = blockIdx.x / (ROWS * tiles_n), inside = blockIdx.x - band * ROWS * tiles_n;
-    const int high = min(tiles_m - band * ROWS, ROWS);
-    const int row0 = (band * ROWS + inside % high) * TILE, column0 = inside / high * TILE;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = warp >> 2, rank = blockIdx.x & 1;
+    const int BAND = 16 / HIGH, tiles_m = (m + TILE * HIGH - 1) / (TILE * HIGH), tiles_n = (n + TILE * WIDE - 1) / (TILE * WIDE);
+    const int cluster = blockIdx.x / SHARE, band = cluster / (BAND * tiles_n), inside = cluster - band * BAND * tiles_n;
+    const int high = min(tiles_m - band * BAND, BAND);
+    const int row0 = ((band * BAND + inside % high) * HIGH + below) * TILE, column0 = (inside / high * WIDE + beside) * TILE;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = warp >> 2;
     const u32 stages = shared_start();
     const u32 full = (u32)__cvta_generic_to_shared(barriers), empty = full + 8 * STAGES;
     const int count = (a.tokens + 63) / 64; // and, in the end, the weights
@@ -231,9 +233,13 @@ template <bool PAIR> __device__ __forceinline__ void update(const Map &dy, const
         const u32 to = stages + i % STAGES * STAGE, barrier = full + i % STAGES * 8;
         expect(barrier, STAGE);
         if (i < count) {
-            bring(to, dy, row0, 64 * i, barrier);
-            bring(to + 8192, dy, row0 + 64, 64 * i, barrier);
-            if (PAIR) bring_both(to + 16384 + rank * 8192, x, column0 + 64 * rank, 64 * i, barrier);
+            if (WIDE == 2) bring_to(1 << below | 1 << (HIGH + below), to + beside * 8192, dy, row0 + 64 * beside, 64 * i, barrier);
+            else {
+                bring(to, dy, row0, 64 * i, barrier);
+                bring(to + 8192, dy, row0 + 64, 64 * i, barrier);
+            }
+            if (HIGH == 2)
+                bring_to(3 << 2 * beside, to + 16384 + below * 8192, x, column0 + 64 * below, 64 * i, barrier);
             else {
                 bring(to + 16384, x, column0, 64 * i, barrier);
                 bring(to + 24576, x, column0 + 64, 64 * i, barrier);
@@ -244,17 +250,17 @@ template <bool PAIR> __device__ __forceinline__ void update(const Map &dy, const
         }
     };
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, EVEN * THREADS / 32);
+        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, (HIGH + WIDE - 1) * THREADS / 32);
         barriers_made();
     }
-    // Barriers of both are there before either brings anything.
-    if (PAIR) pair_sync();
+    // Barriers of all are there before any brings anything.
+    if (SHARE > 1) cluster_sync();
     if (threadIdx.x == 0) {
         // Two blocks that began together would want the products at the same time, and the rest at the same time.
         if (a.late && blockIdx.x >= a.late && blockIdx.x < 2 * a.late) __nanosleep(4 * a.tokens);
         for (int i = 0; i < min(STAGES, count + 1); i++) ask(i);
     }
-    if (!PAIR) __syncthreads();
+    if (SHARE == 1) __syncthreads();
 
     float c[64];
     for (int i = 0; i < count; i++) {
@@ -271,8 +277,11 @@ template <bool PAIR> __device__ __forceinline__ void update(const Map &dy, const
         products_wait<1>();
         const int done = i - 1;
         if (lane == 0) {
-            if (PAIR) arrive_at(empty + done % STAGES * 8, 0), arrive_at(empty + done % STAGES * 8, 1);
-            else arrive(empty + done % STAGES * 8);
+            // Whoever brings something here waits for it.
+            const u32 barrier = empty + done % STAGES * 8;
+            arrive(barrier);
+            if (HIGH == 2) arrive_at(barrier, rank ^ 1);
+            if (WIDE == 2) arrive_at(barrier, rank ^ HIGH);
         }
         if (threadIdx.x == 0 && done + STAGES <= count) {
             await(empty + done % STAGES * 8, done / STAGES & 1);
@@ -331,20 +340,25 @@ template <bool PAIR> __device__ __forceinline__ void update(const Map &dy, const
         take_away(old + 16384, weights, column0 + 64, row0);
         taken_away();
     }
-    // Neither is gone while the other may still reach into its memory.
-    if (PAIR) pair_sync();
+    // None is gone while another may still reach into its memory.
+    if (SHARE > 1) cluster_sync();
 }
 
 extern "C" {
 __global__ void __launch_bounds__(THREADS, 2) update_product(const __grid_constant__ Map dy, const __grid_constant__ Map x,
                                                              const __grid_constant__ Map weights,
                                                              const __grid_constant__ Update a) {
-    update<false>(dy, x, weights, a);
+    update<1, 1>(dy, x, weights, a);
 }
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 2)
 update_product_pair(const __grid_constant__ Map dy, const __grid_constant__ Map x, const __grid_constant__ Map weights,
                     const __grid_constant__ Update a) {
-    update<true>(dy, x, weights, a);
+    update<2, 1>(dy, x, weights, a);
+}
+__global__ void __cluster_dims__(4, 1, 1) __launch_bounds__(THREADS, 2)
+update_product_four(const __grid_constant__ Map dy, const __grid_constant__ Map x, const __grid_constant__ Map weights,
+                    const __grid_constant__ Update a) {
+    update<2, 2>(dy, x, weights, a);
 }
 }
 
