@@ -19,6 +19,7 @@ use weightfs::compute::cuda::GpuError;
 use weightfs::memory::cuda::{Device, devices};
 use weightfs::model::Dtype;
 use weightfs::train::apollo::Updater;
+use weightfs::train::gpu::plan::Keep;
 use weightfs::train::gpu::{Allowed, GpuTrainer, OnDevice, Order};
 use weightfs::train::gradients::Gradient;
 use weightfs::train::state::Form;
@@ -541,6 +542,7 @@ fn check_orders(device: &Arc<Device>, report: &mut Report) -> Outcome {
             Ok((trainer.plan.take().ok_or("no plan")?, loss, bytes, state))
         };
         let (plan, loss, bytes, held) = run(u64::MAX / 2, 0, Allowed::default())?;
+        let all = plan.bytes + held;
         report.expect(format!("{name}: {:?}", plan.order), plan.order == Order::After);
         let (_, _, again, _) = run(u64::MAX / 2, 1, Allowed::default())?;
         let names: Vec<&str> = weights.names().collect();
@@ -554,13 +556,31 @@ fn check_orders(device: &Arc<Device>, report: &mut Report) -> Outcome {
         // Each layer after its own backward pass, and beside those of the layers below: a race would show, in one run of some.
         for (beside, runs) in [(false, 1), (true, 4)] {
             for _ in 0..runs {
-                let (plan, _, theirs, _) = run(u64::MAX / 2, 0, Allowed { after: false, beside })?;
+                let (plan, _, theirs, _) =
+                    run(u64::MAX / 2, 0, Allowed { after: false, beside, ..Allowed::default() })?;
                 let laid_out = (plan.order, plan.side > 0) == (Order::Layerwise, beside);
                 report.expect(format!("{name}: {:?} with {} bytes beside", plan.order, plan.side), laid_out);
                 let what = format!("{name}: beside {beside}, the same bits but for{}", differ(&theirs));
                 report.expect(what, theirs == bytes);
             }
         }
+        // Gates and ups in host memory come back as they were.
+        let (mut budget, mut most) = (all, 0);
+        while let Ok((plan, _, theirs, _)) =
+            run(budget, 0, Allowed { host: u64::MAX, unhurried: true, ..Allowed::default() })
+        {
+            if plan.keep.contains(&Keep::Stream) {
+                break;
+            }
+            if plan.offloaded.len() == plan.keep.iter().filter(|k| **k != Keep::All).count() {
+                most = most.max(plan.offloaded.len());
+                let what =
+                    format!("{name}: {:?} in host memory, the same bits but for{}", plan.offloaded, differ(&theirs));
+                report.expect(what, theirs == bytes);
+            }
+            budget = plan.bytes - 1 + held;
+        }
+        report.expect(format!("{name}: {most} layers in host memory"), most > 0);
         // Just too little for the last plan, until nothing fits.
         let (mut budget, mut kinds) = (plan.bytes - 1 + held, Vec::new());
         while let Ok((plan, other, theirs, _)) = run(budget, 0, Allowed::default()) {
@@ -766,9 +786,8 @@ fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
         let parts: Vec<String> =
             trainer.timed.as_deref().unwrap_or_default().iter().map(|(n, t)| format!("{n} {t:.1}")).collect();
         let count = |k| plan.keep.iter().filter(|x| **x == k).count();
-        use weightfs::train::gpu::plan::Keep;
         println!(
-            "{} {context}+{trained}: {median:.1} ms (best {:.1}) [{}], {:.2} GB held at most (free fell by {:.2}), {:.2} of them state, predicted {:.2} + state, used {:.2}; {:?}{}, kept {} {} {}; loss {:.4} {:.4}",
+            "{} {context}+{trained}: {median:.1} ms (best {:.1}) [{}], {:.2} GB held at most (free fell by {:.2}), {:.2} of them state, predicted {:.2} + state, used {:.2}; {:?}{}, kept {} {} {}, {} in host memory; loss {:.4} {:.4}",
             if mini { "mini" } else { "rank 64" },
             times[0],
             parts.join(", "),
@@ -782,6 +801,7 @@ fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
             count(Keep::All),
             count(Keep::Attention),
             count(Keep::Stream),
+            plan.offloaded.len(),
             losses[0],
             losses[losses.len() - 1],
         );

@@ -61,6 +61,10 @@ pub struct MountArguments {
     /// Threads that train; 0 for one a core
     #[arg(long, value_name = "N", default_value = "0")]
     train_threads: usize,
+    /// Host memory that a step on a GPU may keep activations in; 0 for none [default: a quarter of what is available, 8 GiB at
+    /// most]
+    #[arg(long, value_name = "BYTES", value_parser = super::policy::bytes)]
+    offload_memory: Option<u64>,
     #[arg(long, default_value = "info")]
     log_level: LevelFilter,
     /// Default: stderr in the foreground, MODEL_DIR/.weightfs/mount.log in the background
@@ -151,6 +155,7 @@ fn serve(
     let options = ViewOptions { mode, hold: Duration::from_secs(a.view_hold) };
     let mounted = Mounted::new(opened.image, committer, point.clone(), &options)?;
     mounted.set_train_threads(a.train_threads);
+    mounted.set_offload_memory(a.offload_memory);
     if let Some(options) = a.engine.options() {
         mounted.tell_engine(options)?;
     }

@@ -23,7 +23,7 @@ impl PolicyArguments {
 }
 
 /// A number of bytes: 500000, 512MiB, 4GiB.
-fn bytes(text: &str) -> Result<u64, String> {
+pub fn bytes(text: &str) -> Result<u64, String> {
     let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let unit = match &text[split..] {
         "" => 1,

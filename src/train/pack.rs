@@ -97,6 +97,21 @@ impl Batch {
         rows
     }
 
+    /// The same with the last sequence continued until the rows that train are a multiple of `multiple`. Rows that come after
+    /// all others and predict nothing change nothing.
+    pub fn padded(&self, multiple: usize) -> Batch {
+        let mut batch = self.clone();
+        let missing = self.trained().next_multiple_of(multiple) - self.trained();
+        if let (Some(span), Some(&id), Some(&position)) =
+            (batch.spans.last_mut(), self.ids.last(), self.positions.last())
+        {
+            batch.ids.extend(std::iter::repeat_n(id, missing));
+            batch.positions.extend((1..=missing as u32).map(|i| position + i));
+            span.rows.end += missing;
+        }
+        batch
+    }
+
     pub fn rows(&self) -> usize {
         self.ids.len()
     }
@@ -181,6 +196,20 @@ mod tests {
         assert_eq!(batch.samples, [(0..2, 10), (2..3, 11)]);
         assert_eq!(batch.spans[1..], [Span { rows: 2..4, prefix: 0..2 }, Span { rows: 4..5, prefix: 0..2 }]);
         assert_eq!((batch.sample_of(1), batch.sample_of(2), batch.sample_of(3)), (Some(10), Some(11), None));
+    }
+
+    #[test]
+    fn a_padded_batch_continues_its_last_sequence() {
+        let (a, b) = (Tokens::new(vec![1, 2, 3], vec![4, 5]), Tokens::new(vec![], vec![6, 7, 8, 9]));
+        let batch = Batch::pack([(10, &a), (11, &b)]);
+        let padded = batch.padded(8);
+        assert_eq!((padded.frozen, padded.trained(), batch.trained()), (2, 8, 5));
+        assert_eq!(padded.ids[..7], batch.ids[..]);
+        assert_eq!((&padded.ids[7..], &padded.positions[4..]), (&[8, 8, 8][..], &[0, 1, 2, 3, 4, 5][..]));
+        assert_eq!(padded.spans.last().map(|s| s.rows.clone()), Some(4..10));
+        assert_eq!((&padded.targets, &padded.samples), (&batch.targets, &batch.samples));
+        assert_eq!(padded.padded(8), padded);
+        assert_eq!(Batch::default().padded(8), Batch::default());
     }
 
     #[test]

@@ -51,6 +51,9 @@ pub struct JobRecord {
     pub seconds: f64,
     /// Bytes predicted at its peak beyond the weights and the optimizer's state.
     pub memory: u64,
+    /// Bytes of host memory that the last step on a GPU kept activations in.
+    #[serde(default)]
+    pub host_memory: u64,
     /// The optimizer's step when it began, and now.
     pub first_step: u64,
     pub last_step: u64,
@@ -107,6 +110,8 @@ pub type Listener = Box<dyn Fn(&JobRecord) + Send + Sync>;
 pub struct Options {
     /// Threads of the operations; 0 for all cores.
     pub threads: usize,
+    /// Bytes of host memory that steps on a GPU may keep activations in; `None` for what they find.
+    pub offload_memory: Option<u64>,
     /// Jobs of former lives, whose ids are not given again. Those that ran or waited are shown as cut.
     pub history: Vec<JobRecord>,
     /// The first id to give, if those of `history` are below it.
@@ -122,7 +127,15 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Options {
         let free_memory = || crate::memory::available().unwrap_or(u64::MAX);
-        Options { threads: 0, history: Vec::new(), next_id: 1, listener: None, free_memory, paused: false }
+        Options {
+            threads: 0,
+            offload_memory: None,
+            history: Vec::new(),
+            next_id: 1,
+            listener: None,
+            free_memory,
+            paused: false,
+        }
     }
 }
 
@@ -177,7 +190,8 @@ impl Queue {
             .thread_name(|i| format!("train-{i}"))
             .build()
             .map_err(std::io::Error::other)?;
-        let trainer = Trainer::new(model.clone(), state.clone());
+        let mut trainer = Trainer::new(model.clone(), state.clone());
+        trainer.offload_memory = options.offload_memory;
         let of_thread = shared.clone();
         let thread = std::thread::Builder::new().name("train".into()).spawn(move || of_thread.work(trainer, &pool))?;
         Ok(Queue { shared, model, text, state, free_memory: options.free_memory, thread: Some(thread) })
@@ -217,6 +231,7 @@ impl Queue {
             trained_tokens: 0,
             seconds: 0.0,
             memory: plan.memory,
+            host_memory: 0,
             first_step: 0,
             last_step: 0,
             queued_at: now(),
@@ -368,6 +383,7 @@ impl Shared {
             job.tokens += report.rows as u64;
             job.trained_tokens += report.targets as u64;
             job.last_step += report.taken as u64;
+            job.host_memory = report.host_memory;
             job.seconds += start.elapsed().as_secs_f64();
             let record = job.clone();
             drop(inner);

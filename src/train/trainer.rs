@@ -19,6 +19,8 @@ pub struct Trainer {
     updater: Updater,
     /// Where the weights are on a GPU: made with the first step.
     gpu: Option<GpuTrainer>,
+    /// Bytes of host memory that steps on a GPU may keep activations in; `None` for what they find.
+    pub offload_memory: Option<u64>,
 }
 
 /// What a step did.
@@ -34,11 +36,13 @@ pub struct StepReport {
     pub taken: bool,
     /// Tensors left alone because their gradient was zero throughout.
     pub untouched: usize,
+    /// Bytes of host memory that a step on a GPU kept activations in.
+    pub host_memory: u64,
 }
 
 impl Trainer {
     pub fn new(model: Model, state: Arc<Mutex<OptimizerState>>) -> Trainer {
-        Trainer { model, state, updater: Updater::default(), gpu: None }
+        Trainer { model, state, updater: Updater::default(), gpu: None, offload_memory: None }
     }
 
     /// Gives the memory that steps share back, when no more are coming.
@@ -57,6 +61,7 @@ impl Trainer {
                 Some(gpu) if gpu.gpu().device.id == device.id => gpu,
                 slot => slot.insert(GpuTrainer::new(self.model.clone(), &device)?),
             };
+            gpu.host_budget = self.offload_memory;
             return gpu.step(batch, settings, lr, &self.state);
         }
         let trainable = |name: &str| settings.trains(name);
@@ -72,6 +77,7 @@ impl Trainer {
             rows: batch.rows(),
             taken: loss >= settings.min_loss,
             untouched: 0,
+            host_memory: 0,
         };
         if !report.taken {
             return Ok(report);

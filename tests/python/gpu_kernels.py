@@ -239,6 +239,7 @@ def attentions():
 
 norm, rope, swiglu, loss, embedding, linear, apollo = map(
     Module, ["rms_norm", "rope", "swiglu", "cross_entropy", "embedding", "linear", "apollo"])
+peaks = Module("peaks")
 
 
 def norms():
@@ -351,7 +352,7 @@ def others():
         y = torch.nn.functional.silu(f[:, :n]) * f[:, n:]
         check(f"swiglu {t}x{n}", out, y, 4e-3)
         y.backward(d.float())
-        swiglu("swiglu_backward" + wide, blocks, 256, d, both, L(t), I(n))
+        swiglu("swiglu_backward" + wide, blocks, 256, d, both, L(t), I(n), both)
         check("swiglu act", d, y, 4e-3)
         check("swiglu gradient", both, f.grad, 4e-3)
     for t, n, ld in [(5, 32, 40), (77, 1001, 1001), (30, 151936, 151936)]:
@@ -412,6 +413,43 @@ def others():
     top = torch.zeros(1, device=DEV)
     linear("largest", (4,), 128, x, I(0), L(x.numel()), top)
     check("largest", top, x.abs().max().float()[None], 0)
+    many_peaks()
+
+
+class Array(ctypes.Structure):
+    _fields_ = [("x", P), ("count", L), ("kind", I), ("to", I)]
+
+
+class Arrays(ctypes.Structure):
+    _fields_ = [("of", Array * 16), ("out", P)]
+
+
+def many_peaks():
+    """Arrays of every kind and size, at every offset; NaN is above all; what was there counts."""
+    kinds = list(KIND)
+    whole = [random(70000, dtype=kinds[i % 3], scale=10.0 ** (i % 5)) for i in range(16)]
+    sizes = [1, 7, 8, 9, 63, 70000 - 16, 12345, 2, 3, 15, 16, 17, 31, 50001, 64, 5]
+    parts = [w[i % 11 :][: n] for i, (w, n) in enumerate(zip(whole, sizes))]
+    out = torch.zeros(9, device=DEV)
+    out[3], out[8] = 1e30, 7
+    wanted = out.clone()
+    arrays = Arrays(out=P(out.data_ptr()))
+    for i, x in enumerate(parts):
+        to = i % 8
+        # A largest value at either end too.
+        if i % 3 == 1:
+            x[0 if i % 2 else -1] = -1000.0 if x.dtype == torch.float16 else -1e20
+        arrays.of[i] = Array(P(x.data_ptr()), L(x.numel()), I(KIND[x.dtype]), I(to))
+        wanted[to] = torch.maximum(wanted[to], x.float().abs().max())
+    peaks("peaks", (40, 16), 256, arrays)
+    check("peaks", out, wanted, 0)
+    for where in (0, 20001, 50000):
+        x = random(50001)
+        x[where] = math.nan
+        out.zero_()
+        arrays.of[0] = Array(P(x.data_ptr()), L(x.numel()), I(0), I(0))
+        peaks("peaks", (40, 1), 256, arrays)
+        check("peaks NaN", out[:1].isnan().float(), torch.ones(1, device=DEV), 0)
 
 
 # ---- linear attention

@@ -3,7 +3,8 @@ trains on, verify. Prints the time of each, and how long training stood still fo
 
     WEIGHTFS=target/release/weightfs python tests/python/gpu_train_story.py SCRATCH [--layers N] [--tokens N] [--cpu]
 
-SCRATCH needs room for twice the model (54 GB with all 64 layers, 11 with 8). Needs a GPU, root, torch, numpy. `--cpu` does the
+SCRATCH needs room for the model (54 GB with all 64 layers, 11 with 8) and what a commit logs (up to 0.7 of it; with `--lr 1e-6`
+a tenth). Needs a GPU, root, torch, numpy. `--cpu` does the
 same with a tiny model of that family in shared memory."""
 import argparse
 import json
@@ -47,6 +48,7 @@ def main():
     p.add_argument("--layers", type=int, default=8)
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--tokens", type=int, default=1024)
+    p.add_argument("--lr", type=float, default=1e-5)
     p.add_argument("--cpu", action="store_true")
     a = p.parse_args()
     os.makedirs(a.scratch, exist_ok=True)
@@ -69,13 +71,13 @@ def main():
     options = ["--view", "live", "--staging-memory", f"{-(-size // (1 << 20)) + 1}MiB", "--log-file", os.path.join(a.scratch, "log")]
     with mounted(model, point, *weights, *options):
         clock.says(f"mounted, weights on {status(point)['source'].get('device') or 'the host'}")
-        make = lambda name, steps: job(os.path.join(a.scratch, name), vocabulary, steps, samples=4, context=0, trained=a.tokens, lr=1e-5)
+        make = lambda name, steps: job(os.path.join(a.scratch, name), vocabulary, steps, samples=4, context=0, trained=a.tokens, lr=a.lr)
         weightfs("train", point, make("first.json", a.steps), "--follow")
         done = newest_job(point)
         check(f"trained {done['steps_done']} steps of 0+{a.tokens} tokens ({done.get('error')})", done["state"] == "finished")
         losses = done["losses"]
         clock.says(f"trained: {done['seconds'] / done['steps_done'] * 1e3:.0f} ms a step on average, the first with what is made "
-                   f"once; predicted {done['memory'] / 1e9:.2f} GB; losses {losses[0]:.3f} to {losses[-1]:.3f}")
+                   f"once; predicted {done['memory'] / 1e9:.2f} GB, {done['host_memory'] / 1e9:.2f} of the host; losses {losses[0]:.3f} to {losses[-1]:.3f}")
         # Each of the four samples comes round again.
         check("loss fell", sum(losses[-4:]) < sum(losses[:4]))
         # Far more steps than the commit takes: they end with `cancel`.

@@ -16,7 +16,7 @@ use std::ffi::c_void;
 /// Scratch of the library: what NVIDIA advises for Hopper.
 pub const WORKSPACE: u64 = 32 << 20;
 /// Candidates that are timed, and from how many operations (multiply-adds) on.
-const CANDIDATES: usize = 6;
+const CANDIDATES: usize = 16;
 const WORTH_TIMING: u64 = 1 << 30;
 
 /// One operand, row-major: rows `stride` elements apart. `turned`: it stands as its transpose.

@@ -18,7 +18,9 @@ pub mod gated_norm;
 pub mod linear;
 pub mod matmul;
 mod memory;
+mod offload;
 pub mod output_gate;
+pub mod peaks;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
@@ -26,6 +28,7 @@ pub mod swiglu;
 pub use downloads::Downloads;
 use memory::End;
 pub use memory::{Buffer, Part};
+pub use offload::{Offload, Shelf};
 
 use crate::compute::cpu::weight::Kind;
 use crate::memory::cuda::{CudaError, Device, Priority};

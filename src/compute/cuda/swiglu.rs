@@ -14,11 +14,11 @@ pub fn forward(gpu: &Gpu, gate_up: Part, rows: usize, n: usize, out: Part) -> Re
     Ok(())
 }
 
-/// In place: `d`, the activation's gradient, becomes the activation; gate and up become their gradients.
-pub fn backward(gpu: &Gpu, d: Part, gate_up: Part, rows: usize, n: usize) -> Result<()> {
+/// `d`, the activation's gradient, becomes the activation; `d_gate_up`, which may be `gate_up`, their gradients.
+pub fn backward(gpu: &Gpu, d: Part, gate_up: Part, rows: usize, n: usize, d_gate_up: Part) -> Result<()> {
     let (name, per) =
         if n.is_multiple_of(8) { ("swiglu_backward_wide", 8 * BLOCK) } else { ("swiglu_backward", BLOCK) };
     launch!(gpu, name, (blocks(rows * n, per), 1, 1), (BLOCK as u32, 1, 1), 0;
-        d.bf16(rows * n), gate_up.bf16(2 * rows * n), rows as i64, n as i32);
+        d.bf16(rows * n), gate_up.bf16(2 * rows * n), rows as i64, n as i32, d_gate_up.bf16(2 * rows * n));
     Ok(())
 }

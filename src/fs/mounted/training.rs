@@ -35,6 +35,8 @@ pub(super) struct Training {
     paused: AtomicBool,
     /// Threads that train; 0 for all cores.
     threads: AtomicUsize,
+    /// Bytes of host memory that steps on a GPU may keep activations in; `None` for what they find.
+    offload_memory: Mutex<Option<u64>>,
     /// The optimizer's step as of the newest commit, once a queue has taken its state from there.
     committed: Mutex<u64>,
 }
@@ -79,6 +81,7 @@ impl Training {
             queue: OnceLock::new(),
             paused: AtomicBool::new(false),
             threads: AtomicUsize::new(0),
+            offload_memory: Mutex::new(None),
             committed: Mutex::new(0),
         })
     }
@@ -113,6 +116,12 @@ impl Mounted {
     /// How many threads train; 0 for all cores. Set before the first job.
     pub fn set_train_threads(&self, threads: usize) {
         self.training.threads.store(threads, Ordering::Release);
+    }
+
+    /// How many bytes of host memory steps on a GPU may keep activations in; by default what they find. Set before the first
+    /// job.
+    pub fn set_offload_memory(&self, bytes: Option<u64>) {
+        *self.training.offload_memory.lock() = bytes;
     }
 
     /// Jobs that the last daemon left behind, a sentence each.
@@ -296,6 +305,7 @@ impl Mounted {
         let mounted = self.me.clone();
         let options = queue::Options {
             threads: self.training.threads.load(Ordering::Acquire),
+            offload_memory: *self.training.offload_memory.lock(),
             history: self.training.history.clone(),
             next_id: self.training.records.as_ref().map_or(1, JobRecords::next_id),
             listener: Some(Box::new(move |job| {

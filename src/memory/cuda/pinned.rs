@@ -6,8 +6,12 @@
 use super::error::Doing;
 use super::{CudaError, Device};
 use cudarc::driver::sys;
+use memmap2::{MmapOptions, MmapRaw};
 use parking_lot::RwLock;
+use rayon::prelude::*;
+use rustix::mm::{Advice, madvise};
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
@@ -23,12 +27,17 @@ pub(super) fn is_pinned(bytes: &[u8]) -> bool {
 /// Portable: for all contexts. Mapped: kernels reach it at its own address.
 const FLAGS: u32 = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
 
+/// From here on memory is taken by all cores at once, and then pinned: the driver takes it page by page on one.
+const LARGE: usize = 64 << 20;
+
 /// Pinned memory of our own, zeroed.
 #[derive(Debug)]
 pub struct PinnedBuffer {
     device: Arc<Device>,
     start: *mut u8,
     bytes: usize,
+    /// Large ones: the mapping, and its registration, which is dropped first.
+    mapping: Option<(PinnedMapping, MmapRaw)>,
 }
 
 // SAFETY: plain memory; references to it follow Rust's rules as those to a boxed slice do.
@@ -40,6 +49,12 @@ impl PinnedBuffer {
     pub fn new(device: &Arc<Device>, bytes: usize) -> Result<PinnedBuffer, CudaError> {
         device.bind()?;
         let bytes = bytes.max(1);
+        if bytes >= LARGE {
+            match PinnedBuffer::populated(device, bytes) {
+                Ok(buffer) => return Ok(buffer),
+                Err(why) => log::debug!("{bytes} bytes of host memory are left to the driver: {why}"),
+            }
+        }
         let mut start = std::ptr::null_mut();
         // SAFETY: writes the address of the new allocation.
         let code = unsafe { sys::cuMemHostAlloc(&mut start, bytes, FLAGS) };
@@ -48,9 +63,33 @@ impl PinnedBuffer {
         // SAFETY: the allocation is `bytes` long and nobody else's.
         unsafe { start.write_bytes(0, bytes) };
         PINNED.write().insert(start as usize, start as usize + bytes);
-        Ok(PinnedBuffer { device: device.clone(), start, bytes })
+        Ok(PinnedBuffer { device: device.clone(), start, bytes, mapping: None })
+    }
+
+    /// For copies that a device does by itself. Who asks for them sees to it that nobody looks at the bytes meanwhile, and
+    /// that they end before this does.
+    pub fn start(&self) -> *mut u8 {
+        self.start
+    }
+
+    fn populated(device: &Arc<Device>, bytes: usize) -> io::Result<PinnedBuffer> {
+        let map = MmapOptions::new().len(bytes.next_multiple_of(PIECE)).map_anon()?;
+        let map = MmapRaw::from(map);
+        let (start, length) = (map.as_mut_ptr() as usize, map.len());
+        // SAFETY: advice about a mapping of ours; refused where the system has no large pages.
+        let _ = unsafe { madvise(start as *mut _, length, Advice::LinuxHugepage) };
+        (0..length).into_par_iter().step_by(PIECE).with_max_len(1).try_for_each(|at| {
+            // SAFETY: the range is part of that mapping. This touches every page, and fails where there is no memory for it.
+            unsafe { madvise((start + at) as *mut _, PIECE, Advice::LinuxPopulateWrite) }
+        })?;
+        // SAFETY: the mapping is kept beside its registration, which is dropped before it.
+        let pin = unsafe { PinnedMapping::register(device, map.as_mut_ptr(), length) }.map_err(io::Error::other)?;
+        Ok(PinnedBuffer { device: device.clone(), start: map.as_mut_ptr(), bytes, mapping: Some((pin, map)) })
     }
 }
+
+/// What one core takes at a time.
+const PIECE: usize = 16 << 20;
 
 impl Deref for PinnedBuffer {
     type Target = [u8];
@@ -70,6 +109,9 @@ impl DerefMut for PinnedBuffer {
 
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
+        if self.mapping.is_some() {
+            return;
+        }
         PINNED.write().remove(&(self.start as usize));
         if self.device.bind().is_ok() {
             // SAFETY: from cuMemHostAlloc, freed once, no reference left.

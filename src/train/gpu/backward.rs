@@ -4,7 +4,8 @@ use super::forward::{Attended, Constant, Mixed, OfMixer, Saved};
 use super::head::{Head, Stream};
 use super::{Context, Order, Result};
 use crate::compute::cuda::output_gate::{self, Both};
-use crate::compute::cuda::{Buffer, Part, attention, linear, rms_norm, rope, swiglu};
+use crate::compute::cuda::peaks::Peaks;
+use crate::compute::cuda::{Buffer, Part, attention, rms_norm, rope, swiglu};
 use crate::train::families::{Attention, Mixer};
 use crate::train::step::{LARGEST, StepError};
 
@@ -61,7 +62,7 @@ impl MixerGradients {
 }
 
 /// Largest values that are looked at for each layer (see [`Context::peaks_of_layer`]).
-pub(super) const PEAKS: usize = 12;
+pub(super) const PEAKS: usize = 14;
 
 impl Context<'_> {
     /// What updates that come after the whole backward pass are made from stays until then.
@@ -74,6 +75,12 @@ impl Context<'_> {
         let (gpu, a, layer) = (self.gpu, self.a, &self.a.layers[i]);
         let (n, h, inner) = (self.rows.trained, a.hidden, a.intermediate);
         let mut saved = saved;
+        let place = self.plan.place(i);
+        if let (Some(offload), Some(place)) = (&self.offload, place) {
+            offload.lock().fetch(place)?;
+        }
+        // While this one is computed.
+        self.fetch_below(i)?;
         let mixed = match saved.mixed.take() {
             Some(kept) => kept,
             None => self.mix_again(layer, &saved)?,
@@ -86,9 +93,14 @@ impl Context<'_> {
 
         // Feed-forward. `act` starts as its own gradient.
         let d_normed = gpu.bf16(n * h)?;
-        let gate_up = match gate_up {
-            Some(kept) => kept,
-            None => {
+        let mut fetched = None;
+        let gate_up = match (gate_up, &self.offload, place) {
+            (Some(kept), ..) => kept,
+            (None, Some(offload), Some(place)) => {
+                fetched = Some(offload.lock().fetched(place)?);
+                gpu.bf16(n * 2 * inner)?
+            }
+            (None, ..) => {
                 let w = self.weight(&layer.post_norm);
                 rms_norm::again(gpu, x_mid.part(), rstd_mid.part(), &w, n, d_normed.part())?;
                 let gate_up = gpu.bf16(n * 2 * inner)?;
@@ -98,7 +110,7 @@ impl Context<'_> {
         };
         let act = bf16(n * inner)?;
         self.back(&[&layer.down], dx.narrow.part(), n, act.part())?;
-        swiglu::backward(gpu, act.part(), gate_up.part(), n, inner)?;
+        swiglu::backward(gpu, act.part(), fetched.unwrap_or(gate_up.part()), n, inner, gate_up.part())?;
         self.back(&[&layer.gate, &layer.up], gate_up.part(), n, d_normed.part())?;
         let d_out = std::mem::replace(&mut dx.narrow, bf16(n * h)?);
         let d_post_norm = f32(h)?;
@@ -183,49 +195,38 @@ impl Context<'_> {
     }
 
     /// The largest values of a layer's gradients and inputs into `peaks`: by pairs whose product a weight's gradient is, then
-    /// the stream's gradient below, and the norms'.
+    /// the stream's gradient below, the norms', and the norms' weights. Inputs behind a norm stand for it: no value of it is
+    /// larger than the root of its width, times the weight.
     pub fn peaks_of_layer(&self, g: &LayerGradients, dx: &Stream, peaks: Part) -> Result<()> {
-        let (gpu, a, layer, n) = (self.gpu, self.a, &self.a.layers[g.layer], self.rows.trained);
-        let at = |i: usize| peaks.from(4 * i as u64);
-        let normed = gpu.bf16(n * a.hidden)?;
-        let bf16 = |x: Part, i: usize| linear::largest(gpu, x, false, (x.bytes() / 2) as usize, at(i));
-        let f32 = |x: &Buffer, i: usize| linear::largest(gpu, x.part(), true, (x.bytes() / 4) as usize, at(i));
+        let layer = &self.a.layers[g.layer];
         let [d_inputs, mixed] = g.mixer.rows();
-        bf16(d_inputs.part(), 0)?;
-        rms_norm::again(gpu, g.x_in.part(), g.rstd_in.part(), &self.weight(&layer.input_norm), n, normed.part())?;
-        bf16(normed.part(), 1)?;
-        bf16(g.d_mid.part(), 2)?;
-        bf16(mixed.part(), 3)?;
-        bf16(g.d_gate_up.part(), 4)?;
-        rms_norm::again(gpu, g.x_mid.part(), g.rstd_mid.part(), &self.weight(&layer.post_norm), n, normed.part())?;
-        bf16(normed.part(), 5)?;
-        bf16(g.d_out.part(), 6)?;
-        bf16(g.act.part(), 7)?;
-        f32(&dx.wide, 8)?;
-        f32(&g.d_input_norm, 9)?;
-        f32(&g.d_post_norm, 10)?;
+        let mut all = Peaks::default();
+        let pairs = [d_inputs, &g.x_in, &g.d_mid, mixed, &g.d_gate_up, &g.x_mid, &g.d_out, &g.act];
+        for (i, x) in pairs.into_iter().enumerate() {
+            all.bf16(x.part(), i);
+        }
+        all.f32(dx.wide.part(), 8);
+        all.f32(g.d_input_norm.part(), 9);
+        all.f32(g.d_post_norm.part(), 10);
         match &g.mixer {
-            MixerGradients::Attention { d_qk_norm, .. } => d_qk_norm.as_ref().map_or(Ok(()), |d| f32(d, 11))?,
+            MixerGradients::Attention { d_qk_norm, .. } => d_qk_norm.iter().for_each(|d| all.f32(d.part(), 11)),
             MixerGradients::DeltaNet { d_convolution, d_gates, d_norm, .. } => {
-                for d in [d_convolution, d_gates, d_norm] {
-                    f32(d, 11)?;
-                }
+                [d_convolution, d_gates, d_norm].into_iter().for_each(|d| all.f32(d.part(), 11))
             }
         }
-        Ok(())
+        all.vector(&self.weight(&layer.input_norm), 12);
+        all.vector(&self.weight(&layer.post_norm), 13);
+        Ok(all.find(self.gpu, peaks, PEAKS)?)
     }
 
     /// The same of the head, in its place before the layers.
     pub fn peaks_of_head(&self, head: &Head, dx: &Stream, peaks: Part) -> Result<()> {
-        let at = |i: usize| peaks.from(4 * i as u64);
-        let (gpu, h, count) = (self.gpu, self.a.hidden, self.rows.batch.targets.len());
-        linear::largest(gpu, head.normed.part(), false, count * h, at(1))?;
-        if let Some(d) = &head.d_logits {
-            linear::largest(gpu, d.part(), false, count * self.a.vocabulary, at(0))?;
-        }
-        linear::largest(gpu, dx.wide.part(), true, self.rows.trained * h, at(8))?;
-        linear::largest(gpu, head.d_norm.part(), true, h, at(9))?;
-        Ok(())
+        let mut all = Peaks::default();
+        all.bf16(head.normed.part(), 1);
+        head.d_logits.iter().for_each(|d| all.bf16(d.part(), 0));
+        all.f32(dx.wide.part(), 8);
+        all.f32(head.d_norm.part(), 9);
+        Ok(all.find(self.gpu, peaks, PEAKS)?)
     }
 
     /// Would every gradient stay finite with certainty, squares included? Else says which may not.
@@ -233,7 +234,21 @@ impl Context<'_> {
         // NaN and infinity, by their bits the largest of all, fail every comparison as they should.
         let value = |bits: u32| f32::from_bits(bits) as f64;
         for (i, p) in peaks.chunks_exact(PEAKS).enumerate() {
-            let product = |a: usize, b: usize| value(p[a]) * value(p[b]) * self.rows.trained as f64;
+            // Infinite where the input of a norm is not finite.
+            let normed = |x: usize, weight: usize| match value(p[x]) < LARGEST {
+                true => (self.a.hidden as f64).sqrt() * (value(p[weight]) + self.a.norm_offset.abs() as f64),
+                false => f64::INFINITY,
+            };
+            let inputs_of = |b: usize| match (i, b) {
+                (1.., 1) => normed(1, 12),
+                (1.., 5) => normed(5, 13),
+                _ => value(p[b]),
+            };
+            let product = |a: usize, b: usize| {
+                let largest = inputs_of(b);
+                // Nothing times infinity is no number, and infinite here.
+                if largest < LARGEST { value(p[a]) * largest * self.rows.trained as f64 } else { f64::INFINITY }
+            };
             let place = |what: &str| match i {
                 0 => format!("{what} of the head"),
                 i => format!("{what} of layer {}", i - 1),

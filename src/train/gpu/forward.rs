@@ -54,12 +54,28 @@ impl Context<'_> {
         embedding::forward(gpu, &self.weight(&self.a.embedding), r.ids.part(), r.rows, x.part())?;
         let mut saved = Vec::new();
         for (i, layer) in self.a.layers.iter().enumerate() {
-            let state = self.layer_forward(layer, x.part(), if keep { self.plan.keep[i] } else { Keep::Stream })?;
+            let (keep_it, place) = if keep { (self.plan.keep[i], self.plan.place(i)) } else { (Keep::Stream, None) };
+            let last = i + 1 == self.a.layers.len();
+            let state = self.layer_forward(layer, x.part(), keep_it, place, last)?;
             if keep {
                 saved.push(state);
             }
         }
+        if keep {
+            self.fetch_below(self.a.layers.len())?;
+        }
         Ok((x, saved))
+    }
+
+    /// Begins to bring back what was offloaded of the next layer below `i` that has something there.
+    pub(super) fn fetch_below(&self, i: usize) -> Result<()> {
+        let below = self.plan.offloaded.iter().rfind(|&&layer| layer < i && layer >= self.lowest());
+        match (&self.offload, below) {
+            (Some(offload), Some(&layer)) => {
+                Ok(offload.lock().fetch(self.plan.place(layer).expect("it is one of them"))?)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What stays, and is kept as it is, lies with what stays.
@@ -75,7 +91,8 @@ impl Context<'_> {
         Ok(copy)
     }
 
-    fn layer_forward(&self, layer: &Layer, x: Part, keep: Keep) -> Result<Saved> {
+    /// `place` is where in host memory gate and up go. Of the last layer's context nothing is wanted but keys and values.
+    fn layer_forward(&self, layer: &Layer, x: Part, keep: Keep, place: Option<usize>, last: bool) -> Result<Saved> {
         let (gpu, r, a) = (self.gpu, &self.rows, self.a);
         let (rows, n, h) = (r.rows, r.trained, a.hidden);
         let (x_in, rstd_in) = (gpu.hold_bf16(n * h)?, gpu.hold_f32(n)?);
@@ -85,28 +102,42 @@ impl Context<'_> {
 
         let whole = keep != Keep::Stream;
         let (constant, of) = match &layer.mixer {
-            Mixer::Attention(l) => self.attention_forward(l, normed.part(), x, whole)?,
+            Mixer::Attention(l) => self.attention_forward(l, normed.part(), x, whole, last)?,
             Mixer::DeltaNet(net) => self.delta_net_forward(net, normed.part(), x, whole)?,
         };
+        // Rows from here on, and which of them is the first that trains.
+        let from = if last { r.frozen } else { 0 };
+        let (rows, first, x) = (rows - from, r.frozen - from, x.from((4 * from * h) as u64));
 
         let (x_mid, rstd_mid) = match whole {
             true => (Some(gpu.hold_bf16(n * h)?), Some(gpu.hold_f32(n)?)),
             false => (None, None),
         };
-        let kept = x_mid.as_ref().zip(rstd_mid.as_ref()).map(|(x, rstd)| Kept {
-            first: r.frozen,
-            rstd: rstd.part(),
-            x: x.part(),
-        });
+        let kept =
+            x_mid.as_ref().zip(rstd_mid.as_ref()).map(|(x, rstd)| Kept { first, rstd: rstd.part(), x: x.part() });
         rms_norm::forward(gpu, x, None, &self.weight(&layer.post_norm), a.eps, rows, normed.part(), kept)?;
-        let gate_up = self.stays(4 * rows * a.intermediate, keep == Keep::All && r.frozen == 0)?;
-        self.linears(&[&layer.gate, &layer.up], normed.part(), rows, gate_up.part())?;
+        let slots = self.offload.as_ref().filter(|_| keep != Keep::All);
+        let (room, gate_up) = match slots {
+            Some(slots) if first == 0 => (slots.lock().room()?, None),
+            _ => {
+                let buffer = self.stays(4 * rows * a.intermediate, keep == Keep::All && first == 0)?;
+                (buffer.part(), Some(buffer))
+            }
+        };
+        self.linears(&[&layer.gate, &layer.up], normed.part(), rows, room)?;
         drop(normed);
         let act = gpu.bf16(rows * a.intermediate)?;
-        swiglu::forward(gpu, gate_up.part(), rows, a.intermediate, act.part())?;
-        let gate_up = match keep {
-            Keep::All if r.frozen == 0 => Some(gate_up),
-            Keep::All => Some(self.tail(&gate_up, 2 * a.intermediate, 2)?),
+        swiglu::forward(gpu, room, rows, a.intermediate, act.part())?;
+        if let (Some(slots), Some(place)) = (slots, place) {
+            let mut slots = slots.lock();
+            if gate_up.is_some() {
+                gpu.copy(room.from((4 * first * a.intermediate) as u64), slots.room()?)?;
+            }
+            slots.send(place)?;
+        }
+        let gate_up = match (keep, gate_up) {
+            (Keep::All, Some(gate_up)) if first > 0 => Some(self.tail(&gate_up, 2 * a.intermediate, 2)?),
+            (Keep::All, gate_up) => gate_up,
             _ => None,
         };
         self.onto_stream(&layer.down, act.part(), rows, x)?;
@@ -124,9 +155,11 @@ impl Context<'_> {
         normed: Part,
         x: Part,
         whole: bool,
+        last: bool,
     ) -> Result<(Constant, Option<OfMixer>)> {
         let (gpu, r, a) = (self.gpu, &self.rows, self.a);
         let (rows, n) = (r.rows, r.trained);
+        let from = if last { r.frozen } else { 0 };
         let heads = self.heads(l);
         let qkv = gpu.bf16(rows * heads.qkv())?;
         self.linears(&[&l.q, &l.k, &l.v], normed, rows, qkv.part())?;
@@ -141,10 +174,13 @@ impl Context<'_> {
         let (before, turned) = (part(normed_heads), part(!normed_heads));
         rope::forward(gpu, qkv.part(), rows, &heads, &r.angles, q.part(), kv.part(), before, turned, r.frozen)?;
         let qkv = Some(qkv).filter(|_| heads.gated);
-        let attended = self.stays(2 * rows * heads.q(), whole && r.frozen == 0)?;
+        // From here on, of these rows.
+        let (rows, first, x) = (rows - from, r.frozen - from, x.from((4 * from * a.hidden) as u64));
+        let attended = self.stays(2 * rows * heads.q(), whole && first == 0)?;
         let log_sums = self.stays(4 * n * a.heads, whole)?;
         let shape = self.shape(&heads, l);
-        attention::forward(gpu, &shape, q.part(), kv.part(), attended.part(), log_sums.part(), false)?;
+        let queries = q.from((2 * from * heads.q()) as u64);
+        attention::forward(gpu, &shape, queries, kv.part(), attended.part(), log_sums.part(), last)?;
         let mut gate = None;
         match &qkv {
             None => {
@@ -153,17 +189,17 @@ impl Context<'_> {
             }
             Some(qkv) => {
                 gate = whole.then(|| gpu.hold_bf16(n * heads.q())).transpose()?;
-                let (both, kept) =
-                    (Both { part: qkv.part(), stride: heads.qkv() }, gate.as_ref().map_or(Part::NONE, Buffer::part));
+                let both = Both { part: qkv.from((2 * from * heads.qkv()) as u64), stride: heads.qkv() };
+                let kept = gate.as_ref().map_or(Part::NONE, Buffer::part);
                 // What was q is done with.
-                output_gate::forward(gpu, both, attended.part(), rows, &heads, q.part(), kept, r.frozen)?;
+                output_gate::forward(gpu, both, attended.part(), rows, &heads, q.part(), kept, first)?;
                 self.onto_stream(&l.o, q.part(), rows, x)?;
             }
         }
         drop(qkv);
         let of = match q_kept {
             Some(q) => {
-                let attended = if r.frozen == 0 { attended } else { self.tail(&attended, heads.q(), 2)? };
+                let attended = if first == 0 { attended } else { self.tail(&attended, heads.q(), 2)? };
                 Some(OfMixer::Attention(Attended { q, log_sums, attended, gate }))
             }
             None => None,

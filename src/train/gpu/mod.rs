@@ -29,7 +29,7 @@ use crate::compute::cpu::weight::Kind;
 use crate::compute::cuda::attention::{Shape, Tiles};
 use crate::compute::cuda::matmul::{Operand, Output, matmul};
 use crate::compute::cuda::rope::{Angles, Heads, LARGEST_HEAD};
-use crate::compute::cuda::{Buffer, Gpu, GpuError, Part, Weight, causal_conv, delta_rule, linear};
+use crate::compute::cuda::{Buffer, Gpu, GpuError, Offload, Part, Shelf, Weight, causal_conv, delta_rule, linear};
 use crate::memory::cuda::{Device, Library, load};
 use parking_lot::Mutex;
 use std::any::Any;
@@ -38,6 +38,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 type Result<T> = std::result::Result<T, StepError>;
+
+/// The most host memory that activations take unless more is asked for: the largest steps that were measured use six.
+const LARGEST_SHELF: u64 = 8 << 30;
+
+/// Rows that train are made up to a multiple of this: the library's products over 1023 rows, gradients of weights, take 7 %
+/// more time than those over 1024 (an H200, CUDA 13.0).
+const ROWS: usize = 8;
 
 /// Values by tensor.
 pub type ByName = HashMap<String, Vec<f32>>;
@@ -55,6 +62,9 @@ pub struct GpuTrainer {
     pub allowed: Allowed,
     /// Whether matrices are updated without their gradient in memory wherever they can be, or nowhere; `None`: where it pays.
     pub by_factors: Option<bool>,
+    /// Bytes of host memory that steps may keep activations in; `None`: as [`GpuTrainer::host_memory`] finds.
+    pub host_budget: Option<u64>,
+    shelf: Mutex<Option<Arc<Shelf>>>,
     /// How the last step was laid out.
     pub plan: Option<Plan>,
     /// Host milliseconds and device milliseconds of the parts of the last step, where asked for.
@@ -86,6 +96,8 @@ struct Context<'a> {
     plan: &'a Plan,
     settings: &'a Settings,
     by_factors: Option<bool>,
+    /// Where the plan has something in host memory meanwhile.
+    offload: Option<Arc<Mutex<Offload>>>,
     _mapped: Arc<Mapped<'a>>,
 }
 
@@ -140,8 +152,19 @@ impl GpuTrainer {
         }
         let (gpu, side) = (Arc::new(Gpu::new(device)?), Arc::new(Gpu::new(device)?));
         let moments = Arc::new(state::Moments::new(gpu.clone()));
-        let (allowed, budget, by_factors, plan, timed) = (Allowed::default(), None, None, None, None);
-        Ok(GpuTrainer { model, gpu, side, moments, allowed, budget, by_factors, plan, timed })
+        Ok(GpuTrainer {
+            model,
+            gpu,
+            side,
+            moments,
+            allowed: Allowed { host: u64::MAX, ..Allowed::default() },
+            host_budget: None,
+            shelf: Mutex::default(),
+            budget: None,
+            by_factors: None,
+            plan: None,
+            timed: None,
+        })
     }
 
     pub fn gpu(&self) -> &Gpu {
@@ -158,7 +181,29 @@ impl GpuTrainer {
     pub fn release_buffers(&self) {
         self.gpu.release();
         self.side.release();
+        *self.shelf.lock() = None;
         self.model.held.store(0, Ordering::Relaxed);
+    }
+
+    /// Bytes of host memory that steps may keep activations in: what was set, or a quarter of what is available.
+    fn host_memory(&self) -> u64 {
+        let held = self.shelf.lock().as_ref().map_or(0, |s| s.bytes());
+        let available = || crate::memory::available().unwrap_or(0) + held;
+        self.host_budget.unwrap_or_else(|| (available() / 4).min(LARGEST_SHELF))
+    }
+
+    /// Host memory for all that the plan puts there; or why there is none.
+    fn shelf_for(&self, plan: &Plan) -> std::result::Result<Option<Arc<Shelf>>, GpuError> {
+        let bytes = plan.host_bytes();
+        let mut shelf = self.shelf.lock();
+        if bytes == 0 {
+            return Ok(None);
+        }
+        if shelf.as_ref().is_none_or(|s| s.bytes() < bytes) {
+            *shelf = None;
+            *shelf = Some(Arc::new(Shelf::new(&self.gpu.device, bytes as usize)?));
+        }
+        Ok(shelf.clone())
     }
 
     /// Bytes that steps of these batches take at their peak beyond the weights, the growth of the optimizer's state not
@@ -175,10 +220,17 @@ impl GpuTrainer {
             }
         };
         let missing = plan::missing_state(&self.model.architecture, settings, &self.moments);
-        Plan::choose(&self.model.architecture, batch, settings, budget.saturating_sub(missing), self.allowed)
+        let allowed = Allowed { host: self.allowed.host.min(self.host_memory()), ..self.allowed };
+        Plan::choose(&self.model.architecture, batch, settings, budget.saturating_sub(missing), allowed)
     }
 
-    fn context<'a>(&'a self, batch: &'a Batch, settings: &'a Settings, plan: &'a Plan) -> Result<Context<'a>> {
+    fn context<'a>(
+        &'a self,
+        batch: &'a Batch,
+        settings: &'a Settings,
+        plan: &'a Plan,
+        shelf: Option<Arc<Shelf>>,
+    ) -> Result<Context<'a>> {
         let (a, gpu) = (&*self.model.architecture, &*self.gpu);
         let (mut weights, mut held) = (HashMap::new(), Vec::new());
         for (name, shape) in a.tensors() {
@@ -220,16 +272,18 @@ impl GpuTrainer {
             tiles: Tiles::new(gpu, &batch.spans, batch.rows(), batch.frozen, a.head_dim)?,
             sequences: delta_net::Sequences::new(gpu, a, batch)?,
         };
+        let offload = shelf.map(|shelf| Offload::new(&self.gpu, shelf, plan.piece)).transpose()?;
+        let offload = offload.map(|o| Arc::new(Mutex::new(o)));
         let mapped = Arc::new(Mapped { gpu, _held: held });
         let (weights, rows, by_factors) = (Arc::new(weights), Arc::new(rows), self.by_factors);
-        Ok(Context { gpu, a, weights, rows, plan, settings, by_factors, _mapped: mapped })
+        Ok(Context { gpu, a, weights, rows, plan, settings, by_factors, offload, _mapped: mapped })
     }
 
     /// Losses of the batch's targets, in their order. Changes nothing.
     pub fn losses(&self, batch: &Batch) -> Result<Vec<f32>> {
         let settings = Settings::default();
         let plan = Plan::forward_only(&self.model.architecture);
-        let c = self.context(batch, &settings, &plan)?;
+        let c = self.context(batch, &settings, &plan, None)?;
         let (x, _) = c.forward(false)?;
         let head = c.head(&x, false)?;
         Ok(self.gpu.download(head.losses.part(), batch.targets.len())?)
@@ -237,8 +291,9 @@ impl GpuTrainer {
 
     /// Losses and the gradient of every tensor that trains, as f32 by name. For tests: all of them at once.
     pub fn gradients(&self, batch: &Batch, settings: &Settings) -> Result<(Vec<f32>, ByName)> {
+        let batch = &batch.padded(ROWS);
         let plan = Plan { order: Order::After, ..Plan::forward_only(&self.model.architecture) };
-        let c = self.context(batch, settings, &plan)?;
+        let c = self.context(batch, settings, &plan, None)?;
         let (x, saved) = c.forward(true)?;
         let head = c.head(&x, true)?;
         let losses: Vec<f32> = self.gpu.download(head.losses.part(), batch.targets.len())?;
@@ -258,11 +313,22 @@ impl GpuTrainer {
         lr: f64,
         state: &Arc<Mutex<OptimizerState>>,
     ) -> Result<StepReport> {
+        let rows = batch.rows();
+        let batch = &batch.padded(ROWS);
         let weights = self.model.weights.clone();
         let step = weights.begin_step()?;
         let remembered = self.moments.bytes();
         self.moments.adopt(&mut state.lock(), settings, &self.model)?;
-        let plan = self.plan(batch, settings)?;
+        let mut plan = self.plan(batch, settings)?;
+        let shelf = match self.shelf_for(&plan) {
+            Ok(shelf) => shelf,
+            Err(e) => {
+                log::warn!("activations are made again instead of kept in host memory: {e}");
+                self.allowed.host = 0;
+                plan = self.plan(batch, settings)?;
+                None
+            }
+        };
         // Nothing may be missing once weights change.
         self.gpu.reserve(plan.bytes - plan.side - plan::WORKSPACES)?;
         self.side.reserve(plan.side)?;
@@ -277,7 +343,7 @@ impl GpuTrainer {
         self.model.held.store(self.held().0 - self.moments.bytes(), Ordering::Relaxed);
         let mut marks = Marks::new(self.timed.is_some());
         marks.add(&self.gpu, "start")?;
-        let c = self.context(batch, settings, &plan)?;
+        let c = self.context(batch, settings, &plan, shelf)?;
         let (x, mut saved) = c.forward(true)?;
         marks.add(&self.gpu, "forward")?;
         let head = c.head(&x, true)?;
@@ -291,7 +357,8 @@ impl GpuTrainer {
         }
         let loss = losses.iter().map(|&l| l as f64).sum::<f64>() / losses.len() as f64;
         let taken = loss >= settings.min_loss;
-        let mut report = StepReport { loss, targets: losses.len(), rows: batch.rows(), taken, untouched: 0 };
+        let (targets, host_memory) = (losses.len(), plan.host_bytes());
+        let mut report = StepReport { loss, targets, rows, taken, untouched: 0, host_memory };
         if !taken {
             return Ok(report);
         }

@@ -22,13 +22,22 @@ pub struct Allowed {
     pub after: bool,
     /// Updates of a layer beside the backward pass of the layers below it.
     pub beside: bool,
+    /// Bytes of host memory that may keep what the device has no room for.
+    pub host: u64,
+    /// More of it than copies keep up with, which costs time.
+    pub unhurried: bool,
 }
 
 impl Default for Allowed {
     fn default() -> Allowed {
-        Allowed { after: true, beside: true }
+        Allowed { after: true, beside: true, host: 0, unhurried: false }
     }
 }
+
+/// Floating-point operations of products in the forward pass for each byte that leaves the device meanwhile, so that copies
+/// keep up with it: seen on an H200, whose forward passes run at 545 TFLOP/s, all counted, and its copies at 50 GB/s beside
+/// them; a little more, since copies begin after the first layer.
+const OPERATIONS_PER_BYTE: u64 = 11_500;
 
 /// When weights are updated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +63,10 @@ pub struct Plan {
     pub order: Order,
     /// By layer.
     pub keep: Vec<Keep>,
+    /// Layers whose gate and up, where the device does not keep them, are in host memory instead of made again; lowest first.
+    pub offloaded: Vec<usize>,
+    /// Bytes of each of these.
+    pub piece: u64,
     /// Bytes at the peak, beyond the weights and the optimizer's state.
     pub bytes: u64,
     /// How many of them are of updates beside the backward pass; 0 where there are none beside it.
@@ -73,6 +86,8 @@ struct Sizes {
     head_trains: bool,
     narrow: u64,
     overlap: bool,
+    /// Whether anything is in host memory meanwhile.
+    offload: bool,
 }
 
 /// Bytes that one layer's mixer takes.
@@ -139,7 +154,7 @@ impl MixerSizes {
 }
 
 impl Sizes {
-    fn new(a: &Architecture, batch: &Batch, settings: &Settings, overlap: bool) -> Sizes {
+    fn new(a: &Architecture, batch: &Batch, settings: &Settings, overlap: bool, offload: bool) -> Sizes {
         let head = a.head.as_ref().unwrap_or(&a.embedding);
         Sizes {
             rows: batch.rows() as u64,
@@ -154,6 +169,7 @@ impl Sizes {
             // A matrix of another type as bf16; the largest may be the head.
             narrow: 0,
             overlap,
+            offload,
         }
     }
 
@@ -206,10 +222,24 @@ impl Sizes {
         (layer.max(chunk) + (16 << 20), lent)
     }
 
+    /// Gate and up of the rows that train.
+    fn gate_up(&self) -> u64 {
+        4 * self.trained * self.inner
+    }
+
     fn passing_forward(&self) -> u64 {
         let mixer = 2 * self.rows * self.h + self.most(|m| m.forward);
-        let feed_forward = 2 * self.rows * (self.h + 3 * self.inner);
+        // Gate and up of rows that all train are made in a slot.
+        let gate_up = if self.offload && self.rows == self.trained { 0 } else { 4 * self.rows * self.inner };
+        let feed_forward = 2 * self.rows * (self.h + self.inner) + gate_up;
         mixer.max(feed_forward)
+    }
+
+    /// How many of all layers' gates and ups leave the device as fast as a forward pass makes them.
+    fn in_time(&self, a: &Architecture) -> usize {
+        let matrices: u64 = a.layers.iter().flat_map(|l| l.linears()).map(|l| (l.outputs * l.inputs) as u64).sum();
+        let operations = 2 * self.rows * matrices;
+        (operations / (self.gate_up() * OPERATIONS_PER_BYTE).max(1)) as usize
     }
 
     /// Of the head while it works, and what of it waits for its update.
@@ -245,18 +275,37 @@ impl Sizes {
         // The plans' workspace, and what cutting memory into pieces wastes.
         let wasted = WORKSPACES + (32 << 20);
         let (side, lent) = self.beside(order, rank);
-        self.stream() + forward.max(backward + lent).max(kept + head) + wasted + side
+        let slots = if self.offload { 2 * self.gate_up() } else { 0 };
+        self.stream() + forward.max(backward + lent).max(kept + head) + slots + wasted + side
     }
 }
 
 impl Plan {
     pub(super) fn forward_only(a: &Architecture) -> Plan {
-        Plan { order: Order::Layerwise, keep: vec![Keep::All; a.layers.len()], bytes: 0, side: 0 }
+        let keep = vec![Keep::All; a.layers.len()];
+        Plan { order: Order::Layerwise, keep, offloaded: Vec::new(), piece: 0, bytes: 0, side: 0 }
+    }
+
+    /// Bytes of host memory.
+    pub fn host_bytes(&self) -> u64 {
+        self.piece * self.offloaded.len() as u64
+    }
+
+    /// Where in host memory a layer's gate and up are.
+    pub(super) fn place(&self, layer: usize) -> Option<usize> {
+        Some(self.offloaded.binary_search(&layer).ok()? * self.piece as usize)
+    }
+
+    /// What is made again, in halves of a layer's forward pass, which its mixer and its feed-forward block are about.
+    fn again(&self) -> usize {
+        self.keep.iter().map(|&k| Keep::All as usize - k as usize).sum::<usize>() - self.offloaded.len()
     }
 
     /// The first of these that fits `budget`: everything kept and updated after; everything kept and updated layer by layer;
-    /// ever more layers without gate and up; ever more with the stream alone. Updates run beside the backward pass where what
-    /// that takes is not missed: it costs about as much time as it saves where a fifth of the layers keeps less for it.
+    /// ever more layers without gate and up; ever more with the stream alone. Gates and ups that are not kept go to host
+    /// memory, as many as it has room for and as leave in time, where two slots for them on the device cost less than that
+    /// saves. Updates run beside the backward pass where what that takes is not missed: it costs about as much time as it
+    /// saves where a fifth of the layers keeps less for it.
     pub fn choose(
         a: &Architecture,
         batch: &Batch,
@@ -269,11 +318,19 @@ impl Plan {
             // The last layers' are used first: those that stay longest keep least.
             (0..layers).map(|i| if i < count { less } else { more }).collect()
         };
-        let [alone, beside] = [false, true].map(|overlap| Sizes::new(a, batch, settings, overlap));
         let plan = |sizes: &Sizes, order: Order, keep: Vec<Keep>| {
             let (bytes, (side, _)) = (sizes.peak(order, &keep, rank), sizes.beside(order, rank));
-            Plan { order, keep, bytes, side }
+            let less: Vec<usize> = (0..layers).filter(|&i| keep[i] != Keep::All).collect();
+            let room = (allowed.host / sizes.gate_up().max(1)) as usize;
+            let in_time = if allowed.unhurried { layers } else { sizes.in_time(a) };
+            let count = if sizes.offload { less.len().min(room).min(in_time) } else { 0 };
+            // Evenly among them, so that copies have the time of the layers between.
+            let nth = |k: usize| k * count / less.len();
+            let offloaded = (0..less.len()).filter(|&k| nth(k + 1) > nth(k)).map(|k| less[k]).collect();
+            Plan { order, keep, offloaded, piece: sizes.gate_up(), bytes, side }
         };
+        let sizes = |overlap, offload| Sizes::new(a, batch, settings, overlap, offload);
+        let alone = sizes(false, false);
         let after = plan(&alone, Order::After, keep(Keep::All, 0, Keep::All));
         if allowed.after && after.bytes <= budget {
             return Ok(after);
@@ -283,18 +340,18 @@ impl Plan {
                 .map(|n| keep(Keep::Attention, n, Keep::All))
                 .chain((1..=layers).map(|n| keep(Keep::Stream, n, Keep::Attention)))
         };
-        // With how much less is kept than could be.
-        let first = |sizes: &Sizes| {
-            let plans = steps().map(|keep| plan(sizes, Order::Layerwise, keep)).enumerate();
-            plans.into_iter().find(|(_, plan)| plan.bytes <= budget)
+        let first = |sizes: Sizes| {
+            let mut plans = steps().map(|keep| plan(&sizes, Order::Layerwise, keep));
+            plans.find(|plan| plan.bytes <= budget && sizes.offload != plan.offloaded.is_empty())
         };
-        let Some((least, plan_alone)) = first(&alone) else {
-            let least = sizes_of_all(&alone, steps(), rank);
-            return Err(GpuError::Memory(least.saturating_sub(budget)));
-        };
-        match first(&beside).filter(|_| allowed.beside) {
-            Some((less, plan)) if less <= least + layers / 5 => Ok(plan),
-            _ => Ok(plan_alone),
+        let ways = [(true, false), (true, true), (false, false), (false, true)];
+        let ways =
+            ways.into_iter().filter(|(beside, offload)| (allowed.beside || !beside) && (allowed.host > 0 || !offload));
+        let plans = ways.filter_map(|(beside, offload)| first(sizes(beside, offload)));
+        // The first of those that take as long.
+        match plans.min_by_key(|plan| plan.again() + if plan.side > 0 { 0 } else { layers / 5 }) {
+            Some(plan) => Ok(plan),
+            None => Err(GpuError::Memory(sizes_of_all(&alone, steps(), rank).saturating_sub(budget))),
         }
     }
 }
@@ -307,7 +364,7 @@ fn sizes_of_all(sizes: &Sizes, layouts: impl Iterator<Item = Vec<Keep>>, rank: u
 /// Free bytes that a step of `batch` takes at the least, the growth of the optimizer's state not included.
 pub fn least(a: &Architecture, batch: &Batch, settings: &Settings) -> u64 {
     let keep = vec![Keep::Stream; a.layers.len()];
-    Sizes::new(a, batch, settings, false).peak(Order::Layerwise, &keep, settings.rank() as u64) + RESERVE
+    Sizes::new(a, batch, settings, false, false).peak(Order::Layerwise, &keep, settings.rank() as u64) + RESERVE
 }
 
 /// Bytes by which the optimizer's state on the device will grow.
@@ -371,6 +428,28 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_the_device_has_no_room_for_goes_to_the_host_as_far_as_that_has_room_and_time() {
+        let (a, settings) = (qwen3_8b(), Settings::default());
+        let state = missing(&a, &settings);
+        for (context, trained, gb) in [(1024, 1024, 4.0), (0, 4096, 8.0)] {
+            let (budget, batch) = ((gb * 1e9) as u64 - state, batch(context, trained));
+            let plan =
+                |host| Plan::choose(&a, &batch, &settings, budget, Allowed { host, ..Allowed::default() }).unwrap();
+            let (without, with) = (plan(0), plan(u64::MAX));
+            println!("{context}+{trained}: again {} {}, {with:?}", without.again(), with.again());
+            assert!(without.offloaded.is_empty() && with.bytes <= budget);
+            assert!(with.again() + 20 < without.again());
+            assert!(with.offloaded.is_sorted() && with.offloaded.iter().all(|&i| with.keep[i] != Keep::All));
+            assert_eq!(with.place(with.offloaded[1]), Some(with.piece as usize));
+            // Of rows that all train, fewer leave than are made.
+            assert_eq!(with.offloaded.len() < with.keep.iter().filter(|k| **k != Keep::All).count(), context == 0);
+            let some = plan(5 * with.piece + 1);
+            assert!(some.host_bytes() <= 5 * with.piece && some.again() >= with.again() && some.bytes <= budget);
+            assert_eq!(plan(with.piece - 1), without, "room for none");
+        }
+    }
+
     /// Qwen3.5-27B: bytes beyond the weights, and that a long context costs no more than its rows.
     #[test]
     fn a_model_with_linear_attention_fits_too() {
@@ -382,8 +461,13 @@ mod tests {
         let settings = Settings::default();
         let state = missing(&a, &settings);
         for (context, trained, gb) in [(0, 1024, 8.0), (4096, 256, 8.0), (32768, 1024, 20.0), (32768, 4096, 30.0)] {
-            let plan =
-                Plan::choose(&a, &batch(context, trained), &settings, (gb * 1e9) as u64 - state, Allowed::default());
+            let plan = Plan::choose(
+                &a,
+                &batch(context, trained),
+                &settings,
+                (gb * 1e9) as u64 - state,
+                Allowed { host: 8 << 30, ..Allowed::default() },
+            );
             let count = |k| plan.as_ref().map_or(0, |p| p.keep.iter().filter(|x| **x == k).count());
             let counts = [Keep::All, Keep::Attention, Keep::Stream].map(count);
             println!(
@@ -398,7 +482,7 @@ mod tests {
     fn updates_beside_the_backward_pass_cost_no_layout_its_place() {
         let (a, settings, batch) = (qwen3_8b(), Settings::default(), batch(1024, 1024));
         let plan = |bytes: u64, allowed| Plan::choose(&a, &batch, &settings, bytes, allowed);
-        let [alone, both] = [false, true].map(|beside| Allowed { after: false, beside });
+        let [alone, both] = [false, true].map(|beside| Allowed { after: false, beside, ..Allowed::default() });
         assert_eq!(plan(u64::MAX, alone).unwrap().side, 0);
         let most = plan(u64::MAX, both).unwrap();
         assert!(most.side > 0 && most.order == Order::Layerwise && most.keep[0] == Keep::All);

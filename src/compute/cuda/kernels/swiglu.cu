@@ -73,15 +73,16 @@ template <int W> __device__ __forceinline__ void forward(const bf16 *both, i64 r
     store<W>(out + i, g);
 }
 
-// In place: `d`, the gradient of the activation, becomes the activation; gate and up become their gradients.
-template <int W> __device__ __forceinline__ void backward(bf16 *d, bf16 *both, i64 rows, int n) {
+// `d`, the gradient of the activation, becomes the activation; `d_both`, which may be `both`, the gradients of gate and up.
+template <int W>
+__device__ __forceinline__ void backward(bf16 *d, const bf16 *both, i64 rows, int n, bf16 *d_both) {
     const i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * W;
     if (i >= rows * n) return;
     const i64 row = i / n, column = i % n;
-    bf16 *gate = both + row * 2 * n + column;
+    const i64 gate = row * 2 * n + column;
     float g[W], u[W], x[W];
-    load<W>(gate, g);
-    load<W>(gate + n, u);
+    load<W>(both + gate, g);
+    load<W>(both + gate + n, u);
     load<W>(d + i, x);
 #pragma unroll
     for (int e = 0; e < W; e++) {
@@ -90,14 +91,18 @@ template <int W> __device__ __forceinline__ void backward(bf16 *d, bf16 *both, i
         u[e] = x[e] * silu;
         x[e] = act;
     }
-    store<W>(gate, g);
-    store<W>(gate + n, u);
+    store<W>(d_both + gate, g);
+    store<W>(d_both + gate + n, u);
     store<W>(d + i, x);
 }
 
 extern "C" {
 __global__ void swiglu_forward(const bf16 *both, i64 rows, int n, bf16 *out) { forward<1>(both, rows, n, out); }
 __global__ void swiglu_forward_wide(const bf16 *both, i64 rows, int n, bf16 *out) { forward<8>(both, rows, n, out); }
-__global__ void swiglu_backward(bf16 *d, bf16 *both, i64 rows, int n) { backward<1>(d, both, rows, n); }
-__global__ void swiglu_backward_wide(bf16 *d, bf16 *both, i64 rows, int n) { backward<8>(d, both, rows, n); }
+__global__ void swiglu_backward(bf16 *d, const bf16 *both, i64 rows, int n, bf16 *d_both) {
+    backward<1>(d, both, rows, n, d_both);
+}
+__global__ void swiglu_backward_wide(bf16 *d, const bf16 *both, i64 rows, int n, bf16 *d_both) {
+    backward<8>(d, both, rows, n, d_both);
+}
 }
