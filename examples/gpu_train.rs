@@ -6,8 +6,8 @@
 //!
 //! WORD stands in the names of the models that are wanted. The benchmark has random weights of the model's shapes.
 //!
-//! With `--portable`, kernels of every device alone; with `--alone`, updates not beside the backward pass. The first device is
-//! used. `tests/python/gpu_kernels.py` checks every kernel by itself.
+//! With `--portable`, kernels of every device alone; with `--alone`, updates not beside the backward pass; with `--dense`, every
+//! gradient in memory before its update. The first device is used. `tests/python/gpu_kernels.py` checks every kernel by itself.
 
 use safetensors::SafeTensors;
 use std::collections::BTreeMap;
@@ -375,8 +375,11 @@ fn check_updates(device: &Arc<Device>, report: &mut Report) -> Outcome {
     let mini = Settings { optimizer: Optimizer::ApolloMini, ..Settings::default() };
     let rank = |r| Settings { rank: Some(r), ..Settings::default() };
     for (name, config) in medium() {
-        for dtype in [Dtype::F32, Dtype::BF16] {
-            for settings in [mini.clone(), rank(64), rank(5)] {
+        for (dtype, by_factors) in [(Dtype::F32, None), (Dtype::BF16, Some(false)), (Dtype::BF16, Some(true))] {
+            // Gradients that are never in memory are for bf16 and ranks in multiples of eight.
+            let all =
+                if by_factors == Some(true) { vec![rank(64), rank(40)] } else { vec![mini.clone(), rank(64), rank(5)] };
+            for settings in all {
                 let settings = Settings { lr: 1e-3, proj_refresh: 2, ..settings };
                 let (architecture, weights) = medium_memory(&config, dtype);
                 let batch = packed(architecture.vocabulary);
@@ -384,9 +387,11 @@ fn check_updates(device: &Arc<Device>, report: &mut Report) -> Outcome {
                     weights.names().map(|n| (n.to_string(), weights.bytes(n).unwrap_or_default())).collect();
                 let theirs = on_device(device, &weights)?;
                 let mut gpu = trainer_of(Model::new(architecture.clone(), theirs.clone())?, device)?;
+                gpu.by_factors = by_factors;
                 let state = Arc::new(parking_lot::Mutex::new(OptimizerState::default()));
                 let (mut expected, mut updater) = (OptimizerState::default(), Updater::default());
-                let what = format!("{name} {dtype:?} {:?} rank {}", settings.optimizer, settings.rank());
+                let how = if by_factors == Some(true) { " by factors" } else { "" };
+                let what = format!("{name} {dtype:?} {:?} rank {}{how}", settings.optimizer, settings.rank());
                 for _ in 0..3 {
                     let (_, gradients) = gpu.gradients(&batch, &settings)?;
                     gpu.step(&batch, &settings, settings.lr, &state)?;
@@ -520,6 +525,7 @@ fn check_orders(device: &Arc<Device>, report: &mut Report) -> Outcome {
             let theirs = on_device(device, &weights)?;
             let mut trainer = trainer_of(Model::new(architecture.clone(), theirs.clone())?, device)?;
             trainer.budget = Some(budget);
+            trainer.by_factors = Some(true);
             trainer.allowed = allowed;
             let mut state = Arc::new(parking_lot::Mutex::new(OptimizerState::default()));
             let mut loss = 0.0;
@@ -719,6 +725,7 @@ const QWEN3_5_27B: &str = r#"{"model_type": "qwen3_5_text", "hidden_size": 5120,
 
 fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
     let (mut cases, mut mini, mut gb, mut profile, mut alone) = (Vec::new(), false, None, false, false);
+    let mut by_factors = None;
     let (mut config, mut steps) = (QWEN3_8B, 8);
     let mut args = args.iter();
     while let Some(arg) = args.next() {
@@ -734,6 +741,7 @@ fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
                 }
             }
             "--alone" => alone = true,
+            "--dense" => by_factors = Some(false),
             "--gb" => gb = Some(args.next().ok_or("--gb takes a number")?.parse::<f64>()?),
             case => {
                 let (context, trained) = case.split_once('+').ok_or("a case is CONTEXT+TRAINED")?;
@@ -755,6 +763,7 @@ fn bench(device: &Arc<Device>, args: &[String]) -> Outcome {
         let mut trainer = trainer_of(Model::new(architecture.clone(), weights.clone())?, device)?;
         trainer.budget = gb.map(|gb| (gb * 1e9) as u64);
         trainer.allowed.beside = !alone;
+        trainer.by_factors = by_factors;
         trainer.timed = Some(Vec::new());
         let state = Arc::new(parking_lot::Mutex::new(OptimizerState::default()));
         let ids: Vec<u32> = (0..context + trained).map(|i| (i * 7919 % 150_000) as u32).collect();

@@ -109,6 +109,7 @@ class Maps(ctypes.Structure):
     def __init__(self, *maps):
         super().__init__()
         ctypes.memmove(ctypes.addressof(self), b"".join(maps), 128 * len(maps))
+apollo_hopper = Module("apollo_hopper") if hopper else None
 
 
 def size_class(d):
@@ -931,6 +932,14 @@ class Limits(ctypes.Structure):
         [("growth", F), ("rate", F), ("by_channel", I)]
 
 
+class Vector(ctypes.Structure):
+    _fields_ = [(n, P) for n in "w g m v verdict".split()] + [("n", I), ("kind", I), ("rate", F), ("s", Stream)]
+
+
+class Vectors(ctypes.Structure):
+    _fields_ = [("of", Vector * 8)]
+
+
 def struct(kind, **fields):
     return kind(**{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in fields.items()})
 
@@ -970,12 +979,12 @@ def optimizer():
             s, r = poison(m, dtype=f32), poison(m, dtype=f32)
             counter = torch.zeros(1, device=DEV, dtype=torch.int32)
             sums = poison(max(m, n), dtype=torch.float64)
-            at = m // 16 * 8  # in two parts, as a large matrix comes
-            judge = struct(Judge, sums=sums, verdict=verdict, halted=halted, counter=counter, limit=1e30, total=-(-m // 8))
+            at = m // 64 * 32  # in two parts, as a large matrix comes
+            judge = struct(Judge, sums=sums, verdict=verdict, halted=halted, counter=counter, limit=1e30, total=-(-m // 32))
             for first, rows in ((0, at), (at, m - at)):
                 if rows:
                     verdict.fill_(7 if m > at else 0)
-                    apollo("square_rows" + name, (-(-rows // 8),), 256, g[first:], I(rows), I(n), pn, r[first:], s[first:], I(first),
+                    apollo("square_rows" + name, (-(-rows // 32),), 256, g[first:], I(rows), I(n), pn, r[first:], s[first:], I(first),
                            judge)
             if verdict.item() or halted.item() or counter.item():
                 failures.append("square_rows verdict")
@@ -1057,8 +1066,8 @@ def optimizer():
                 spoilt, out = torch.zeros(m, n, device=DEV), poison(max(m, n), dtype=f32)
                 spoilt[m // 2, n // 2] = bad
                 if tall:
-                    judge = struct(Judge, sums=sums, verdict=one, halted=two, counter=counter, limit=1e30, total=-(-m // 8))
-                    apollo("square_rows_f32", (-(-m // 8),), 256, spoilt, I(m), I(n), None, None, out, I(0), judge)
+                    judge = struct(Judge, sums=sums, verdict=one, halted=two, counter=counter, limit=1e30, total=-(-m // 32))
+                    apollo("square_rows_f32", (-(-m // 32),), 256, spoilt, I(m), I(n), None, None, out, I(0), judge)
                 else:
                     judge = struct(Judge, sums=sums, verdict=one, halted=two, counter=counter, limit=1e30, total=-(-n // 32))
                     apollo("sum_columns", (-(-n // 32),), 256, spoilt.square(), I(m), I(n), out, None, judge)
@@ -1066,6 +1075,34 @@ def optimizer():
                        torch.ones(1, device=DEV), F(0.9), I(1), STREAM, one, two)
                 if int(one) != code or int(two) != (code == 2) or not torch.equal(w, old):
                     failures.append(f"judge {bad}")
+            # Twice: the halves of a projection.
+            for rank in (4, 64, 100):
+                if not tall:
+                    continue
+                r = random(m, 2 * rank, dtype=f32)
+                full = r[:, :rank] + r[:, rank:]
+                mm, vv = random(m, rank, dtype=f32), random(m, rank, dtype=f32).abs()
+                wm, wv = 0.9 * mm + 0.1 * full, 0.99 * vv + 0.01 * full * full
+                f = (wm / (wv.sqrt() + 1e-8)).double().pow(2).sum(1).sqrt() / (full.double().pow(2).sum(1).sqrt() + 1e-8)
+                m0, v0 = mm.clone(), vv.clone()
+                for given in (squares, None):
+                    mm, vv = m0.clone(), v0.clone()
+                    last, fs, gain = torch.tensor([0.5], device=DEV), poison(m, dtype=f32), poison(1, dtype=f32)
+                    limits = struct(Limits, squares=given, sums=poison(m, dtype=torch.float64), last=last, factors=fs, gain=gain,
+                                    counter=counter, growth=1.01, rate=0.25, by_channel=1)
+                    apollo("moments_tall_wide", (-(-m // 64),), 256, r, I(1), I(m), I(rank), F(0.9), F(0.99), F(1e-8), mm, vv,
+                           limits, verdict, halted)
+                    check("moments wide m", mm, wm, 1e-6)
+                    check("moments wide v", vv, wv, 1e-6)
+                    check("factors wide", fs, f, 1e-5)
+                    if given is None:
+                        if last.item() != 0.5 or not torch.isnan(gain).all() or counter.item():
+                            failures.append("moments wide beside")
+                        continue
+                    length = (f * f * squares.double()).sum().sqrt()
+                    shrink = max(float(length) / (0.5 + 1e-8), 1.01) / 1.01
+                    check("factors wide gain", gain, torch.tensor([0.25 / shrink], device=DEV), 1e-5)
+                    check("factors wide last", last, length[None] / shrink, 1e-5)
     m, n = 40, 24
     g, w = random(7, n, dtype=f32), random(m, n, dtype=f32)
     rows = torch.full((m,), -1, device=DEV, dtype=torch.int32)
@@ -1080,22 +1117,212 @@ def optimizer():
            F(1e-2), F(0.99), I(1), STREAM, zero, zero)
     a, b = 0.1 * full, 0.001 * full * full
     check("adam", w, (old - 1e-2 * a / (b.sqrt() + 1e-8)) * 0.99, 1e-6)
-    for n in (5, 128, 4096, 5000):
-        for scale, want in ((1.0, 0), (0.0, 1), (math.nan, 2), (math.inf, 2), (1e38, 2)):
-            g, w = random(n, dtype=f32), random(n)
-            g *= scale
-            mm, vv, old = torch.zeros(n, device=DEV), torch.zeros(n, device=DEV), w.clone()
-            verdict, halted = torch.full((1,), 7, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32)
-            apollo("adam_vector", (1,), 1024, w, I(0), g, I(n), mm, vv, F(0.9), F(0.999), F(1e-8), F(1e-2), F(0.99), I(0), STREAM,
-                   F(1e30), verdict, halted)
-            if verdict.item() != want or halted.item() != (want == 2):
-                failures.append(f"adam_vector verdict {scale}: {verdict.item()}, {halted.item()}")
-            if want:
-                check("adam_vector leaves", w, old, 0)
-            else:
+    # Vectors, one of which may be what holds those behind it back.
+    counter = torch.zeros(1, device=DEV, dtype=torch.int32)
+    sizes = (5, 128, 4096, 5000, 1, 33)
+    for spoilt in range(-1, 6):
+        for scale, want in ((0.0, 1), (math.nan, 2), (math.inf, 2), (1e38, 2)):
+            verdicts, halted = torch.full((6,), 7, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32)
+            of, vectors = [], Vectors()
+            for k, n in enumerate(sizes):
+                g, w = random(n, dtype=f32), random(n, dtype=[torch.bfloat16, f32][k % 2])
+                if k == spoilt:
+                    g *= scale
+                of.append((g, w, w.clone(), torch.zeros(n, device=DEV), torch.zeros(n, device=DEV)))
+                vectors.of[k] = struct(Vector, w=w, g=g, m=of[k][3], v=of[k][4], verdict=verdicts[k:], n=n, kind=KIND[w.dtype],
+                                       rate=1e-2 * (k + 1), s=STREAM)
+            apollo("adam_vectors", (6,), 1024, vectors, F(0.9), F(0.999), F(1e-8), F(0.99), I(0), F(1e30), halted, counter)
+            expected = [want if k == spoilt else 0 for k in range(6)]
+            if verdicts.tolist() != expected or halted.item() != (spoilt >= 0 and want == 2) or counter.item():
+                failures.append(f"adam_vectors verdict {spoilt} {scale}: {verdicts.tolist()}, {halted.item()}")
+            for k, (g, w, old, mm, vv) in enumerate(of):
+                if spoilt >= 0 and (k == spoilt or (k > spoilt and want == 2)):
+                    check("adam_vectors leaves", w, old, 0)
+                    check("adam_vectors leaves m", mm, torch.zeros_like(mm), 0)
+                    continue
                 a, b = 0.1 * g, 0.001 * g * g
-                check("adam_vector", w, (old.float() - 1e-2 * a / (b.sqrt() + 1e-8)) * 0.99, 3e-3)
-                check("adam_vector m", mm, a, 1e-6)
+                check("adam_vectors", w, (old.float() - 1e-2 * (k + 1) * a / (b.sqrt() + 1e-8)) * 0.99, 4e-3)
+                check("adam_vectors m", mm, a, 1e-6)
+
+
+# ---- the update from a gradient's factors
+
+class Norm(ctypes.Structure):
+    _fields_ = [(n, P) for n in "sums last gain counter".split()] + [("growth", F), ("rate", F)]
+
+
+class Update(ctypes.Structure):
+    _fields_ = [(n, I) for n in "m n tokens late".split()] + \
+        [("factors", P), ("by", I), ("gain", P), ("keep", F), ("stochastic", I), ("s", Stream), ("verdict", P), ("halted", P)]
+
+
+class Map(ctypes.Structure):
+    _fields_ = [("words", ctypes.c_uint64 * 16)]
+
+
+def tensor_map(x, high):
+    """A bf16 matrix in tiles of `high` rows and 64 columns, 128 bytes swizzled, for the copy engine."""
+    raw = (ctypes.c_uint8 * 192)()
+    at = ctypes.addressof(raw)
+    at += -at % 64
+    sizes, strides = (ctypes.c_uint64 * 2)(x.shape[1], x.shape[0]), (ctypes.c_uint64 * 1)(2 * x.stride(0))
+    tile, steps = (ctypes.c_uint32 * 2)(64, high), (ctypes.c_uint32 * 2)(1, 1)
+    # bf16, two dimensions; no interleave, 128-byte swizzle, L2 promotion to 128 bytes, zeros outside
+    ok(cuda.cuTensorMapEncodeTiled(P(at), I(9), ctypes.c_uint32(2), P(x.data_ptr()), sizes, strides, tile, steps, I(0), I(3), I(2), I(0)))
+    return Map.from_buffer_copy(ctypes.string_at(at, 128))
+
+
+SHARED = 3 * 32768 + 1024
+MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count
+
+
+# Blocks that share tiles, by kernel.
+UPDATES = {"update_product": (1, 1), "update_product_pair": (2, 1), "update_product_four": (2, 2)}
+
+
+def launch_update(name, dy, x, w, factors, by, gain, keep, random_bits, stream, verdict, halted, late=None):
+    m, n, t = w.shape[0], w.shape[1], dy.shape[0]
+    late = MULTIPROCESSORS if late is None else late
+    high, wide = UPDATES[name]
+    blocks = -(-m // (128 * high)) * high * -(-n // (128 * wide)) * wide
+    a = struct(Update, m=m, n=n, tokens=t, late=late, factors=factors, by=by, gain=gain, keep=keep, stochastic=random_bits, s=stream,
+               verdict=verdict, halted=halted)
+    apollo_hopper(name, (blocks,), 256, tensor_map(dy, 64), tensor_map(x, 64), tensor_map(w, 128), a, shared=SHARED)
+
+
+def launch_norm(c, gram, tokens, factors, sums, last, gain, counter, verdict, halted, growth=1.01, rate=0.25):
+    low = -(-tokens // 128)
+    pairs = low * (low + 1) // 2
+    parts = max(1, min(2 * MULTIPROCESSORS // pairs, -(-(-(-c.shape[1] // 64)) // 4)))
+    norm = struct(Norm, sums=sums, last=last, gain=gain, counter=counter, growth=growth, rate=rate)
+    apollo_hopper("gram_norm", (pairs, parts), 256, tensor_map(c, 128), gram, I(gram.stride(0)), I(tokens), I(c.shape[1]), factors,
+                  norm, verdict, halted, shared=SHARED)
+
+
+def factored():
+    if not hopper:
+        return
+    f32 = torch.float32
+    verdict, halted, counter = (torch.zeros(1, device=DEV, dtype=torch.int32) for _ in range(3))
+    sums = poison(4096, dtype=torch.float64)
+    # Halves of a row, and a judge of what is projected.
+    x, y = random(37, 24, dtype=f32), poison(37, 24)
+    apollo("split_sums", (-(-37 * 12 // 256),), 256, x, I(37), I(12), y)
+    check("split_sums", y[:, :12].float() + y[:, 12:].float(), x[:, :12] + x[:, 12:], 2e-5)
+    for bad, code in ((1.0, 0), (0.0, 1), (math.nan, 2), (math.inf, 2), (1e38, 2)):
+        r = torch.zeros(100004, device=DEV)
+        r[77777] = bad
+        one, two = torch.full((1,), 7, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32)
+        judge = struct(Judge, sums=sums, verdict=one, halted=two, counter=counter, limit=1e30, total=40)
+        apollo("judge_projection", (40,), 256, r, L(100004), judge)
+        if (one.item(), two.item(), counter.item()) != (code, int(code == 2), 0):
+            failures.append(f"judge_projection {bad}")
+    sizes = [(128, 128, 64), (256, 128, 200), (1000, 512, 473), (512, 1000, 473), (48, 136, 3), (1001, 264, 1), (2048, 1024, 256),
+             (4096, 1536, 1023)]
+    for m, n, t in sizes:
+        dy, x = random(t, (m + 31) // 8 * 8)[:, 8 : 8 + m], random(t, (n + 31) // 8 * 8)[:, 16 : 16 + n]
+        want_g = dy.double().T @ x.double()
+        # The norm, from either side, of a scaled gradient.
+        for by, c, other in ((1, dy, x), (2, x, dy)):
+            f = random(c.shape[1], dtype=f32).abs() + 0.5
+            gram = poison(t, -(-t // 8) * 8, dtype=f32)
+            gram[:, :t] = other.float() @ other.float().T
+            scaled = want_g * (f.double()[:, None] if by == 1 else f.double()[None])
+            for before in (-1.0, 0.5):
+                last, gain = torch.tensor([before], device=DEV), poison(1, dtype=f32)
+                launch_norm(c, gram, t, f, sums, last, gain, counter, verdict, halted)
+                length = scaled.norm()
+                shrink = 1 if before < 0 else max(float(length) / (before + 1e-8), 1.01) / 1.01
+                check("norm last", last, length[None] / shrink, 1e-4 if t > 3 else 1e-3)
+                check("norm gain", gain, torch.tensor([0.25 / shrink], device=DEV), 1e-4 if t > 3 else 1e-3)
+                if counter.item():
+                    failures.append("norm counter")
+    for name in UPDATES:
+        for m, n, t in sizes:
+            dy, x = random(t, (m + 31) // 8 * 8)[:, 8 : 8 + m], random(t, (n + 31) // 8 * 8)[:, 16 : 16 + n]
+            g = (dy.double().T @ x.double()).float()
+            for by in (1, 2):
+                f = random([m, n][by - 1], dtype=f32)
+                factor = f[:, None] if by == 1 else f[None]
+                for bits in (0, 1):
+                    w, gain = random(m + 1, n + 8, scale=0.02), torch.tensor([1e-3], device=DEV)
+                    old = w.clone()
+                    launch_update(name, dy, x, w[:m, :n], f, by, gain, 0.999, bits, STREAM, verdict, halted)
+                    z = (old[:m, :n].float() - (factor * gain) * g) * torch.tensor(0.999, device=DEV)
+                    got = w[:m, :n]
+                    check(f"update {name} {m} {n} {t} {by}", got, z, 5e-3)
+                    if bits:
+                        want = stochastic(z.cpu().numpy(), random16(m * n).reshape(m, n)).view(np.int16)
+                        differ = float((got.cpu().view(torch.int16).numpy() != want).mean())
+                        check.worst["update_bits"] = max(check.worst.get("update_bits", 0), differ)
+                        if not differ < 2e-3:
+                            failures.append(f"{name} bits")
+                            print(f"FAIL {name} {m} {n} {t} by {by}: {differ:.2e} of the bits differ")
+                    check("update beside", w[m:], old[m:], 0)
+                    check("update beside", w[:m, n:], old[:m, n:], 0)
+            for held in (verdict, halted):
+                held.fill_(1)
+                launch_update(name, dy, x, w[:m, :n], f, 2, gain, 0.999, 1, STREAM, verdict, halted)
+                check("update held", w[:m, :n], got, 0)
+                held.fill_(0)
+        torch.cuda.synchronize()
+
+
+def timed(f, repeat=5, each=5):
+    """Milliseconds, the median of some: replayed, so that the host takes no part in it."""
+    f()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(each):
+            f()
+    graph.replay()
+    times = []
+    for _ in range(repeat):
+        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        a.record()
+        graph.replay()
+        b.record()
+        torch.cuda.synchronize()
+        times.append(a.elapsed_time(b) / each)
+    return sorted(times)[len(times) // 2]
+
+
+def time_factored():
+    f32 = torch.float32
+    zero, counter, one = torch.zeros(1, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32), torch.ones(1, device=DEV)
+    sums = poison(1 << 16, dtype=torch.float64)
+    for m, n, t in [(17408, 5120, 1023), (5120, 17408, 1023), (12288, 4096, 1024), (17408, 5120, 256), (4096, 4096, 256), (5120, 6144, 1023)]:
+        dy, x, w, g = random(t, m), random(t, n), random(m, n, scale=0.02), random(m, n)
+        c, s, by = (dy, x, 1) if m >= n else (x, dy, 2)
+        f, channels = random(max(m, n), dtype=f32).abs(), max(m, n)
+        for name in UPDATES:
+            for bits, late in ((1, 0), (1, None), (0, None)):
+                ms = timed(lambda: launch_update(name, dy, x, w, f, by, one, 0.999, bits, STREAM, zero, zero, late))
+                print(f"time {name} {m} {n} {t} random {bits} late {late}: {ms * 1e3:.0f} us, {2 * m * n * t / ms / 1e9:.0f} TFLOP/s, {4 * m * n / ms / 1e9:.2f} TB/s")
+        gram = torch.zeros(t, -(-t // 8) * 8, device=DEV)
+        last, gain = -one, one.clone()
+        ms = timed(lambda: launch_norm(c, gram, t, f, sums, last, gain, counter, zero, zero))
+        p, halves, r = random(128, s.shape[1]), random(t, 128), random(channels, 128, dtype=f32)
+        first, second, dw, self_ = (timed(k) for k in (lambda: s @ p.T, lambda: (c.T @ halves), lambda: torch.mm(dy.T, x), lambda: s @ s.T))
+        mm, vv = random(channels, 64, dtype=f32), random(channels, 64, dtype=f32).abs()
+        limits = struct(Limits, squares=None, sums=sums, last=last, factors=f.clone(), gain=gain, counter=counter, growth=1.01, rate=1.0, by_channel=1)
+        args = (r, I(1), I(channels), I(64), F(0.9), F(0.99), F(1e-8), mm, vv, limits, zero, zero)
+        old, tall, flat = (timed(lambda: apollo(k, (-(-channels // per),), 256, *args))
+                           for k, per in (("moments_tall", 8), ("moments_tall_wide", 64), ("moments_flat", 32)))
+        judge = struct(Judge, sums=sums, verdict=zero, halted=zero, counter=counter, limit=1e30, total=1056)
+        judging = timed(lambda: apollo("judge_projection", (1056,), 256, r, L(r.numel()), judge))
+        judge = struct(Judge, sums=sums, verdict=zero, halted=zero, counter=counter, limit=1e30, total=-(-m // 32))
+        out = poison(channels, dtype=f32)
+        rows = timed(lambda: apollo("square_rows_wide", (-(-m // 32),), 256, g, I(m), I(n), None, None, out, I(0), judge))
+        partial = poison(-(-m // 64), n, dtype=f32)
+        columns = timed(lambda: apollo("square_columns_wide", (-(-n // 1024), -(-m // 64)), 128, g, I(m), I(n), I(64), None, partial))
+        flat_apply = [w, L(n), g, I(m), I(n), L(0), None, f, I(by), one, F(0.999), I(1), STREAM, zero, zero]
+        applying = timed(lambda: apollo("apply_wide", (32 * MULTIPROCESSORS,), 256, *flat_apply))
+        numbers = timed(lambda: apollo("projection", (-(-64 * min(m, n) // 1024),), 256, STREAM, L(64 * min(m, n)), F(0.125), None, p, L(64 * min(m, n))))
+        print(f"time {m} {n} {t} us: gram_norm {ms * 1e3:.0f} ({t * t * channels / ms / 1e9:.0f} TFLOP/s of half), S P {first * 1e3:.0f}, C Z {second * 1e3:.0f}, "
+              f"S S^T {self_ * 1e3:.0f}, dW {dw * 1e3:.0f}, moments tall {old * 1e3:.0f} wide {tall * 1e3:.0f} flat {flat * 1e3:.0f}, judge {judging * 1e3:.0f}, "
+              f"rows {rows * 1e3:.0f}, columns {columns * 1e3:.0f}, apply {applying * 1e3:.0f}, projection {numbers * 1e3:.0f}; matrix {2 * m * n / 4.1e6:.0f}")
 
 
 if __name__ == "__main__":
@@ -1104,7 +1331,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", type=lambda names: names.split(","))
     args = parser.parse_args()
     torch.manual_seed(0)
-    for part in (attentions, attentions_256, norms, ropes, convolutions, deltas, gates, others, optimizer):
+    for part in (attentions, attentions_256, norms, ropes, convolutions, deltas, gates, others, optimizer, factored):
         if args.only and part.__name__ not in args.only:
             continue
         try:
@@ -1115,6 +1342,8 @@ if __name__ == "__main__":
             print(f"FAIL {part.__name__}: {e}")
             break
     print(" ".join(f"{name} {error:.1e}" for name, error in check.worst.items()))
+    if args.time and (not args.only or "factored" in args.only) and hopper and not failures:
+        time_factored()
     if args.time:
         for d, heads, kv in ((128, 32, 8), (64, 32, 8), (256, 24, 4)):
             attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True)

@@ -40,13 +40,13 @@ pub struct Verdict {
 }
 
 impl Verdict {
-    fn parts(&self) -> (u64, u64) {
+    pub(super) fn parts(&self) -> (u64, u64) {
         (self.verdict.holds(1, 4), self.halted.holds(1, 4))
     }
 }
 
 /// Rows, and columns, that one block of the kernels that judge has.
-const ROWS: usize = BLOCK / 32;
+const ROWS: usize = 32;
 const COLUMNS: usize = 32;
 
 /// Decides on a gradient while [`measure`] goes over its parts: every channel's sum of squares and their sum may be at most
@@ -71,6 +71,11 @@ impl<'a> Judge<'a> {
         let counter = self.verdict.counter.holds(1, 4);
         let (sums, total) = (self.sums.part().holds(self.total, 8), self.total as i32);
         JudgeWords { sums, verdict, halted, counter, limit: self.limit, total }
+    }
+
+    /// Of `total` blocks' sums.
+    fn of_blocks(gpu: &Gpu, verdict: &'a Verdict, limit: f32, total: usize) -> Result<Judge<'a>> {
+        Ok(Judge { verdict, limit, sums: gpu.take(8 * total as u64)?, total })
     }
 }
 
@@ -115,12 +120,12 @@ pub struct Apply<'a> {
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-struct Words([u32; 5]);
+pub(super) struct Words([u32; 5]);
 
 // SAFETY: five words in C's layout, as `struct Stream` in the kernels.
 unsafe impl cudarc::driver::DeviceRepr for Words {}
 
-fn words(stream: Option<&Stream>) -> Words {
+pub(super) fn words(stream: Option<&Stream>) -> Words {
     Words(stream.map_or([0; 5], |s| s.words()))
 }
 
@@ -134,11 +139,11 @@ pub enum Factors {
 
 /// The matrix that projects, in the forms that [`project`] takes.
 pub struct Projection {
-    rank: usize,
+    pub(super) rank: usize,
     /// Rank 1: f32.
     single: Option<Buffer>,
     /// Else bf16 twice: rounded, and what rounding lost.
-    split: Option<Buffer>,
+    pub(super) split: Option<Buffer>,
 }
 
 /// Fills a projection of a dimension of `small` to `rank`, in the stream's order (rank x small of a tall matrix, small x rank
@@ -232,6 +237,22 @@ pub fn measure(
     }
 }
 
+/// `to (rows x 2 n, bf16)` = the sum of the two halves of each row of `from (rows x 2 n, f32)`, as two summands side by side.
+pub(super) fn split_sums(gpu: &Gpu, from: Part, rows: usize, n: usize, to: Part) -> Result<()> {
+    launch!(gpu, "split_sums", (blocks(rows * n, BLOCK), 1, 1), (BLOCK as u32, 1, 1), 0;
+        from.f32(2 * rows * n), rows as i32, n as i32, to.bf16(2 * rows * n));
+    Ok(())
+}
+
+/// Decides on a gradient by its projection, `count` values of f32.
+pub(super) fn judge_projection(gpu: &Gpu, r: Part, count: usize, limit: f32, verdict: &Verdict) -> Result<()> {
+    assert!(count.is_multiple_of(4));
+    let total = blocks(count, 16 * BLOCK).clamp(1, 8 * gpu.device.multiprocessors);
+    let judge = Judge::of_blocks(gpu, verdict, limit, total as usize)?;
+    launch!(gpu, "judge_projection", (total, 1, 1), (BLOCK as u32, 1, 1), 0; r.f32(count), count as i64, judge.words());
+    Ok(())
+}
+
 /// Numbers of the optimizer that a tensor's update takes.
 #[derive(Debug, Clone, Copy)]
 pub struct Rates {
@@ -244,7 +265,8 @@ pub struct Rates {
 }
 
 /// Moments, factors and limiter after [`measure`]: `factors` (f32, channels) and `gain` (f32). `last` (f32) is the norm of the
-/// update before, negative for none.
+/// update before, negative for none. Without `squares`, by channel: moments and factors alone ([`super::factored::norm`] makes
+/// the rest).
 #[allow(clippy::too_many_arguments)]
 pub fn factors(
     gpu: &Gpu,
@@ -257,13 +279,18 @@ pub fn factors(
     (factors, gain): (Part, Part),
     verdict: &Verdict,
 ) -> Result<()> {
-    let (name, per) = if tall { ("moments_tall", ROWS) } else { ("moments_flat", COLUMNS) };
+    let (name, per) = match tall {
+        true if rank.is_multiple_of(4) => ("moments_tall_wide", 64),
+        true => ("moments_tall", BLOCK / 32),
+        false => ("moments_flat", COLUMNS),
+    };
+    assert!(squares != Part::NONE || by_channel);
     let (halves, grid) = (rank > 1, blocks(channels, per));
     let sums = gpu.take(24 * grid as u64)?;
     let (vp, hp) = verdict.parts();
     let size = rank * channels;
     let limits = Limits {
-        squares: squares.f32(channels),
+        squares: squares.f32_or_none(channels),
         sums: sums.part().address,
         last: last.f32(1),
         factors: factors.f32(channels),
@@ -342,23 +369,58 @@ pub fn adam(
     Ok(())
 }
 
-/// Adam on a vector whose gradient is `g (f32)`, judged and applied at once: its squares, and their sum, may be at most `limit`.
-#[allow(clippy::too_many_arguments)]
-pub fn adam_vector(
+/// A weight that is a vector, on its way to an update by Adam: as `struct Vector` in the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Vector {
+    w: u64,
+    g: u64,
+    m: u64,
+    v: u64,
+    verdict: u64,
+    n: i32,
+    kind: i32,
+    rate: f32,
+    stream: Words,
+}
+
+impl Vector {
+    /// `g (f32)` is its gradient. Its random numbers are drawn where the rounding that [`adam_vectors`] is told is stochastic.
+    pub fn new(w: &Weight, g: Part, (m, v): (Part, Part), rate: f32, stream: &Stream, verdict: Part) -> Vector {
+        assert_eq!(w.rows, 1);
+        let n = w.columns;
+        let (g, m, v, verdict) = (g.f32(n), m.f32(n), v.f32(n), verdict.holds(1, 4));
+        Vector { w: w.address, g, m, v, verdict, n: n as i32, kind: w.number(), rate, stream: words(Some(stream)) }
+    }
+}
+
+/// The most vectors of one call of [`adam_vectors`].
+pub const VECTORS: usize = 8;
+
+/// As `struct Vectors` in the kernels.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Vectors([Vector; VECTORS]);
+
+// SAFETY: plain numbers in C's layout, the same fields in the same order as the kernels' structs.
+unsafe impl cudarc::driver::DeviceRepr for Vectors {}
+
+/// Adam on vectors, each judged by itself, and held back where one before it is bad: its squares, and their sum, may be at most
+/// `limit`. Of `rates`, the rate is each vector's own; `verdict` has what they share.
+pub fn adam_vectors(
     gpu: &Gpu,
-    w: &Weight,
-    g: Part,
-    (m, v): (Part, Part),
+    vectors: &[Vector],
     rates: &Rates,
-    how: &Apply,
+    (stochastic, keep): (bool, f32),
     limit: f32,
     verdict: &Verdict,
 ) -> Result<()> {
-    assert_eq!(w.rows, 1);
-    let (n, (vp, hp)) = (w.columns, verdict.parts());
-    launch!(gpu, "adam_vector", (1, 1, 1), (1024, 1, 1), 0;
-        w.address, w.number(), g.f32(n), n as i32, m.f32(n), v.f32(n), rates.betas.0, rates.betas.1, rates.eps, rates.rate,
-        how.keep, how.stochastic.is_some() as i32, words(how.stochastic), limit, vp, hp);
+    let Some(&first) = vectors.first() else { return Ok(()) };
+    let mut all = Vectors([first; VECTORS]);
+    all.0[..vectors.len()].copy_from_slice(vectors);
+    let (halted, counter) = (verdict.halted.holds(1, 4), verdict.counter.holds(1, 4));
+    launch!(gpu, "adam_vectors", (vectors.len() as u32, 1, 1), (1024, 1, 1), 0;
+        all, rates.betas.0, rates.betas.1, rates.eps, keep, stochastic as i32, limit, halted, counter);
     Ok(())
 }
 

@@ -13,6 +13,7 @@ pub mod cross_entropy;
 pub mod delta_rule;
 mod downloads;
 pub mod embedding;
+pub mod factored;
 pub mod gated_norm;
 pub mod linear;
 pub mod matmul;

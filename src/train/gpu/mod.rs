@@ -60,6 +60,8 @@ pub struct GpuTrainer {
     pub budget: Option<u64>,
     /// Layouts that are not ruled out.
     pub allowed: Allowed,
+    /// Whether matrices are updated without their gradient in memory wherever they can be, or nowhere; `None`: where it pays.
+    pub by_factors: Option<bool>,
     /// Bytes of host memory that steps may keep activations in; `None`: as [`GpuTrainer::host_memory`] finds.
     pub host_budget: Option<u64>,
     shelf: Mutex<Option<Arc<Shelf>>>,
@@ -93,6 +95,7 @@ struct Context<'a> {
     rows: Arc<Rows<'a>>,
     plan: &'a Plan,
     settings: &'a Settings,
+    by_factors: Option<bool>,
     /// Where the plan has something in host memory meanwhile.
     offload: Option<Arc<Mutex<Offload>>>,
     _mapped: Arc<Mapped<'a>>,
@@ -158,6 +161,7 @@ impl GpuTrainer {
             host_budget: None,
             shelf: Mutex::default(),
             budget: None,
+            by_factors: None,
             plan: None,
             timed: None,
         })
@@ -271,8 +275,8 @@ impl GpuTrainer {
         let offload = shelf.map(|shelf| Offload::new(&self.gpu, shelf, plan.piece)).transpose()?;
         let offload = offload.map(|o| Arc::new(Mutex::new(o)));
         let mapped = Arc::new(Mapped { gpu, _held: held });
-        let (weights, rows) = (Arc::new(weights), Arc::new(rows));
-        Ok(Context { gpu, a, weights, rows, plan, settings, offload, _mapped: mapped })
+        let (weights, rows, by_factors) = (Arc::new(weights), Arc::new(rows), self.by_factors);
+        Ok(Context { gpu, a, weights, rows, plan, settings, by_factors, offload, _mapped: mapped })
     }
 
     /// Losses of the batch's targets, in their order. Changes nothing.

@@ -5,9 +5,10 @@ use super::backward::{LayerGradients, MixerGradients};
 use super::head::{Head, Stream};
 use super::state::Moments;
 use super::{Context, Result, delta_net};
-use crate::compute::cuda::apollo::{self, Apply, Factors, Gradient, Judge, Rates, Verdict};
+use crate::compute::cuda::apollo::{self, Apply, Factors, Gradient, Judge, Rates, Vector, Verdict};
 use crate::compute::cuda::embedding::{self, Lookups};
-use crate::compute::cuda::matmul::{Operand, Output, matmul};
+use crate::compute::cuda::factored::{self, Product};
+use crate::compute::cuda::matmul::Output;
 use crate::compute::cuda::{Buffer, Gpu, Part, Weight, linear, rms_norm};
 use crate::compute::rng::{Purpose, Stream as Random};
 use crate::train::apollo::{form, moment_elements};
@@ -15,23 +16,76 @@ use crate::train::families::Mixer;
 use crate::train::settings::Rounding;
 use crate::train::state::{Form, OptimizerState, TensorState};
 use crate::train::step::{LARGEST, StepError};
+use std::cell::RefCell;
 use std::collections::HashMap;
+use std::rc::Rc;
 
 /// Elements of the embedding's or the head's gradient that are in memory at once.
 pub(super) const VOCABULARY: usize = 32 << 20;
 
+/// The most that squares of a gradient may come to.
+const LIMIT: f32 = (LARGEST * LARGEST) as f32;
+
 /// Elements of a vector that one block updates by itself.
 const VECTOR: usize = 1 << 16;
 
-/// A gradient: all there, or made some rows at a time (bf16; `fill(first, rows, to)`).
+/// A gradient: all there; or made some rows at a time (bf16; `fill(first, rows, to)`); or a product of which that may be done, or
+/// never is. `gram`: see [`Grams`].
 pub(super) enum Source<'s> {
     Whole(Gradient),
     Parts { at_once: usize, fill: &'s mut dyn FnMut(usize, usize, Part) -> Result<()> },
+    Product { at_once: usize, product: Product, grams: &'s Grams },
 }
+
+/// Products of the rows of an input that several matrices share, made when the first asks.
+#[derive(Default)]
+pub(super) struct Grams(RefCell<Option<Rc<Buffer>>>);
+
+impl Grams {
+    /// For a product whose other factor is that input, where it is tall; one that is not has its own.
+    fn of(&self, gpu: &Gpu, product: &Product) -> Result<Rc<Buffer>> {
+        if !product.tall() {
+            return Ok(Rc::new(factored::gram(gpu, product)?));
+        }
+        if let Some(gram) = &*self.0.borrow() {
+            return Ok(gram.clone());
+        }
+        let gram = Rc::new(factored::gram(gpu, product)?);
+        *self.0.borrow_mut() = Some(gram.clone());
+        Ok(gram)
+    }
+}
+
+impl Source<'_> {
+    fn at_once(&self) -> Option<usize> {
+        match self {
+            Source::Whole(_) => None,
+            Source::Parts { at_once, .. } | Source::Product { at_once, .. } => Some(*at_once),
+        }
+    }
+
+    /// Rows of a gradient that is made.
+    fn fill(&mut self, gpu: &Gpu, first: usize, rows: usize, to: Part) -> Result<()> {
+        match self {
+            Source::Parts { fill, .. } => fill(first, rows, to),
+            Source::Product { product, .. } => Ok(product.fill(gpu, first, rows, Output::bf16(to, product.columns))?),
+            Source::Whole(_) => unreachable!("it is there"),
+        }
+    }
+}
+
+/// Is the gradient made for more than a third of a matrix's smaller side's tokens, it is cheaper to have it in memory: what the
+/// norm takes grows with their square.
+const FEW: usize = 3;
 
 /// Who takes gradients.
 pub(super) trait Sink {
     fn take(&mut self, name: &str, w: &Weight, source: Source) -> Result<()>;
+
+    /// Nothing that was given is looked at after this.
+    fn done(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl Context<'_> {
@@ -45,7 +99,8 @@ impl Context<'_> {
     }
 
     pub(super) fn give_norm(&self, head: &Head, sink: &mut dyn Sink) -> Result<()> {
-        self.give_vector(sink, &self.a.norm, head.d_norm.part())
+        self.give_vector(sink, &self.a.norm, head.d_norm.part())?;
+        sink.done()
     }
 
     pub(super) fn give_layer(&self, g: &LayerGradients, sink: &mut dyn Sink) -> Result<()> {
@@ -54,17 +109,17 @@ impl Context<'_> {
         let mut together = |linears: &[&crate::train::families::Linear], dy: &Buffer, x: Part| -> Result<()> {
             let width: usize = linears.iter().map(|l| l.outputs).sum();
             let mut at = 0;
+            let grams = Grams::default();
             for l in linears {
                 let dy = dy.from(2 * at as u64);
-                let mut fill = |first: usize, rows: usize, to: Part| -> Result<()> {
-                    let dy = Operand::new(dy.from(2 * first as u64), width).t();
-                    Ok(matmul(gpu, Output::bf16(to, l.inputs), rows, l.inputs, n, dy, Operand::new(x, l.inputs))?)
-                };
-                self.give(sink, &l.weight, Source::Parts { at_once: l.outputs, fill: &mut fill })?;
+                let (rows, columns) = (l.outputs, l.inputs);
+                let product = Product { dy, dy_stride: width, x, x_stride: columns, tokens: n, rows, columns };
+                self.give(sink, &l.weight, Source::Product { at_once: rows, product, grams: &grams })?;
                 if let Some(bias) = l.bias.as_ref().filter(|b| self.trains(b)) {
                     let sums = gpu.f32(l.outputs)?;
                     linear::column_sums(gpu, dy, width, n, l.outputs, sums.part())?;
                     self.give_vector(sink, bias, sums.part())?;
+                    sink.done()?;
                 }
                 at += l.outputs;
             }
@@ -93,6 +148,11 @@ impl Context<'_> {
             }
             _ => unreachable!("a layer's gradients are its own mixer's"),
         }
+        // Vectors one behind the other: one kernel has them all.
+        if let (Mixer::DeltaNet(l), MixerGradients::DeltaNet { d_convolution, .. }) = (&layer.mixer, &g.mixer) {
+            let g = Gradient::new(d_convolution.part(), true, l.shape.channels(), l.kernel);
+            self.give(sink, &l.convolution, Source::Whole(g))?;
+        }
         self.give_vector(sink, &layer.input_norm, g.d_input_norm.part())?;
         self.give_vector(sink, &layer.post_norm, g.d_post_norm.part())?;
         match (&layer.mixer, &g.mixer) {
@@ -102,17 +162,14 @@ impl Context<'_> {
                     self.give_vector(sink, k, d.from(4 * a.head_dim as u64))?;
                 }
             }
-            (Mixer::DeltaNet(l), MixerGradients::DeltaNet { d_convolution, d_gates, d_norm, .. }) => {
-                let (channels, heads) = (l.shape.channels(), l.shape.v_heads);
-                let g = Gradient::new(d_convolution.part(), true, channels, l.kernel);
-                self.give(sink, &l.convolution, Source::Whole(g))?;
+            (Mixer::DeltaNet(l), MixerGradients::DeltaNet { d_gates, d_norm, .. }) => {
                 self.give_vector(sink, &l.a_log, d_gates.part())?;
-                self.give_vector(sink, &l.dt_bias, d_gates.from(4 * heads as u64))?;
+                self.give_vector(sink, &l.dt_bias, d_gates.from(4 * l.shape.v_heads as u64))?;
                 self.give_vector(sink, &l.norm, d_norm.part())?;
             }
             _ => unreachable!("a layer's gradients are its own mixer's"),
         }
-        Ok(())
+        sink.done()
     }
 
     /// Rows of a part of the vocabulary's gradient; all of a matrix that is wider than tall.
@@ -122,17 +179,17 @@ impl Context<'_> {
         if v < h { v } else { (VOCABULARY / h).next_multiple_of(64).min(v) }
     }
 
-    fn head_part(&self, head: &Head, first: usize, rows: usize, to: Part) -> Result<()> {
-        let (h, v, count) = (self.a.hidden, self.a.vocabulary, self.rows.batch.targets.len());
+    fn head_product(&self, head: &Head) -> Product {
+        let (h, v, tokens) = (self.a.hidden, self.a.vocabulary, self.rows.batch.targets.len());
         let d_logits = head.d_logits.as_ref().expect("kept, since the head trains");
-        let dy = Operand::new(d_logits.from(2 * first as u64), v).t();
-        Ok(matmul(self.gpu, Output::bf16(to, h), rows, h, count, dy, Operand::new(head.normed.part(), h))?)
+        let (dy, x) = (d_logits.part(), head.normed.part());
+        Product { dy, dy_stride: v, x, x_stride: h, tokens, rows: v, columns: h }
     }
 
     pub(super) fn give_own_head(&self, head: &Head, sink: &mut dyn Sink) -> Result<()> {
-        let mut fill = |first: usize, rows: usize, to: Part| self.head_part(head, first, rows, to);
+        let (product, grams) = (self.head_product(head), Grams::default());
         let name = self.a.head.as_ref().expect("asked where the head is a tensor of its own");
-        self.give(sink, name, Source::Parts { at_once: self.vocabulary_part(), fill: &mut fill })
+        self.give(sink, name, Source::Product { at_once: self.vocabulary_part(), product, grams: &grams })
     }
 
     /// Sums of the gradient's rows by token.
@@ -173,12 +230,21 @@ impl Context<'_> {
         }
         let (lookups, sums) = self.token_sums(dx)?;
         let ids = self.gpu.upload(&lookups.ids)?;
+        let product = self.head_product(head);
         let mut fill = |first: usize, rows: usize, to: Part| {
-            self.head_part(head, first, rows, to)?;
+            product.fill(self.gpu, first, rows, Output::bf16(to, product.columns))?;
             let (tokens, h) = (lookups.ids.len(), self.a.hidden);
             Ok(embedding::add(self.gpu, sums.part(), ids.part(), tokens, h, first, rows, to)?)
         };
         self.give(sink, &self.a.embedding, Source::Parts { at_once: self.vocabulary_part(), fill: &mut fill })
+    }
+
+    /// The rank of a matrix that is updated without its gradient in memory.
+    fn by_factors(&self, w: &Weight, source: &Source) -> Option<usize> {
+        let Source::Product { product: g, .. } = source else { return None };
+        let Form::Channel { rank } = form(self.settings, &[w.rows as u64, w.columns as u64]) else { return None };
+        let pays = self.by_factors.unwrap_or(FEW * g.tokens <= g.rows.min(g.columns));
+        (pays && factored::fits(self.gpu, w, g, rank)).then_some(rank)
     }
 
     /// Every gradient as f32, for tests.
@@ -211,13 +277,20 @@ impl Sink for Collector<'_, '_> {
         let gpu = self.c.gpu;
         let narrow =
             |values: Vec<u16>| -> Vec<f32> { values.into_iter().map(|x| half::bf16::from_bits(x).to_f32()).collect() };
+        let exact = self.c.by_factors(w, &source).is_some();
         let values = match source {
-            Source::Parts { at_once, fill } => {
-                let mut all = Vec::new();
+            // As it is updated: never rounded.
+            Source::Product { product, .. } if exact => {
+                let g = gpu.f32(w.rows * w.columns)?;
+                product.fill(gpu, 0, w.rows, Output::f32(g.part(), w.columns))?;
+                gpu.download(g.part(), w.rows * w.columns)?
+            }
+            Source::Parts { at_once, .. } | Source::Product { at_once, .. } => {
+                let (mut all, mut source) = (Vec::new(), source);
                 for first in (0..w.rows).step_by(at_once) {
                     let rows = at_once.min(w.rows - first);
                     let g = gpu.bf16(rows * w.columns)?;
-                    fill(first, rows, g.part())?;
+                    source.fill(gpu, first, rows, g.part())?;
                     all.extend(narrow(gpu.download(g.part(), rows * w.columns)?));
                 }
                 all
@@ -262,6 +335,8 @@ pub(super) struct Updater<'u, 'a> {
     /// Whether a gradient held everything back, and the kernels' counter.
     halted: Buffer,
     done: Vec<(String, Form, usize)>,
+    /// The last of them, where they are vectors: not yet begun.
+    vectors: Vec<Vector>,
     /// How many of them may have changed their moments or weights, where their verdict lets them.
     begun: usize,
 }
@@ -286,8 +361,13 @@ impl<'u, 'a> Updater<'u, 'a> {
         let verdicts = c.gpu.zeros(4 * tensors.len() as u64)?;
         let (lasts, halted) = (c.gpu.upload(&lasts)?, c.gpu.zeros(8)?);
         let places = tensors.into_iter().enumerate().map(|(i, (name, shape))| (name, (i, shape))).collect();
-        let (done, begun, layer, head) = (Vec::new(), 0, None, None);
-        Ok(Updater { c, main, layer, head, moments, state, lr, places, verdicts, lasts, halted, done, begun })
+        let (done, vectors, begun, layer, head) = (Vec::new(), Vec::new(), 0, None, None);
+        Ok(Updater { c, main, layer, head, moments, state, lr, places, verdicts, lasts, halted, done, vectors, begun })
+    }
+
+    fn verdict(&self, place: usize) -> Verdict {
+        let (halted, counter) = (self.halted.part(), self.halted.from(4));
+        Verdict { verdict: self.verdicts.from(4 * place as u64), halted, counter }
     }
 
     /// What is asked from here on sees all that the backward pass has done.
@@ -389,18 +469,30 @@ impl Drop for Updater<'_, '_> {
 }
 
 impl Sink for Updater<'_, '_> {
+    fn done(&mut self) -> Result<()> {
+        let settings = self.c.settings;
+        self.begun = self.done.len();
+        let vectors = std::mem::take(&mut self.vectors);
+        let how = (settings.rounding == Rounding::Stochastic, (1.0 - self.lr * settings.weight_decay) as f32);
+        let rates = Rates {
+            betas: (settings.betas[0] as f32, settings.betas[1] as f32),
+            eps: settings.eps as f32,
+            rate: 0.0,
+            growth: 0.0,
+        };
+        Ok(apollo::adam_vectors(self.c.gpu, &vectors, &rates, how, LIMIT, &self.verdict(0))?)
+    }
+
     fn take(&mut self, name: &str, w: &Weight, source: Source) -> Result<()> {
         let c = self.c.clone();
         let (gpu, settings) = (c.gpu, c.settings);
         let (place, shape) = self.places[name].clone();
         let form = form(settings, &shape);
         let steps = self.state.tensors.get(name).map_or(0, |t| t.steps);
-        self.done.push((name.to_string(), form, place));
         let pair = self.moments.of(name, moment_elements(form, &shape) as usize)?;
         let moments = (pair.m.part(), pair.v.part());
         let at = 4 * place as u64;
-        let verdict =
-            Verdict { verdict: self.verdicts.from(at), halted: self.halted.part(), counter: self.halted.from(4) };
+        let verdict = self.verdict(place);
         let random = Random::new(settings.seed, Purpose::Rounding, name, self.state.step);
         let how = Apply {
             stochastic: (settings.rounding == Rounding::Stochastic).then_some(&random),
@@ -415,19 +507,38 @@ impl Sink for Updater<'_, '_> {
             rate: rate as f32,
             growth: settings.norm_growth_limit.unwrap_or(0.0) as f32,
         };
-        let limit = (LARGEST * LARGEST) as f32;
         let (m, n) = (w.rows, w.columns);
         if let (Form::Adam, Source::Whole(g)) = (form, &source)
             && let (1, true, true, None) = (m, n <= VECTOR, g.wide, g.map)
         {
+            self.done.push((name.to_string(), form, place));
+            self.vectors.push(Vector::new(w, g.part, moments, rates.rate, &random, verdict.verdict));
+            return if self.vectors.len() == apollo::VECTORS { self.done() } else { Ok(()) };
+        }
+        self.done()?;
+        self.done.push((name.to_string(), form, place));
+        if let (Some(rank), Source::Product { product, grams, .. }) = (c.by_factors(w, &source), &source) {
+            let rates = Rates { rate: (rate * settings.scale(m, n)) as f32, ..rates };
+            let random_p = Random::new(settings.seed, Purpose::Projection, name, steps / settings.proj_refresh);
+            let (channels, tall) = (m.max(n), product.tall());
+            let projected = gpu.f32(2 * rank * channels)?;
+            let projection = apollo::projection(gpu, &random_p, m.min(n), rank, tall)?;
+            factored::project(gpu, product, &projection, projected.part(), LIMIT, &verdict)?;
             self.begun = self.done.len();
-            return Ok(apollo::adam_vector(gpu, w, g.part, moments, &rates, &how, limit, &verdict)?);
+            let (factors, gain) = (gpu.f32(channels)?, gpu.f32(1)?);
+            let (sizes, results) = ((channels, rank, tall, true), (factors.part(), gain.part()));
+            let (last, r) = (self.lasts.from(at), projected.part());
+            apollo::factors(gpu, sizes, r, Part::NONE, moments, &rates, last, results, &verdict)?;
+            let gram = grams.of(gpu, product)?;
+            factored::norm(gpu, product, gram.part(), factors.part(), &rates, last, gain.part(), &verdict)?;
+            let factors = if tall { Factors::Rows(factors.part()) } else { Factors::Columns(factors.part()) };
+            return Ok(factored::update(gpu, w, product, factors, gain.part(), &how, &verdict)?);
         }
         let mut pass = Pass::new(&c, w, source)?;
 
         let (rank, by_channel) = match form {
             Form::Adam => {
-                let judge = Judge::new(gpu, &verdict, limit, pass.channels(m), true)?;
+                let judge = Judge::new(gpu, &verdict, LIMIT, pass.channels(m), true)?;
                 let squares = pass.squares(m)?;
                 pass.each(|g, first| {
                     Ok(apollo::measure(gpu, g, true, first, None, squares.part(), Part::NONE, &judge)?)
@@ -444,7 +555,7 @@ impl Sink for Updater<'_, '_> {
         let projection = apollo::projection(gpu, &random_p, m.min(n), rank, tall)?;
         let width = if rank > 1 { 2 * rank } else { 1 };
         let (mut squares, mut projected) = (pass.squares(channels)?, gpu.f32(width * pass.channels(channels))?);
-        let judge = Judge::new(gpu, &verdict, limit, pass.channels(channels), tall)?;
+        let judge = Judge::new(gpu, &verdict, LIMIT, pass.channels(channels), tall)?;
         pass.each(|g, first| {
             let (s, r) = (squares.part(), projected.part());
             Ok(apollo::measure(gpu, g, tall, first, Some(&projection), s, r, &judge)?)
@@ -480,17 +591,14 @@ struct Pass<'p, 's> {
 
 impl<'p, 's> Pass<'p, 's> {
     fn new(c: &'p Context<'_>, w: &Weight, source: Source<'s>) -> Result<Pass<'p, 's>> {
-        let buffer = match &source {
-            Source::Whole(_) => None,
-            Source::Parts { at_once, .. } => Some(c.gpu.bf16((*at_once).min(w.rows) * w.columns)?),
-        };
+        let buffer = source.at_once().map(|rows| c.gpu.bf16(rows.min(w.rows) * w.columns)).transpose()?;
         Ok(Pass { c, w: *w, source, buffer, filled: false })
     }
 
     fn map(&self) -> Option<Part> {
         match &self.source {
             Source::Whole(g) => g.map,
-            Source::Parts { .. } => None,
+            Source::Parts { .. } | Source::Product { .. } => None,
         }
     }
 
@@ -508,21 +616,21 @@ impl<'p, 's> Pass<'p, 's> {
 
     /// Calls `f` with each part and its first row. A gradient in one part is made once.
     fn each(&mut self, mut f: impl FnMut(&Gradient, usize) -> Result<()>) -> Result<()> {
-        match (&mut self.source, &self.buffer) {
-            (Source::Parts { at_once, fill }, Some(buffer)) => {
-                let one = *at_once >= self.w.rows;
-                for first in (0..self.w.rows).step_by(*at_once) {
-                    let rows = (*at_once).min(self.w.rows - first);
+        match (self.source.at_once(), &self.buffer, &self.source) {
+            (Some(at_once), Some(buffer), _) => {
+                let one = at_once >= self.w.rows;
+                for first in (0..self.w.rows).step_by(at_once) {
+                    let rows = at_once.min(self.w.rows - first);
                     if !(one && self.filled) {
-                        fill(first, rows, buffer.part())?;
+                        self.source.fill(self.c.gpu, first, rows, buffer.part())?;
                     }
                     f(&Gradient::new(buffer.part(), false, rows, self.w.columns), first)?;
                 }
                 self.filled = true;
                 Ok(())
             }
-            (Source::Whole(g), _) => f(g, 0),
-            (Source::Parts { .. }, None) => unreachable!("made with a buffer"),
+            (_, _, Source::Whole(g)) => f(g, 0),
+            _ => unreachable!("made with a buffer"),
         }
     }
 }

@@ -74,6 +74,13 @@ template <int W> __device__ __forceinline__ void store(float *to, const float (&
     }
 }
 
+__device__ __forceinline__ void store4(bf16 *to, const float (&x)[4]) {
+    u32 w[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
+    *(uint2 *)to = make_uint2(w[0], w[1]);
+}
+
 static const int ZERO = 1, BAD = 2;
 static const double TINY = 1e-8;
 
@@ -229,6 +236,18 @@ __device__ __forceinline__ float value(const void *g, int wide, i64 i) {
     return wide ? ((const float *)g)[i] : f32(((const bf16 *)g)[i]);
 }
 
+// A weight (of a kind, as for `weight`) that is a vector, its gradient, its moments and what becomes of it.
+struct Vector {
+    void *w;
+    const float *g;
+    float *m, *v;
+    int *verdict;
+    int n, kind;
+    float rate;
+    Stream s;
+};
+struct Vectors { Vector of[8]; };
+
 extern "C" {
 // `count` normals times `scale` as f32; and for matrix products in bf16, where `split` is given: each as the sum of two bf16,
 // `inner` of the first and then `inner` of the second in turn (inner = count: one after the other).
@@ -237,54 +256,90 @@ __global__ void projection(Stream s, i64 count, float scale, float *p, bf16 *spl
     if (block * 4 >= count) return;
     const uint4 b = philox(s, (u32)block);
     const u32 w[4] = {b.x, b.y, b.z, b.w};
+    float x[4], high[4], rest[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        x[e] = MUL(normal(w[e]), scale);
+        high[e] = f32(to_bf16(x[e]));
+        rest[e] = x[e] - high[e];
+    }
+    if (split && !p && inner % 4 == 0 && count % 4 == 0 && 2 * count < 0x7fffffff) {
+        // All four lie beside each other.
+        const u32 i = (u32)block * 4, at = i / (u32)inner * 2 * (u32)inner + i % (u32)inner;
+        store4(split + at, high);
+        store4(split + at + (u32)inner, rest);
+        return;
+    }
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         const i64 i = block * 4 + e;
         if (i >= count) return;
-        const float x = MUL(normal(w[e]), scale);
-        if (p) p[i] = x;
+        if (p) p[i] = x[e];
         if (split) {
-            const bf16 high = to_bf16(x);
             const i64 at = i / inner * 2 * inner + i % inner;
-            split[at] = high;
-            split[at + inner] = to_bf16(x - f32(high));
+            split[at] = to_bf16(high[e]);
+            split[at + inner] = to_bf16(rest[e]);
         }
     }
 }
 
+// y (rows x 2 n, bf16) = sums of the two halves (of n) of each row of x, each as the sum of two bf16, side by side.
+__global__ void split_sums(const float *x, int rows, int n, bf16 *y) {
+    const i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= (i64)rows * n) return;
+    const i64 i = at / n * 2 * n + at % n;
+    const float sum = x[i] + x[i + n];
+    const bf16 high = to_bf16(sum);
+    y[i] = high;
+    y[i + n] = to_bf16(sum - f32(high));
+}
+
+// Judges a gradient by its projection: by all that r (count, a multiple of 4) has.
+__global__ void __launch_bounds__(256) judge_projection(const float *r, i64 count, Judge j) {
+    __shared__ double scratch[32];
+    float sum = 0;
+#pragma unroll 4
+    for (i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < count; i += (i64)gridDim.x * blockDim.x * 4) {
+        float x[4];
+        load<4>(r + i, x);
+        sum += x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
+    }
+    judge(j, blockIdx.x, block_sum(judged(sum, j.limit), scratch));
+}
+
 // squares (rows) = sums of squares of the rows of g, a warp each; with `p` (n): r (rows) = g p, the projection to rank 1. Rows
-// are `first` .. of what is judged, in blocks of as many rows as warps.
+// are `first` .. of what is judged, 32 a block: four for each warp, so that the end of a block is a small part of it.
 #define ROWS(NAME, T, W)                                                                                                     \
-    __global__ void square_rows##NAME(const T *g, int rows, int n, const float *p, float *r, float *squares, int first,      \
-                                      Judge j) {                                                                             \
-        __shared__ double parts[32];                                                                                         \
-        const int warps = blockDim.x / 32;                                                                                   \
-        const i64 row = (i64)blockIdx.x * warps + threadIdx.x / 32;                                                          \
-        float sum = 0, dot = 0, x[W], y[W];                                                                                  \
-        if (row < rows) {                                                                                                    \
-            _Pragma("unroll 2") for (int i = (threadIdx.x & 31) * W; i < n; i += 32 * W) {                                   \
+    __global__ void __launch_bounds__(256) square_rows##NAME(const T *g, int rows, int n, const float *p, float *r,          \
+                                                             float *squares, int first, Judge j) {                           \
+        __shared__ double parts[8];                                                                                          \
+        double all = 0;                                                                                                      \
+        for (int k = 0; k < 4; k++) {                                                                                        \
+            const i64 row = (i64)blockIdx.x * 32 + k * 8 + threadIdx.x / 32;                                                 \
+            if (row >= rows) break;                                                                                          \
+            float sum[2] = {0, 0}, dot = 0, x[W], y[W];                                                                      \
+            _Pragma("unroll 4") for (int i = (threadIdx.x & 31) * W; i < n; i += 32 * W) {                                   \
                 load<W>(g + row * n + i, x);                                                                                 \
                 if (p) load<W>(p + i, y);                                                                                    \
                 _Pragma("unroll") for (int e = 0; e < W; e++) {                                                              \
-                    sum += x[e] * x[e];                                                                                      \
+                    sum[e & 1] += x[e] * x[e];                                                                               \
                     if (p) dot += x[e] * y[e];                                                                               \
                 }                                                                                                            \
             }                                                                                                                \
-        }                                                                                                                    \
-        sum = warp_sum(sum);                                                                                                 \
-        if (p) dot = warp_sum(dot);                                                                                          \
-        if ((threadIdx.x & 31) == 0) {                                                                                       \
-            if (row < rows) {                                                                                                \
-                squares[row] = sum;                                                                                          \
+            const float square = warp_sum(sum[0] + sum[1]);                                                                  \
+            if (p) dot = warp_sum(dot);                                                                                      \
+            if ((threadIdx.x & 31) == 0) {                                                                                   \
+                squares[row] = square;                                                                                       \
                 if (p) r[row] = dot;                                                                                         \
             }                                                                                                                \
-            parts[threadIdx.x / 32] = judged(sum, j.limit);                                                                  \
+            all += judged(square, j.limit);                                                                                  \
         }                                                                                                                    \
+        if ((threadIdx.x & 31) == 0) parts[threadIdx.x / 32] = all;                                                          \
         __syncthreads();                                                                                                     \
-        double all = 0;                                                                                                      \
+        all = 0;                                                                                                             \
         if (threadIdx.x == 0)                                                                                                \
-            for (int i = 0; i < warps; i++) all += parts[i];                                                                 \
-        judge(j, first / warps + blockIdx.x, all);                                                                           \
+            for (int i = 0; i < 8; i++) all += parts[i];                                                                     \
+        judge(j, first / 32 + blockIdx.x, all);                                                                              \
     }                                                                                                                        \
     /* By column, of the rows blockIdx.y * span ..: row blockIdx.y of `partial` (two planes with p: squares, then g^T p). */ \
     __global__ void square_columns##NAME(const T *g, int rows, int n, int span, const float *p, float *partial) {            \
@@ -337,7 +392,7 @@ __global__ void __launch_bounds__(256) sum_columns(const float *partial, int cou
 
 // What the moments' blocks leave for the last of them, which makes the factors' limit of it.
 struct Limits {
-    const float *squares; // by channel, of the gradient
+    const float *squares; // by channel, of the gradient; or none, where its norm is made elsewhere: then factors are all
     double *sums;         // three of every block
     float *last, *factors, *gain;
     int *counter;
@@ -350,7 +405,7 @@ __device__ __forceinline__ void channel(const Limits &f, i64 c, float raw, float
     if (f.by_channel) {
         const double x = sqrt((double)normed) / (sqrt((double)raw) + TINY);
         f.factors[c] = (float)x;
-        part[0] += x * x * f.squares[c];
+        if (f.squares) part[0] += x * x * f.squares[c];
     } else part[0] += raw, part[1] += normed, part[2] += f.squares[c];
 }
 
@@ -358,6 +413,7 @@ __device__ __forceinline__ void channel(const Limits &f, i64 c, float raw, float
 // the limiter takes.
 __device__ __forceinline__ void limit(const Limits &f, i64 channels, double (&part)[3]) {
     __shared__ double scratch[32];
+    if (!f.squares) return;
     const int planes = f.by_channel ? 1 : 3;
     for (int k = 0; k < planes; k++) {
         part[k] = block_sum(part[k], scratch);
@@ -410,6 +466,60 @@ __global__ void __launch_bounds__(256) moments_tall(const float *r, int halves, 
         sum = warp_sum(sum), sum2 = warp_sum(sum2);
         if ((threadIdx.x & 31) == 0) channel(f, c, sum, sum2, part);
     }
+    limit(f, channels, part);
+}
+
+// The same for ranks in multiples of 4: half a warp a channel, 64 channels a block.
+__global__ void __launch_bounds__(256) moments_tall_wide(const float *r, int halves, int channels, int rank, float b1, float b2,
+                                                         float eps, float *m, float *v, Limits f, const int *verdict,
+                                                         const int *halted) {
+    if (*verdict || *halted) return;
+    const int EACH = 4, lane = threadIdx.x & 15;
+    const i64 first = (i64)blockIdx.x * 64 + threadIdx.x / 32 * (2 * EACH) + (threadIdx.x >> 4 & 1);
+    const i64 width = halves ? 2 * rank : rank;
+    float sum[EACH], sum2[EACH];
+#pragma unroll
+    for (int u = 0; u < EACH; u++) sum[u] = sum2[u] = 0;
+    for (int k = 4 * lane; k < rank; k += 64) {
+        // All that is read is asked for before any of it is used.
+        float x[EACH][4], y[EACH][4], mi[EACH][4], vi[EACH][4];
+#pragma unroll
+        for (int u = 0; u < EACH; u++) {
+            const i64 c = min(first + 2 * u, (i64)channels - 1);
+            load<4>(r + c * width + k, x[u]);
+            if (halves) load<4>(r + c * width + rank + k, y[u]);
+            load<4>(m + c * rank + k, mi[u]);
+            load<4>(v + c * rank + k, vi[u]);
+        }
+#pragma unroll
+        for (int u = 0; u < EACH; u++) {
+            const i64 c = first + 2 * u;
+            if (c >= channels) continue;
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float z = halves ? x[u][e] + y[u][e] : x[u][e];
+                mi[u][e] = ADD(MUL(b1, mi[u][e]), MUL(1.f - b1, z));
+                vi[u][e] = ADD(MUL(b2, vi[u][e]), MUL(1.f - b2, MUL(z, z)));
+                const float normed = DIV(mi[u][e], ADD(__fsqrt_rn(vi[u][e]), eps));
+                sum[u] += z * z, sum2[u] += normed * normed;
+            }
+            store<4>(m + c * rank + k, mi[u]);
+            store<4>(v + c * rank + k, vi[u]);
+        }
+    }
+    float raw = 0, normed = 0;
+#pragma unroll
+    for (int u = 0; u < EACH; u++) {
+#pragma unroll
+        for (int w = 8; w; w /= 2) {
+            sum[u] += __shfl_xor_sync(0xffffffff, sum[u], w);
+            sum2[u] += __shfl_xor_sync(0xffffffff, sum2[u], w);
+        }
+        if (lane == u) raw = sum[u], normed = sum2[u];
+    }
+    double part[3] = {0, 0, 0};
+    const i64 c = first + 2 * lane;
+    if (lane < EACH && c < channels) channel(f, c, raw, normed, part);
     limit(f, channels, part);
 }
 
@@ -518,28 +628,38 @@ __global__ void adam(void *w, int kind, i64 ld, const void *g, int wide, int row
     put(w, kind, to, MUL(ADD(weight(w, kind, to), -MUL(rate, y)), keep), stochastic, random);
 }
 
-// Adam on a vector whose gradient is f32, judged by itself: one block of 1024.
-__global__ void __launch_bounds__(1024) adam_vector(void *w, int kind, const float *g, int n, float *m, float *v, float b1,
-                                                    float b2, float eps, float rate, float keep, int stochastic, Stream s,
-                                                    float limit, int *verdict, int *halted) {
+// Adam on vectors whose gradients are f32, each judged by itself and applied unless one before it is bad: a block of 1024 each.
+__global__ void __launch_bounds__(1024) adam_vectors(const Vectors all, float b1, float b2, float eps, float keep,
+                                                     int stochastic, float limit, int *halted, int *counter) {
     __shared__ double scratch[32];
-    double sum = 0;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) sum += judged(g[i] * g[i], limit);
-    sum = block_sum(sum, scratch);
-    const bool bad = !(sum <= limit), held = *halted;
-    if (threadIdx.x == 0) *verdict = bad ? BAD : sum == 0 ? ZERO : 0;
-    if (bad || sum == 0 || held) {
-        __syncthreads();
-        if (bad && threadIdx.x == 0) *halted = 1;
-        return;
+    // Set by the last block alone, after all have looked.
+    bool held = *halted, zero = false;
+    for (int k = 0; k <= blockIdx.x && !held; k++) {
+        const Vector &a = all.of[k];
+        double sum = 0;
+        for (int i = threadIdx.x; i < a.n; i += blockDim.x) sum += judged(a.g[i] * a.g[i], limit);
+        sum = block_sum(sum, scratch);
+        held = !(sum <= limit), zero = sum == 0;
+        if (k == blockIdx.x && threadIdx.x == 0) *a.verdict = held ? BAD : zero ? ZERO : 0;
+        // What is held back is judged none the less.
+        if (held && k < blockIdx.x && threadIdx.x == 0) *all.of[blockIdx.x].verdict = 0;
     }
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-        const float x = g[i];
-        const float mi = ADD(MUL(b1, m[i]), MUL(1.f - b1, x)), vi = ADD(MUL(b2, v[i]), MUL(1.f - b2, MUL(x, x)));
-        m[i] = mi, v[i] = vi;
-        const float y = DIV(mi, ADD(__fsqrt_rn(vi), eps));
-        const u32 random = stochastic && kind != 2 ? bits16(s, i) : 0;
-        put(w, kind, i, MUL(ADD(weight(w, kind, i), -MUL(rate, y)), keep), stochastic, random);
+    if (!held && !zero) {
+        const Vector &a = all.of[blockIdx.x];
+        for (int i = threadIdx.x; i < a.n; i += blockDim.x) {
+            const float x = a.g[i];
+            const float mi = ADD(MUL(b1, a.m[i]), MUL(1.f - b1, x)), vi = ADD(MUL(b2, a.v[i]), MUL(1.f - b2, MUL(x, x)));
+            a.m[i] = mi, a.v[i] = vi;
+            const float y = DIV(mi, ADD(__fsqrt_rn(vi), eps));
+            const u32 random = stochastic && a.kind != 2 ? bits16(a.s, i) : 0;
+            put(a.w, a.kind, i, MUL(ADD(weight(a.w, a.kind, i), -MUL(a.rate, y)), keep), stochastic, random);
+        }
+    }
+    if (!last_of(gridDim.x, counter) || threadIdx.x) return;
+    for (int k = 0; k < gridDim.x; k++) {
+        int verdict;
+        asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(verdict) : "l"(all.of[k].verdict) : "memory");
+        if (verdict == BAD) *halted = 1;
     }
 }
 

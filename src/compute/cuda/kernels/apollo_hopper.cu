@@ -1,0 +1,478 @@
+// archs: 90a
+//
+// The update of a matrix whose gradient is a product over the step's tokens, dW = dy^T x, without that gradient in memory, on
+// Hopper: products of whole warp groups (wgmma) on tiles that the copy engine brings. What the update needs to know of dW
+// before comes of its factors: the projection (the library's products), and the norm of the scaled gradient,
+//     |F dW|^2 = sum over tokens i, j of (C F^2 C^T)(i, j) (S S^T)(i, j),
+// where C is the factor whose columns are dW's channels, F their factors, and S the other. Then every tile of dW is made
+// once, in f32, and goes into the weights from where it was made. The rounding of weights is apollo.cu's, to the bit.
+
+typedef unsigned short bf16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#define ADD __fadd_rn
+#define MUL __fmul_rn
+
+// As the driver makes it: which matrix, in tiles of what size.
+struct __align__(64) Map { u64 words[16]; };
+
+static const double TINY = 1e-8;
+static const int THREADS = 256, STAGES = 3, STAGE = 32768, TILE = 128;
+extern __shared__ unsigned char shared_memory[];
+
+__device__ __forceinline__ u32 shared_start() {
+    return ((u32)__cvta_generic_to_shared(shared_memory) + 1023) & ~1023u;
+}
+
+// ---- Barriers that copies and warps arrive at, in shared memory
+
+__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void expect(u32 barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void await(u32 barrier, int parity) {
+    asm volatile("{.reg .pred p;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@p bra done;\n"
+                 "bra again;\n"
+                 "done: }" ::"r"(barrier), "r"(parity) : "memory");
+}
+// A tile whose first column and row these are, from memory to shared memory; what lies outside is zero.
+__device__ __forceinline__ void bring(u32 to, const Map &map, int column, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+// The same into the same place of those blocks of a cluster that have a bit in `who`, whose barriers at that place hear of it.
+__device__ __forceinline__ void bring_to(int who, u32 to, const Map &map, int column, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2, %3}], [%4], %5;"
+                 ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)who) : "memory");
+}
+// Arrives at the barrier that the block `rank` of the cluster has at that place.
+__device__ __forceinline__ void arrive_at(u32 barrier, int rank) {
+    asm volatile("{.reg .u32 there;\n"
+                 "mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(barrier), "r"(rank) : "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void take_away(u32 from, const Map &map, int column, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+                 ::"l"(&map), "r"(column), "r"(row), "r"(from) : "memory");
+}
+
+// What ordinary instructions wrote to shared memory is seen by the copy engine and the products from here on.
+__device__ __forceinline__ void show() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void barriers_made() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    show();
+}
+// All that was to be taken away is.
+__device__ __forceinline__ void taken_away() {
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;" ::: "memory");
+}
+__device__ __forceinline__ u32 load_word(u32 at) {
+    u32 x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_word(u32 at, u32 x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory"); }
+// Four matrices of 8 x 8 whose rows lie where eight lanes each say.
+__device__ __forceinline__ void load4(u32 (&x)[4], u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at) : "memory");
+}
+
+// ---- Products
+
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// Results of products are there from here on: nothing that reads them moves up.
+template <int N> __device__ __forceinline__ void arrived(float (&c)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
+#define F4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define F16(c, i) F4(c, i), F4(c, i + 4), F4(c, i + 8), F4(c, i + 12)
+#define REGISTERS_128 \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
+    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+    "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define OPERANDS_128(c) F16(c, 0), F16(c, 16), F16(c, 32), F16(c, 48)
+
+// c (64 x 128) = or += a^T (16 x 64, turned) b (16 x 128), both in shared memory in rows of k.
+__device__ __forceinline__ void product_turned(float (&c)[64], u64 a, u64 b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_128 "}, %64, %65, p, 1, 1, 1, 1;}"
+                 : OPERANDS_128(c) : "l"(a), "l"(b), "r"(add));
+}
+// c (64 x 128) = or += a (64 x 16, in registers) b^T (128 x 16 in shared memory, k along rows).
+__device__ __forceinline__ void product_along(float (&c)[64], const u32 (&a)[4], u64 b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_128 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0;}"
+                 : OPERANDS_128(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+// A tile lies in panels of 64 columns (128 bytes a row), chunks of 16 bytes swapped by row: the "128-byte swizzle" that the
+// copy engine writes and the products read.
+__device__ __forceinline__ u64 describe(u32 address, u32 leading, u32 stride) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | 1ull << 62;
+}
+
+// ---- As in apollo.cu
+
+struct Stream { u32 key0, key1, tensor, purpose, when; };
+
+__device__ __forceinline__ uint4 philox(const Stream &s, u32 block) {
+    u32 c0 = block, c1 = s.purpose, c2 = s.tensor, c3 = s.when, k0 = s.key0, k1 = s.key1;
+#pragma unroll
+    for (int i = 0; i < 10; i++) {
+        const u32 a_high = __umulhi(0xD2511F53u, c0), a_low = 0xD2511F53u * c0;
+        const u32 b_high = __umulhi(0xCD9E8D57u, c2), b_low = 0xCD9E8D57u * c2;
+        c0 = b_high ^ c1 ^ k0, c1 = b_low, c2 = a_high ^ c3 ^ k1, c3 = a_low;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    return make_uint4(c0, c1, c2, c3);
+}
+__device__ __forceinline__ u32 stochastic_bf16(float x, u32 random) {
+    const u32 bits = __float_as_uint(x), up = (bits + random) >> 16 & 0xffff, down = bits >> 16;
+    if ((up & 0x7f80) == 0x7f80) return x != x ? down | 0x40 : down;
+    return up;
+}
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+__device__ __forceinline__ float f32(bf16 x) { return __uint_as_float((u32)x << 16); }
+
+__device__ __forceinline__ double block_sum(double x, double *scratch) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int w = 16; w; w /= 2) x += __shfl_xor_sync(0xffffffff, x, w);
+    __syncthreads();
+    if (lane == 0) scratch[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = lane < blockDim.x / 32 ? scratch[lane] : 0;
+#pragma unroll
+    for (int w = 16; w; w /= 2) x += __shfl_xor_sync(0xffffffff, x, w);
+    return x;
+}
+__device__ __forceinline__ bool last_of(int total, int *counter) {
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(counter, 1) == total - 1;
+        if (last) *counter = 0;
+    }
+    __syncthreads();
+    if (last) __threadfence();
+    return last;
+}
+__device__ __forceinline__ double number(const double *x) {
+    double y;
+    asm volatile("ld.global.cg.f64 %0, [%1];" : "=d"(y) : "l"(x) : "memory");
+    return y;
+}
+
+// What lane q of four has of four words (of its own block of random numbers) becomes the q-th word of each lane's.
+__device__ __forceinline__ void turn(u32 (&w)[4]) {
+    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+    u32 a = __shfl_xor_sync(0xffffffff, odd ? w[0] : w[1], 1), b = __shfl_xor_sync(0xffffffff, odd ? w[2] : w[3], 1);
+    if (odd) w[0] = a, w[2] = b;
+    else w[1] = a, w[3] = b;
+    a = __shfl_xor_sync(0xffffffff, upper ? w[0] : w[2], 2), b = __shfl_xor_sync(0xffffffff, upper ? w[1] : w[3], 2);
+    if (upper) w[0] = a, w[1] = b;
+    else w[2] = a, w[3] = b;
+}
+
+struct Update {
+    int m, n, tokens;
+    int late; // blocks from this to twice this begin later, where it is not 0
+    const float *factors;
+    int by;
+    const float *gain;
+    float keep;
+    int stochastic;
+    Stream s;
+    const int *verdict, *halted;
+};
+
+// w (m x n, bf16) <- round((w - factor dW gain) keep), dW = dy^T x over `tokens` rows of dy (m wide) and x (n wide). Factors by
+// row (1) or by column (2). A block has a tile of 128 x 128 of w, a warp group 64 rows of it; two blocks share a
+// multiprocessor, so that one's products run beside what the other does with its own. Clusters of HIGH by WIDE blocks, two
+// by two at most, share their tiles of dy and x: where two have the same tile, each brings half of it to both.
+template <int HIGH, int WIDE>
+__device__ __forceinline__ void update(const Map &dy, const Map &x, const Map &weights, const Update &a) {
+    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    if (*a.verdict || *a.halted) return;
+    const int m = a.m, n = a.n, SHARE = HIGH * WIDE;
+    const int rank = blockIdx.x % SHARE, below = rank % HIGH, beside = rank / HIGH;
+    // Tiles that run at the same time lie in a square, so that their operands come from the L2 cache.
+    const int BAND = 16 / HIGH, tiles_m = (m + TILE * HIGH - 1) / (TILE * HIGH), tiles_n = (n + TILE * WIDE - 1) / (TILE * WIDE);
+    const int cluster = blockIdx.x / SHARE, band = cluster / (BAND * tiles_n), inside = cluster - band * BAND * tiles_n;
+    const int high = min(tiles_m - band * BAND, BAND);
+    const int row0 = ((band * BAND + inside % high) * HIGH + below) * TILE, column0 = (inside / high * WIDE + beside) * TILE;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = warp >> 2;
+    const u32 stages = shared_start();
+    const u32 full = (u32)__cvta_generic_to_shared(barriers), empty = full + 8 * STAGES;
+    const int count = (a.tokens + 63) / 64; // and, in the end, the weights
+
+    auto ask = [&](int i) {
+        const u32 to = stages + i % STAGES * STAGE, barrier = full + i % STAGES * 8;
+        expect(barrier, STAGE);
+        if (i < count) {
+            if (WIDE == 2) bring_to(1 << below | 1 << (HIGH + below), to + beside * 8192, dy, row0 + 64 * beside, 64 * i, barrier);
+            else {
+                bring(to, dy, row0, 64 * i, barrier);
+                bring(to + 8192, dy, row0 + 64, 64 * i, barrier);
+            }
+            if (HIGH == 2)
+                bring_to(3 << 2 * beside, to + 16384 + below * 8192, x, column0 + 64 * below, 64 * i, barrier);
+            else {
+                bring(to + 16384, x, column0, 64 * i, barrier);
+                bring(to + 24576, x, column0 + 64, 64 * i, barrier);
+            }
+        } else {
+            bring(to, weights, column0, row0, barrier);
+            bring(to + 16384, weights, column0 + 64, row0, barrier);
+        }
+    };
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, (HIGH + WIDE - 1) * THREADS / 32);
+        barriers_made();
+    }
+    // Barriers of all are there before any brings anything.
+    if (SHARE > 1) cluster_sync();
+    if (threadIdx.x == 0) {
+        // Two blocks that began together would want the products at the same time, and the rest at the same time.
+        if (a.late && blockIdx.x >= a.late && blockIdx.x < 2 * a.late) __nanosleep(4 * a.tokens);
+        for (int i = 0; i < min(STAGES, count + 1); i++) ask(i);
+    }
+    if (SHARE == 1) __syncthreads();
+
+    float c[64];
+    for (int i = 0; i < count; i++) {
+        const u32 stage = stages + i % STAGES * STAGE;
+        await(full + i % STAGES * 8, i / STAGES & 1);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            product_turned(c, describe(stage + group * 8192 + k * 2048, 8192, 1024), describe(stage + 16384 + k * 2048, 8192, 1024),
+                           i > 0 || k > 0);
+        products_end();
+        if (i == 0) continue;
+        // The products before these are done with their stage: what comes next may come there.
+        products_wait<1>();
+        const int done = i - 1;
+        if (lane == 0) {
+            // Whoever brings something here waits for it.
+            const u32 barrier = empty + done % STAGES * 8;
+            arrive(barrier);
+            if (HIGH == 2) arrive_at(barrier, rank ^ 1);
+            if (WIDE == 2) arrive_at(barrier, rank ^ HIGH);
+        }
+        if (threadIdx.x == 0 && done + STAGES <= count) {
+            await(empty + done % STAGES * 8, done / STAGES & 1);
+            ask(done + STAGES);
+        }
+    }
+    products_wait<0>();
+    arrived(c);
+
+    const u32 old = stages + count % STAGES * STAGE;
+    await(full + count % STAGES * 8, count / STAGES & 1);
+    const int q = lane & 3, top = group * 64 + (warp & 3) * 16 + (lane >> 2);
+    const float all = *a.gain;
+    float by_row[2] = {0, 0};
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        if (a.by == 1 && row0 + top + 8 * half < m) by_row[half] = MUL(a.factors[row0 + top + 8 * half], all);
+#pragma unroll
+    for (int four = 0; four < 4; four++) {
+        float by_column[8];
+        if (a.by == 2) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const int column = column0 + 32 * four + 8 * k + 2 * q;
+                const float2 f = column < n ? *(const float2 *)(a.factors + column) : make_float2(0, 0);
+                by_column[2 * k] = MUL(f.x, all), by_column[2 * k + 1] = MUL(f.y, all);
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = top + 8 * half;
+            u32 random[4];
+            if (a.stochastic) {
+                const uint4 b = philox(a.s, (u32)(row0 + row) * (u32)(n / 8) + (u32)(column0 / 8 + 4 * four + q));
+                random[0] = b.x, random[1] = b.y, random[2] = b.z, random[3] = b.w;
+                turn(random);
+            }
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const int j = 4 * four + k;
+                const u32 at = old + (j >> 3) * 16384 + row * 128 + (((j ^ row) & 7) << 4) + 4 * q;
+                u32 w = load_word(at);
+                const float f0 = a.by == 2 ? by_column[2 * k] : by_row[half], f1 = a.by == 2 ? by_column[2 * k + 1] : by_row[half];
+                const float y0 = MUL(ADD(__uint_as_float(w << 16), -MUL(f0, c[4 * j + 2 * half])), a.keep);
+                const float y1 = MUL(ADD(__uint_as_float(w & 0xffff0000), -MUL(f1, c[4 * j + 2 * half + 1])), a.keep);
+                if (a.stochastic) w = stochastic_bf16(y0, random[k] & 0xffff) | stochastic_bf16(y1, random[k] >> 16) << 16;
+                else w = pack(y0, y1);
+                store_word(at, w);
+            }
+        }
+    }
+    show();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        take_away(old, weights, column0, row0);
+        take_away(old + 16384, weights, column0 + 64, row0);
+        taken_away();
+    }
+    // None is gone while another may still reach into its memory.
+    if (SHARE > 1) cluster_sync();
+}
+
+extern "C" {
+__global__ void __launch_bounds__(THREADS, 2) update_product(const __grid_constant__ Map dy, const __grid_constant__ Map x,
+                                                             const __grid_constant__ Map weights,
+                                                             const __grid_constant__ Update a) {
+    update<1, 1>(dy, x, weights, a);
+}
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 2)
+update_product_pair(const __grid_constant__ Map dy, const __grid_constant__ Map x, const __grid_constant__ Map weights,
+                    const __grid_constant__ Update a) {
+    update<2, 1>(dy, x, weights, a);
+}
+__global__ void __cluster_dims__(4, 1, 1) __launch_bounds__(THREADS, 2)
+update_product_four(const __grid_constant__ Map dy, const __grid_constant__ Map x, const __grid_constant__ Map weights,
+                    const __grid_constant__ Update a) {
+    update<2, 2>(dy, x, weights, a);
+}
+}
+
+
+// What the norm's blocks leave for the last of them, which makes the limiter of it: as in apollo.cu.
+struct Norm {
+    double *sums; // of every block
+    float *last, *gain;
+    int *counter;
+    float growth, rate;
+};
+
+// The norm of F dW (see above), and from it the gain. `side`: C, rows of tokens, channels wide; `gram` (tokens x ld, f32):
+// S S^T, of which what lies on or below the diagonal is read. Block (pair, part): a tile of 128 x 128 of C F^2 C^T on or below the
+// diagonal, of the channels 64 first .. that are the part's.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+gram_norm(const __grid_constant__ Map side, const float *gram, int ld, int tokens, int channels, const float *factors, Norm f,
+          const int *verdict, const int *halted) {
+    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    __shared__ double scratch[32];
+    if (*verdict || *halted) return;
+    int low = 0, pair = blockIdx.x;
+    while (pair > low) pair -= ++low;
+    const int a0 = low * TILE, b0 = pair * TILE;
+    const bool square = low == pair;
+    const int chunks = (channels + 63) / 64, parts = gridDim.y;
+    const int from = (int)((i64)chunks * blockIdx.y / parts), count = (int)((i64)chunks * (blockIdx.y + 1) / parts) - from;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, q = lane & 3;
+    const u32 stages = shared_start();
+    const u32 full = (u32)__cvta_generic_to_shared(barriers), empty = full + 8 * STAGES;
+    auto ask = [&](int i) {
+        const u32 to = stages + i % STAGES * STAGE, barrier = full + i % STAGES * 8;
+        expect(barrier, square ? STAGE / 2 : STAGE);
+        bring(to, side, 64 * (from + i), a0, barrier);
+        if (!square) bring(to + 16384, side, 64 * (from + i), b0, barrier);
+    };
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, THREADS / 32);
+        barriers_made();
+        for (int i = 0; i < min(STAGES, count); i++) ask(i);
+    }
+    __syncthreads();
+
+    float c[64];
+#pragma unroll
+    for (int i = 0; i < 64; i++) c[i] = 0;
+    const int row = (warp >> 2) * 64 + (warp & 3) * 16 + (lane & 15);
+    for (int i = 0; i < count; i++) {
+        const u32 stage = stages + i % STAGES * STAGE;
+        // Squares of the factors of the columns that the thread has: 2 q, 2 q + 1, and 8 more on, of every 16.
+        float2 f2[8];
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            const int column = 64 * (from + i) + 8 * k + 2 * q;
+            f2[k] = make_float2(0, 0);
+            if (column + 1 < channels) f2[k] = *(const float2 *)(factors + column);
+            else if (column < channels) f2[k].x = factors[column];
+            f2[k].x *= f2[k].x, f2[k].y *= f2[k].y;
+        }
+        await(full + i % STAGES * 8, i / STAGES & 1);
+        u32 a[4][4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            load4(a[k], stage + row * 128 + (((2 * k + (lane >> 4)) ^ (row & 7)) << 4));
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                // Rounded once, by itself: over all tokens and channels that comes to nothing.
+                const float2 f = f2[2 * k + (e >> 1)];
+                a[k][e] = pack(__uint_as_float(a[k][e] << 16) * f.x, __uint_as_float(a[k][e] & 0xffff0000) * f.y);
+            }
+        }
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            product_along(c, a[k], describe(stage + (square ? 0 : 16384) + k * 32, 16, 1024), 1);
+        products_end();
+        products_wait<0>();
+        if (lane == 0) arrive(empty + i % STAGES * 8);
+        if (threadIdx.x == 0 && i + STAGES < count) {
+            await(empty + i % STAGES * 8, i / STAGES & 1);
+            ask(i + STAGES);
+        }
+    }
+    arrived(c);
+    float sum = 0;
+    const int top = a0 + (warp >> 2) * 64 + (warp & 3) * 16 + (lane >> 2);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (top + 8 * half >= tokens) continue;
+        const float *other = gram + (i64)(top + 8 * half) * ld + b0 + 2 * q;
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+            // Rows of `gram` are whole pairs: there is a number beside the last.
+            if (b0 + 8 * j + 2 * q >= tokens) continue;
+            const float2 g = *(const float2 *)(other + 8 * j);
+            sum += c[4 * j + 2 * half] * g.x;
+            if (b0 + 8 * j + 2 * q + 1 < tokens) sum += c[4 * j + 2 * half + 1] * g.y;
+        }
+    }
+    double all = block_sum(square ? sum : 2. * sum, scratch);
+    const int blocks = gridDim.x * gridDim.y;
+    if (threadIdx.x == 0) f.sums[blockIdx.y * gridDim.x + blockIdx.x] = all;
+    if (!last_of(blocks, f.counter)) return;
+    all = 0;
+    for (int i = threadIdx.x; i < blocks; i += blockDim.x) all += number(f.sums + i);
+    all = block_sum(all, scratch);
+    if (threadIdx.x) return;
+    // The projection was finite, and so is this, but for a gradient just below what is too large: nothing moves by that.
+    const double most = 3e38;
+    const double norm = all <= 0 ? 0 : all < most * most ? fmin(sqrt(all), most) : most;
+    double shrink = 1;
+    if (f.growth > 0) {
+        if (*f.last >= 0) shrink = fmax(norm / ((double)*f.last + TINY), (double)f.growth) / (double)f.growth;
+        *f.last = (float)(norm / shrink);
+    }
+    *f.gain = (float)(f.rate / shrink);
+}
