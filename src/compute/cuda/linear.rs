@@ -43,7 +43,8 @@ pub fn widen(gpu: &Gpu, x: Part, count: usize, out: Part) -> Result<()> {
 
 /// `*top` (f32 by its bits, as u32) = the largest absolute value of `x` and of what was there; NaN is above all.
 pub fn largest(gpu: &Gpu, x: Part, wide: bool, count: usize, top: Part) -> Result<()> {
-    let grid = blocks(count, 4 * BLOCK).min(8 * gpu.device.multiprocessors);
+    // Blocks add to one address each: few of them, with much to read.
+    let grid = blocks(count, 32 * BLOCK).min(2 * gpu.device.multiprocessors);
     launch!(gpu, "largest", (grid, 1, 1), (BLOCK as u32, 1, 1), 0;
         x.holds(count, if wide { 4 } else { 2 }), wide as i32, count as i64, top.f32(1));
     Ok(())

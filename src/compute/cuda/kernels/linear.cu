@@ -56,16 +56,37 @@ __global__ void widen(const bf16 *x, i64 count, float *out) {
     if (i < count) out[i] = f32(x[i]);
 }
 
-// *largest = the largest absolute value of x and of what was there, as its bits; NaN is above infinity.
-__global__ void largest(const void *x, int wide, i64 count, u32 *largest) {
+// *largest = the largest absolute value of x and of what was there, as its bits; NaN is above infinity. Blocks of 256.
+__global__ void __launch_bounds__(256) largest(const void *x, int wide, i64 count, u32 *largest) {
+    __shared__ u32 tops[8];
+    const i64 bytes = count * (wide ? 4 : 2), vectors = (i64)x & 15 ? 0 : bytes / 16, step = (i64)gridDim.x * 256;
+    const u32 mask = wide ? 0x7fffffff : 0x7fff0000;
     u32 top = 0;
-    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {
-        const u32 bits = wide ? ((const u32 *)x)[i] : (u32)((const bf16 *)x)[i] << 16;
-        top = max(top, bits & 0x7fffffff);
+    auto see = [&](u32 both) {
+        top = max(top, both & mask);
+        if (!wide) top = max(top, both << 16 & mask);
+    };
+    i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
+    for (; i + 3 * step < vectors; i += 4 * step) {
+        uint4 v[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) v[k] = ((const uint4 *)x)[i + k * step];
+#pragma unroll
+        for (int k = 0; k < 4; k++) see(v[k].x), see(v[k].y), see(v[k].z), see(v[k].w);
     }
+    for (; i < vectors; i += step) {
+        const uint4 v = ((const uint4 *)x)[i];
+        see(v.x), see(v.y), see(v.z), see(v.w);
+    }
+    for (i = vectors * (wide ? 4 : 8) + (i64)blockIdx.x * 256 + threadIdx.x; i < count; i += step)
+        top = max(top, (wide ? ((const u32 *)x)[i] : (u32)((const bf16 *)x)[i] << 16) & 0x7fffffff);
 #pragma unroll
     for (int w = 16; w; w /= 2) top = max(top, __shfl_xor_sync(0xffffffff, top, w));
-    if ((threadIdx.x & 31) == 0) atomicMax(largest, top);
+    if ((threadIdx.x & 31) == 0) tops[threadIdx.x >> 5] = top;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int w = 1; w < 8; w++) top = max(top, tops[w]);
+    atomicMax(largest, top);
 }
 
 // *differ = 1 if any word of a and b does.
