@@ -570,14 +570,14 @@ class Rule:
         total = self.sequences.numel() // 5
         for first, end in ((0, self.first), (self.first, total)):
             if end > first:
-                delta("delta_forward" if "out" in outputs else "delta_news", (2, self.heads, end - first), 128,
+                delta("delta_forward" if "out" in outputs else "delta_news", (2, self.heads, end - first), 256,
                       fields(Delta, sequences=self.sequences[5 * first :], **self.fields, **outputs),
                       shared=stage_bytes(self.stages))
 
     def backward(self, only=None, **more):
         a = fields(Delta, sequences=self.sequences, **self.fields, **more)
         if only != "delta_backward":
-            delta("delta_states", (2, self.heads, self.sequences.numel() // 5), 128, a, shared=stage_bytes(self.stages))
+            delta("delta_states", (2, self.heads, self.sequences.numel() // 5), 256, a, shared=stage_bytes(self.stages))
         if only != "delta_states":
             delta("delta_backward", (self.count, self.heads), 256, a, shared=backward_bytes(self.stages))
 

@@ -233,7 +233,7 @@ impl<'a> Prepared<'a> {
         // States must be there before what begins with them runs.
         for (first, end) in [(0, plan.contexts), (plan.contexts, plan.count)] {
             let arguments = Arguments { sequences: plan.sequences.from(20 * first as u64).address, ..more };
-            launch!(gpu, name, ((HEAD / CHUNK) as u32, self.shape.v_heads as u32, (end - first) as u32), (128, 1, 1),
+            launch!(gpu, name, ((HEAD / CHUNK) as u32, self.shape.v_heads as u32, (end - first) as u32), (256, 1, 1),
                 self.shared(); arguments);
         }
         Ok(())
@@ -269,7 +269,7 @@ impl<'a> Prepared<'a> {
             ..more
         };
         let heads = self.shape.v_heads as u32;
-        launch!(gpu, "delta_states", ((HEAD / CHUNK) as u32, heads, self.plan.count as u32), (128, 1, 1), self.shared(); arguments);
+        launch!(gpu, "delta_states", ((HEAD / CHUNK) as u32, heads, self.plan.count as u32), (256, 1, 1), self.shared(); arguments);
         launch!(gpu, "delta_backward", (self.plan.chunk_count as u32, heads, 1), (256, 1, 1),
             (BACKWARD + self.stages * HALF) as u32; arguments);
         Ok(g)

@@ -127,7 +127,7 @@ template <int W> __device__ __forceinline__ u32 pair_at(u32 base, int r, int col
 // Starts the copy of 64 rows of W elements, ld apart; those from `real` on are zeros. THREADS threads do it, each a column of
 // 16 bytes of every so many rows, so that all of its places in shared memory are a constant apart.
 template <int W, int THREADS> __device__ __forceinline__ void fetch(u32 to, const bf16 *from, i64 ld, int real) {
-    const int c = threadIdx.x % (W / 8), r0 = threadIdx.x / (W / 8);
+    const int thread = threadIdx.x & (THREADS - 1), c = thread % (W / 8), r0 = thread / (W / 8);
     const u32 place = at<W>(to, r0, c);
     from += c * 8;
     static_assert(THREADS * 8 / W % 8 == 0, "rows a round are whole groups of swapped chunks");
@@ -139,7 +139,7 @@ template <int W, int THREADS> __device__ __forceinline__ void fetch(u32 to, cons
 }
 // The same of a square's blocks of 16 x 16 on the diagonal and below it; 128 threads.
 __device__ __forceinline__ void fetch_below(u32 to, const bf16 *from) {
-    const int c = threadIdx.x & 7, r0 = threadIdx.x >> 3;
+    const int c = threadIdx.x & 7, r0 = (threadIdx.x & 127) >> 3;
     const u32 place = at<C>(to, r0, c);
     from += r0 * C + c * 8;
 #pragma unroll
@@ -358,9 +358,8 @@ __device__ __forceinline__ Staged staged(int stage) {
 
 // By 128 threads. `WHOLE`: with what is left of T and P; `READS`: with what reads from the state.
 template <bool READS, bool WHOLE>
-__device__ __forceinline__ void stage_chunk(const Delta &d, int stage, int first, int n, int chunk, int head, const bf16 *v, i64 ldv) {
+__device__ __forceinline__ void stage_chunk(const Delta &d, int stage, int first, int n, int chunk, int head, int k_head, const bf16 *v, i64 ldv) {
     const Staged s = staged(stage);
-    const int k_head = head / (d.heads / d.k_heads);
     const i64 ld = (i64)(2 * d.k_heads + d.heads) * D, square = ((i64)chunk * d.heads + head) * 2 * C * C;
     fetch<D, 128>(s.k, d.x + (i64)first * ld + (d.k_heads + k_head) * D, ld, n);
     fetch_below(s.t, d.inverse + square);
@@ -373,11 +372,27 @@ __device__ __forceinline__ void stage_chunk(const Delta &d, int stage, int first
     }
     // Four rows of C floats, two at a time.
     const int r = threadIdx.x & (C - 1);
-    const bool second = threadIdx.x >= C;
+    const bool second = threadIdx.x & C;
     const i64 from = (i64)head * d.rows + first + (r < n ? r : 0);
-    const u32 to = s.v + 3 * C * C * 2 + threadIdx.x * 4;
+    const u32 to = s.v + 3 * C * C * 2 + (threadIdx.x & 127) * 4;
     copy4(to, (second ? d.by_k : d.beta) + from, r < n);
     copy4(to + 2 * C * 4, (second ? d.rest : d.by_q) + from, r < n);
+}
+
+// What the second half of a block of 256 does: chunk after chunk comes to its stage, while the first half works on the one before
+// it, or, with one stage, once that is done.
+template <bool READS, bool WHOLE>
+__device__ __forceinline__ void bring(const Delta &d, const int *sequence, int head, bool backwards, const bf16 *v, i64 ldv) {
+    const int start = sequence[0], end = sequence[1], chunk0 = sequence[2], count = (end - start + C - 1) / C;
+    const int k_head = head / (d.heads / d.k_heads);
+    for (int i = 0; i < count; i++) {
+        const int c = backwards ? count - 1 - i : i;
+        stage_chunk<READS, WHOLE>(d, d.stages == 2 ? c & 1 : 0, start + c * C, min(C, end - start - c * C), chunk0 + c, head, k_head, v, ldv);
+        copies_end();
+        copies_wait<0>();
+        __syncthreads();
+        if (d.stages != 2) __syncthreads();
+    }
 }
 
 // Pairs of two columns' values along a row, as operands of a product have them: a[b][h], of rows 8 b and column 8 h on.
@@ -404,15 +419,15 @@ __device__ __forceinline__ void store_state(const float (&s)[16][4], bf16 *to) {
             *(u32 *)(to + (8 * b + (lane >> 2)) * D + 8 * h + 2 * (lane & 3)) = turned(pack(s[b][2 * h], s[b][2 * h + 1]));
 }
 
-// blockIdx: half of the state's columns, head, sequence; 128 threads; shared memory: the stages. `READS`: O is wanted; else N and the
+// blockIdx: half of the state's columns, head, sequence; 256 threads; shared memory: the stages. `READS`: O is wanted; else N and the
 // states before each chunk.
 template <bool READS> __device__ __forceinline__ void go_forward(const Delta &d) {
     const int v0 = blockIdx.x * C, head = blockIdx.y;
     const int *sequence = d.sequences + 5 * blockIdx.z;
+    const i64 ld = (i64)(2 * d.k_heads + d.heads) * D, ldo = (i64)d.heads * D, of_head = (i64)D * D;
+    if (threadIdx.x >= 128) return bring<READS, true>(d, sequence, head, false, d.x + (2 * d.k_heads + head) * D + v0, ld);
     const int start = sequence[0], end = sequence[1], chunk0 = sequence[2], begins = sequence[3], ends = sequence[4];
     const int lane = threadIdx.x & 31, own = (threadIdx.x >> 5) * 16, row = lane >> 2, pair = 2 * (lane & 3);
-    const bf16 *v = d.x + (2 * d.k_heads + head) * D + v0;
-    const i64 ld = (i64)(2 * d.k_heads + d.heads) * D, ldo = (i64)d.heads * D, of_head = (i64)D * D;
     const int count = (end - start + C - 1) / C;
     const bool two = d.stages == 2;
     // s[b][e]: column own + row + 8 (e / 2) of the block's, row 8 b + pair + e % 2.
@@ -423,20 +438,12 @@ template <bool READS> __device__ __forceinline__ void go_forward(const Delta &d)
 #pragma unroll
         for (int e = 0; e < 4; e++)
             s[b][e] = begins < 0 ? 0 : d.contexts[begins * d.heads * of_head + corner + (8 * b + (e & 1)) * D + 8 * (e >> 1)];
-    auto fetch_chunk = [&](int c) {
-        stage_chunk<READS, true>(d, two ? c & 1 : 0, start + c * C, min(C, end - start - c * C), chunk0 + c, head, v, ld);
-    };
-    if (count > 0) fetch_chunk(0);
-    copies_end();
     for (int c = 0; c < count; c++) {
         const int first = start + c * C, n = min(C, end - first);
         const Staged in = staged(two ? c & 1 : 0);
         const float last = d.sums[(i64)head * d.rows + first + n - 1];
-        copies_wait<0>();
+        // It is there, and nobody reads the other stage any more.
         __syncthreads();
-        // Nobody reads the other stage any more.
-        if (two && c + 1 < count) fetch_chunk(c + 1);
-        copies_end();
         if constexpr (!READS) store_state(s, d.states + ((i64)(chunk0 + c) * d.heads + head) * of_head + v0 + own);
         // S^T K^T, S^T Q^T
         float x[8][4], o[8][4];
@@ -572,13 +579,9 @@ template <bool READS> __device__ __forceinline__ void go_forward(const Delta &d)
                 for (int b = 0; b < 4; b++) multiply(s, 2 * (part + b), rest, f[b]);
             }
         }
-        if (two) continue;
         // What this chunk read is overwritten from here on.
-        __syncthreads();
-        if (c + 1 < count) fetch_chunk(c + 1);
-        copies_end();
+        if (!two) __syncthreads();
     }
-    copies_wait<0>();
     if (ends < 0) return;
 #pragma unroll
     for (int b = 0; b < 16; b++)
@@ -588,34 +591,26 @@ template <bool READS> __device__ __forceinline__ void go_forward(const Delta &d)
 }
 
 extern "C" {
-__global__ void __launch_bounds__(128, 1) delta_forward(Delta d) { go_forward<true>(d); }
-__global__ void __launch_bounds__(128, 1) delta_news(Delta d) { go_forward<false>(d); }
+__global__ void __launch_bounds__(256, 1) delta_forward(Delta d) { go_forward<true>(d); }
+__global__ void __launch_bounds__(256, 1) delta_news(Delta d) { go_forward<false>(d); }
 
 // The same backwards, for the gradient of the state: X, and the gradient after each chunk.
-__global__ void __launch_bounds__(128, 1) delta_states(Delta d) {
+__global__ void __launch_bounds__(256, 1) delta_states(Delta d) {
     const int v0 = blockIdx.x * C, head = blockIdx.y;
     const int *sequence = d.sequences + 5 * blockIdx.z;
+    const i64 ldo = (i64)d.heads * D, of_head = (i64)D * D;
+    if (threadIdx.x >= 128) return bring<true, false>(d, sequence, head, true, d.dout + head * D + v0, ldo);
     const int start = sequence[0], end = sequence[1], chunk0 = sequence[2];
     const int lane = threadIdx.x & 31, own = (threadIdx.x >> 5) * 16, row = lane >> 2, pair = 2 * (lane & 3);
-    const i64 ldo = (i64)d.heads * D, of_head = (i64)D * D;
-    const bf16 *dout = d.dout + head * D + v0;
     const int count = (end - start + C - 1) / C;
     const bool two = d.stages == 2;
     float s[16][4];
     clear(s);
-    auto fetch_chunk = [&](int c) {
-        stage_chunk<true, false>(d, two ? c & 1 : 0, start + c * C, min(C, end - start - c * C), chunk0 + c, head, dout, ldo);
-    };
-    if (count > 0) fetch_chunk(count - 1);
-    copies_end();
     for (int c = count - 1; c >= 0; c--) {
         const int first = start + c * C, n = min(C, end - first);
         const Staged in = staged(two ? c & 1 : 0);
         const float last = d.sums[(i64)head * d.rows + first + n - 1];
-        copies_wait<0>();
         __syncthreads();
-        if (two && c > 0) fetch_chunk(c - 1);
-        copies_end();
         store_state(s, d.dstates + ((i64)(chunk0 + c) * d.heads + head) * of_head + v0 + own);
         // dN^T = dS^T K^T diag(rest) + dO^T P
         float x[8][4];
@@ -695,12 +690,8 @@ __global__ void __launch_bounds__(128, 1) delta_states(Delta d) {
                 for (int b = 0; b < 4; b++) multiply(s, 2 * (part + b), y, f[b]);
             }
         }
-        if (two) continue;
-        __syncthreads();
-        if (c > 0) fetch_chunk(c - 1);
-        copies_end();
+        if (!two) __syncthreads();
     }
-    copies_wait<0>();
 }
 
 // Gradients of one chunk of one value head: of q and k (by value head), v, the running sums' g, and beta. 256 threads; shared
