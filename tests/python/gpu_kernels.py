@@ -667,10 +667,11 @@ def gates():
         check("gated_norm dz", dz[:, : heads * d], zf.grad, 4e-3)
         check("gated_norm dw", partial.sum(0)[:d], wf.grad, 1e-4)
     for t, heads, d in [(30, 4, 16), (77, 6, 256), (5, 3, 2)]:
-        both, x, first = random(t, heads * 2 * d + 6), random(t, heads * d), t // 3
+        both, x, first = random(t, heads * 2 * d + 8), random(t, heads * d), t // 3
+        wide = "" if d % 8 else "_wide"
         y, kept = poison(t, heads * d), poison(t - first, heads * d)
-        blocks = (-(-t * heads * d // 512),)
-        gate("output_gate_forward", blocks, 256, both, L(both.shape[1]), x, I(t), I(heads), I(d), y, kept, I(first))
+        blocks = (-(-t * heads * d // (2048 if wide else 512)),)
+        gate("output_gate_forward" + wide, blocks, 256, both, L(both.shape[1]), x, I(t), I(heads), I(d), y, kept, I(first))
         xf = x.double().requires_grad_()
         bf = both.double().requires_grad_()
         g = bf[:, : heads * 2 * d].reshape(t, heads, 2 * d)[:, :, d:].reshape(t, -1)
@@ -679,7 +680,7 @@ def gates():
         check("gate forward", y, want, 4e-3)
         check("gate kept", kept, g[first:], 0)
         out = poison(t - first, both.shape[1])
-        gate("output_gate_backward", blocks, 256, dy, x[first:], kept, I(t - first), I(heads), I(d), out, L(out.shape[1]))
+        gate("output_gate_backward" + wide, blocks, 256, dy, x[first:], kept, I(t - first), I(heads), I(d), out, L(out.shape[1]))
         check("gate again", kept, want[first:], 4e-3)
         check("gate dx", dy, xf.grad[first:], 4e-3)
         part = lambda y: y[:, : heads * 2 * d].reshape(-1, heads, 2 * d)
