@@ -321,6 +321,12 @@ fn packed(vocabulary: usize) -> Batch {
 /// others, the sum were off by sqrt(3 * 8) = 4.9 of them: 0.0055.
 const TILT: f64 = 4.9 / 1.732 / 512.0;
 
+/// How far off a gradient may be, and one of `A_log` and `dt_bias`. A step in f64 that rounds to bf16 where the kernels do, and
+/// nothing else, is off by 0.028 in the mean and 0.056 at most in twenty models of the shapes of `qwen3_5 odd tied` with random
+/// weights and ids, and by 0.080 at most in those two; with this very model's weights and ids by 0.042 and 0.075, where the card
+/// was off by 0.041 and 0.076. What is wrong, and not only rounded, is off by more, or along the right gradient.
+const SCATTER: (f64, f64) = (6e-2, 0.11);
+
 /// Models of some size against the CPU in f32, packed.
 fn check_gradients(device: &Arc<Device>, report: &mut Report) -> Outcome {
     for (name, config) in medium() {
@@ -345,7 +351,7 @@ fn check_gradients(device: &Arc<Device>, report: &mut Report) -> Outcome {
             let error = relative_error(got, want);
             // Sums over all tokens, most of which cancels: transformers in bf16 is off by 0.15 to 0.22 in a model of these shapes.
             let cancels = tensor.ends_with("A_log") || tensor.ends_with("dt_bias");
-            let limit = if cancels { 0.11 } else { 4e-2 };
+            let limit = if cancels { SCATTER.1 } else { SCATTER.0 };
             report.expect(format!("{name}: gradient of {tensor} is off by {error:.4}"), error < limit);
             if error > worst.0 {
                 worst = (error, tensor.clone());

@@ -440,29 +440,34 @@ norm, rope, swiglu, loss, embedding, linear, apollo = map(
 peaks = Module("peaks")
 
 
+def norm_kernel(h):
+    """As src/compute/cuda/rms_norm.rs chooses."""
+    held = lambda each: (f"_{each}", -(-h // (8 * each * 32)) * 32)
+    return ("", 256) if h % 8 or h > 16384 else held(2) if h <= 8192 else held(4)
+
+
 def norms():
     # Norms that are kept as their distance from 1, every other one.
     for i, (t, h, kind) in enumerate([(5, 16, torch.bfloat16), (37, 4096, torch.bfloat16), (300, 5120, torch.float32), (9, 77, torch.float16),
-                       (3, 20, torch.float32), (700, 8, torch.bfloat16), (2, 12296, torch.float16)]):
-        wide, distance = "_wide" if h % 8 == 0 else "", i % 2
+                       (3, 20, torch.float32), (700, 8, torch.bfloat16), (2, 12296, torch.float16), (2, 16392, torch.bfloat16)]):
+        distance, (wide, block) = i % 2, norm_kernel(h)
         x, w, first = random(t, h, dtype=torch.float32), random(h, dtype=kind), t // 3
         y, rstd, kept = poison(t, h), poison(t - first, dtype=torch.float32), poison(t - first, h)
-        norm("rms_norm_forward" + wide, (t,), 256, x, None, w, I(KIND[kind] + 4 * distance), F(1e-5), I(h), y, rstd, kept, I(first))
+        norm("rms_norm_forward" + wide, (t,), block, x, None, w, I(KIND[kind] + 4 * distance), F(1e-5), I(h), y, rstd, kept, I(first))
         want = torch.nn.functional.rms_norm(x, (h,), w.float() + distance, 1e-5)
         check(f"rms_norm forward {t}x{h} {kind}", y, want, 3e-3)
         check("rms_norm kept", kept, x[first:], 3e-3)
         check("rms_norm rstd", rstd, (x[first:].double().pow(2).mean(1) + 1e-5).rsqrt(), 1e-5)
         again = poison(t - first, h)
-        norm("rms_norm_again" + wide, (t - first,), 256, kept, rstd, w, I(KIND[kind] + 4 * distance), I(h), again)
+        norm("rms_norm_again" + wide, (t - first,), block, kept, rstd, w, I(KIND[kind] + 4 * distance), I(h), again)
         check("rms_norm again", again, want[first:], 6e-3)
         n = t - first
         dy, dx, index = random(n, h), random(t, h, dtype=torch.float32), torch.randperm(t, device=DEV)[:n].int()
         before, copy = dx.clone(), poison(t, h)
         blocks = min(n, 40)
         partial, dw = poison(blocks, h, dtype=torch.float32), poison(h, dtype=torch.float32)
-        step = 256 * (8 if wide else 1)
-        norm("rms_norm_backward" + wide, (blocks,), 256, dy, kept, rstd, w, I(KIND[kind] + 4 * distance), I(n), I(h), index, dx, copy, partial,
-             shared=-(-h // step) * step * 4)
+        norm("rms_norm_backward" + wide, (blocks,), block, dy, kept, rstd, w, I(KIND[kind] + 4 * distance), I(n), I(h), index, dx, copy, partial,
+             shared=0 if wide else -(-h // 256) * 256 * 4)
         norm("sum_partial", ((h + 31) // 32,), 256, partial, I(blocks), I(h), dw)
         xf, wf = kept.float().requires_grad_(), w.float().requires_grad_()
         torch.nn.functional.rms_norm(xf, (h,), wf + distance, 1e-5).backward(dy.float())
@@ -474,7 +479,7 @@ def norms():
         check(f"rms_norm dw {t}x{h} {kind}", dw, (dy.double() * kept.double() * rstd[:, None].double()).sum(0), 1e-5)
         check(f"rms_norm dw as autograd {t}x{h} {kind}", dw, wf.grad, 4e-3)
         gathered = poison(n, h)
-        norm("rms_norm_forward" + wide, (n,), 256, x, index, w, I(KIND[kind] + 4 * distance), F(1e-5), I(h), gathered, None, None, I(0))
+        norm("rms_norm_forward" + wide, (n,), block, x, index, w, I(KIND[kind] + 4 * distance), F(1e-5), I(h), gathered, None, None, I(0))
         check("rms_norm gathered", gathered, torch.nn.functional.rms_norm(x[index.long()], (h,), w.float() + distance, 1e-5), 3e-3)
 
 
@@ -489,9 +494,12 @@ def ropes():
     # `turn` pairs of every head turn; with a gate, q's heads have one behind them and norms are kept as their distance from 1.
     for t, heads, kv, d, normed, turn, gated in [
             (50, 4, 2, 6, False, 3, 0), (300, 32, 8, 128, True, 64, 0), (41, 6, 3, 64, True, 32, 0), (70, 4, 4, 256, False, 128, 0),
-            (33, 4, 2, 80, True, 40, 0), (20, 4, 1, 4, True, 2, 0), (100, 24, 4, 256, True, 32, 1), (30, 4, 2, 16, True, 2, 1)]:
+            (35, 6, 2, 128, True, 8, 0), (21, 40, 1, 64, False, 32, 1), (33, 4, 2, 80, True, 40, 0), (20, 4, 1, 4, True, 2, 0), (100, 24, 4, 256, True, 32, 1), (30, 4, 2, 16, True, 2, 1)]:
         first, eps, all_ = t // 3, 1e-6, heads + 2 * kv
-        n, wide_ = t - first, "" if d % 4 or turn % 2 else "_wide"
+        # A row a block, or a head a warp.
+        by_row = d in (64, 128, 256) and turn % 8 == 0
+        n, wide_, block = t - first, f"_{d}" if by_row else "" if d % 4 or turn % 2 else "_wide", 128 if by_row else 256
+        blocks_of = lambda rows, heads: (rows if by_row else (rows * heads + 7) // 8,)
         wide = random(t, (all_ + gated * heads) * d)
         at = [h * (1 + gated) if h < heads else h + gated * heads for h in range(all_)]
         columns = torch.cat([torch.arange(h * d, (h + 1) * d) for h in at]).to(DEV)
@@ -500,7 +508,7 @@ def ropes():
         cos, sin = angle.cos() * 1.1, angle.sin() * 1.1
         qn, kn = (random(d), random(d, dtype=torch.float32)) if normed else (None, None)
         q, kvs, before, kept = poison(t, heads * d), poison(t, 2 * kv * d), poison(n, (heads + kv) * d), poison(n, heads * d)
-        rope("rope_forward" + wide_, ((t * all_ + 7) // 8,), 256, wide, L(wide.shape[1]), I(gated), I(t), I(heads), I(kv), I(d), I(turn), cos, sin,
+        rope("rope_forward" + wide_, blocks_of(t, all_), block, wide, L(wide.shape[1]), I(gated), I(t), I(heads), I(kv), I(d), I(turn), cos, sin,
              qn, I(4 * gated), kn, I(2 + 4 * gated), F(eps), q, kvs, before if normed else None, kept, I(first))
         xf = x.float().reshape(t, all_, d)
         qf, kf, vf = [y.clone().requires_grad_() for y in xf.split([heads, kv, kv], 1)]
@@ -515,13 +523,13 @@ def ropes():
         if normed:
             check(what + " before", before, x[first:, : (heads + kv) * d], 0)
             again = poison(n, heads * d)
-            rope("rope_again" + wide_, ((n * heads + 7) // 8,), 256, before, I(n), I(heads), I(kv), I(d), I(turn), cos[first:], sin[first:],
+            rope("rope_again" + wide_, blocks_of(n, heads), block, before, I(n), I(heads), I(kv), I(d), I(turn), cos[first:], sin[first:],
                  qn, I(4 * gated), F(eps), again)
             check(what + " again", again, kept, 0)
         dq, dk, dv = (random(n, heads * d) for _ in range(3))
         out, blocks = poison(n, wide.shape[1]), 5
         partial = poison(2 * blocks, d, dtype=torch.float32)
-        rope("rope_backward" + wide_, (blocks, 3), 256, dq, dk, dv, I(n), I(heads), I(kv), I(d), I(turn), cos[first:], sin[first:], qn,
+        rope("rope_backward" + wide_, (blocks, 1 if by_row else 3), block, dq, dk, dv, I(n), I(heads), I(kv), I(d), I(turn), cos[first:], sin[first:], qn,
              I(4 * gated), kn, I(2 + 4 * gated), F(eps), before if normed else None, out, I(gated), partial)
         beside = torch.ones(wide.shape[1], dtype=torch.bool, device=DEV)
         beside[columns] = False
@@ -559,13 +567,14 @@ def others():
         f = logits[:, :n].clone().requires_grad_()
         want = torch.nn.functional.cross_entropy(f, target, reduction="none")
         (want * 0.3).sum().backward()
-        loss("cross_entropy", (t,), 1024, logits, L(ld), I(n), target.int(), F(0.3), losses, d)
+        name = "cross_entropy" if n % 4 or ld % 4 else "cross_entropy_wide"
+        loss(name, (t,), 1024, logits, L(ld), I(n), target.int(), F(0.3), losses, d)
         check(f"cross_entropy {t}x{n}", losses, want, 1e-5)
         check("cross_entropy gradient", d, f.grad, 4e-3)
         for bad in (math.nan, math.inf):
             spoilt = logits.clone()
             spoilt[t // 2, n // 2] = bad
-            loss("cross_entropy", (t,), 1024, spoilt, L(ld), I(n), target.int(), F(0.3), losses, None)
+            loss(name, (t,), 1024, spoilt, L(ld), I(n), target.int(), F(0.3), losses, None)
             if torch.isfinite(losses).sum() != t - 1:
                 failures.append(f"cross_entropy {bad}")
     v, h, t = 50, 24, 33
@@ -608,9 +617,6 @@ def others():
     w, out = random(11, 30, dtype=torch.float16), poison(11, 25)
     linear("narrow", (1, 4), 128, w, I(1), L(30), I(11), I(25), out)
     check("narrow", out, w[:, :25], 4e-3)
-    top = torch.zeros(1, device=DEV)
-    linear("largest", (4,), 128, x, I(0), L(x.numel()), top)
-    check("largest", top, x.abs().max().float()[None], 0)
     many_peaks()
 
 
@@ -657,7 +663,7 @@ class Conv(ctypes.Structure):
 
 
 class Delta(ctypes.Structure):
-    _fields_ = [(n, P) for n in "x lengths sums beta inverse scores contexts out news states dout solved dstates dq dk dv dg dbeta sequences "
+    _fields_ = [(n, P) for n in "x lengths sums beta by_k by_q rest inverse scores contexts out news states dout solved dstates dq dk dv dg dbeta sequences "
                 "chunks".split()] + [(n, I) for n in "rows heads k_heads stages".split()]
 
 
@@ -691,8 +697,9 @@ def convolutions():
     for k_heads, v_heads, k_dim, v_dim, kernel, kind in [(2, 4, 6, 5, 4, torch.float32), (2, 6, 128, 128, 4, torch.bfloat16),
                                                          (1, 1, 64, 96, 3, torch.float16), (3, 3, 20, 128, 1, torch.bfloat16)]:
         rows, trained, channels = 591, 591 - FROZEN, 2 * k_heads * k_dim + v_heads * v_dim
-        ld = channels + 12
+        ld = channels + 16
         x, w = random(rows, ld), random(channels, 1, kernel, dtype=kind)
+        x[:, channels:] = math.nan
         taps = []
         for first, end, prefix, length in SPANS:
             sequence = list(range(prefix, prefix + length)) + list(range(first, end))
@@ -702,8 +709,8 @@ def convolutions():
         of = dict(w=w, ld=ld, kind=KIND[kind], kernel=kernel, k_heads=k_heads, v_heads=v_heads, k_dim=k_dim, v_dim=v_dim)
         heads = 2 * k_heads + v_heads
         y, lengths = poison(rows, heads * 128), poison(2 * k_heads, rows, dtype=torch.float32)
-        wide = "" if k_dim % 4 or v_dim % 4 else "_wide"
-        conv("conv_forward" + wide, (-(-rows // 32), heads), 256, fields(Conv, x=x, taps=taps, rows=rows, **of), y, lengths)
+        wide = "" if k_dim % 8 or v_dim % 8 else "_wide"
+        conv("conv_forward" + wide, (-(-rows // 12), -(-heads // 8)), 128, fields(Conv, x=x, taps=taps, rows=rows, **of), y, lengths, I(12))
         xf, wf = x[:, :channels].double().requires_grad_(), w.double().requires_grad_()
         silu, parts = torch.nn.functional.silu, []
         for first, end, prefix, length in SPANS:
@@ -723,11 +730,10 @@ def convolutions():
         by = [k_dim ** (-0.5 * (1 - i)) * (h.pow(2).sum(-1) + 1e-6).rsqrt() for i, h in enumerate(unit_of)]
         check(what + " lengths", lengths, torch.cat([b.T for b in by]), 1e-5)
         dq, dk, dv = (random(trained, v_heads * 128) for _ in range(3))
-        dz, dx, stripe = poison(trained, heads * 128), poison(trained, ld + 4), 40
+        dx, stripe = poison(trained, ld + 8), 40
         partial = poison(-(-trained // stripe), channels * kernel, dtype=torch.float32)
         own = fields(Conv, x=x, taps=taps[4 * FROZEN :], rows=trained, **of)
-        conv("conv_backward_rows" + wide, (-(-trained // 32), heads), 256, own, dq, dk, dv, dz)
-        conv("conv_backward", (-(-trained // stripe), heads), 128, own, dz, dx, L(ld + 4), I(stripe), partial)
+        conv("conv_backward" + wide, (-(-trained // stripe), -(-heads // 4)), 64, own, dq, dk, dv, dx, L(ld + 8), I(stripe), partial)
         group = v_heads // k_heads
         summed = lambda g: tight(g.double(), v_heads, k_dim).reshape(trained, k_heads, group, k_dim).sum(2)
         torch.autograd.backward([q[FROZEN:], k[FROZEN:], v[FROZEN:]], [*(summed(d) / b[FROZEN:, :, None] for d, b in zip((dq, dk), by)), tight(dv.double(), v_heads, v_dim)])
@@ -762,7 +768,11 @@ def delta_tables(spans, shift):
 
 
 def stage_bytes(stages):
-    return stages * (2 * 64 * 128 * 2 + 5 * 64 * 64 * 2 + 1024) + 2 * (128 * 64 * 2 + 3 * 64 * 64 * 2)
+    return stages * (2 * 64 * 128 * 2 + 5 * 64 * 64 * 2 + 1024)
+
+
+def backward_bytes(stages):
+    return 2 * 64 * 128 * 2 + stages * (3 * 64 * 64 * 2 + 2 * 128 * 64 * 2) + 4 * (21 * 64 + 8)
 
 
 class Rule:
@@ -774,31 +784,32 @@ class Rule:
         self.sequences, self.first, self.chunks = delta_tables(spans, shift)
         self.count, n = self.chunks.numel() // 2, self.rows * self.heads
         f32 = torch.float32
-        self.fields = dict(x=x, lengths=lengths, sums=poison(n, dtype=f32), beta=poison(n, dtype=f32), inverse=poison(self.count * self.heads, 2, 64, 64),
+        self.fields = dict(x=x, lengths=lengths, **{name: poison(n, dtype=f32) for name in "sums beta by_k by_q rest".split()}, inverse=poison(self.count * self.heads, 2, 64, 64),
                            scores=poison(self.count * self.heads, 2, 64, 64), contexts=contexts, chunks=self.chunks, rows=self.rows,
                            heads=self.heads, k_heads=self.k_heads, stages=stages)
         self.gates = fields(Gates, a=a, b=b, a_log=a_log, dt_bias=dt_bias, ld=a.stride(0), log_kind=KIND[a_log.dtype],
                             bias_kind=KIND[dt_bias.dtype])
         self.keep = (a, b, a_log, dt_bias, lengths)
-        delta("delta_chunks", (self.count, self.heads), 128, fields(Delta, **self.fields), self.gates,
-              shared=2 * 64 * 128 * 2 + 4 * 258)
+        self.prepare()
+
+    def prepare(self):
+        delta("delta_chunks", (self.count, self.heads), 128, fields(Delta, **self.fields), self.gates, shared=4 * (2 * 64 * 68 + 4 * 64 + 2))
 
     def forward(self, **outputs):
         # Contexts first.
         total = self.sequences.numel() // 5
         for first, end in ((0, self.first), (self.first, total)):
             if end > first:
-                delta("delta_forward", (2, self.heads, end - first), 256,
+                delta("delta_forward" if "out" in outputs else "delta_news", (2, self.heads, end - first), 256,
                       fields(Delta, sequences=self.sequences[5 * first :], **self.fields, **outputs),
                       shared=stage_bytes(self.stages))
 
-    def backward(self, **more):
+    def backward(self, only=None, **more):
         a = fields(Delta, sequences=self.sequences, **self.fields, **more)
-        delta("delta_states", (2, self.heads, self.sequences.numel() // 5), 256, a, shared=stage_bytes(self.stages))
-        delta("delta_backward", (self.count, self.heads), 256, a, shared=DELTA_BACKWARD)
-
-
-DELTA_BACKWARD = 2 * 64 * 128 * 2 + 3 * 64 * 64 * 2 + 2 * 128 * 64 * 2 + 4 * (4 * 64 + 10 * 64 + 4 * 64 + 64 + 8 + 2 * 64)
+        if only != "delta_backward":
+            delta("delta_states", (2, self.heads, self.sequences.numel() // 5), 256, a, shared=stage_bytes(self.stages))
+        if only != "delta_states":
+            delta("delta_backward", (self.count, self.heads), 256, a, shared=backward_bytes(self.stages))
 
 
 def deltas(cases=((1, 3, 128, 128), (2, 4, 6, 5), (2, 2, 64, 100))):
@@ -867,18 +878,18 @@ def deltas(cases=((1, 3, 128, 128), (2, 4, 6, 5), (2, 2, 64, 100))):
 
 
 def gates():
-    for t, heads, d, kind in [(50, 4, 5, torch.float32), (301, 6, 128, torch.bfloat16), (33, 3, 64, torch.float16)]:
+    for t, heads, d, kind in [(51, 5, 5, torch.float32), (301, 6, 128, torch.bfloat16), (33, 3, 64, torch.float16)]:
         x, z, dy, w = random(t, heads, d), random(t, heads * d + 8, scale=2), random(t, heads * d), random(d, dtype=kind)
-        wide, blocks = I(d % 4 == 0), 7
+        wide, blocks = I(d % 8 == 0), 7
         y, xp = poison(t, heads * d), padded(x, heads, d)
-        gated("gated_norm_forward", (-(-t * heads // 8),), 256, xp, z, L(z.shape[1]), w, I(KIND[kind]), F(1e-5), I(t), I(heads), I(d),
+        gated("gated_norm_forward", (-(-t * heads // 16),), 256, xp, z, L(z.shape[1]), w, I(KIND[kind]), F(1e-5), I(t), I(heads), I(d),
               wide, y)
         xf, zf, wf = x.double().requires_grad_(), z[:, : heads * d].double().requires_grad_(), w.double().requires_grad_()
         rms = xf * (xf.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * wf
         want = (rms * torch.nn.functional.silu(zf.reshape(t, heads, d))).reshape(t, -1)
         want.backward(dy.double())
         check("gated_norm forward", y, want, 4e-3)
-        dz, partial = poison(t, heads * d + 12), poison(blocks, 128, dtype=torch.float32)
+        dz, partial = poison(t, heads * d + 16), poison(blocks, 128, dtype=torch.float32)
         gated("gated_norm_backward", (blocks,), 256, dy, xp, z, L(z.shape[1]), w, I(KIND[kind]), F(1e-5), I(t), I(heads), I(d), wide, dz,
               L(dz.shape[1]), partial)
         check("gated_norm again", dy, want, 4e-3)
@@ -886,10 +897,11 @@ def gates():
         check("gated_norm dz", dz[:, : heads * d], zf.grad, 4e-3)
         check("gated_norm dw", partial.sum(0)[:d], wf.grad, 1e-4)
     for t, heads, d in [(30, 4, 16), (77, 6, 256), (5, 3, 2)]:
-        both, x, first = random(t, heads * 2 * d + 6), random(t, heads * d), t // 3
+        both, x, first = random(t, heads * 2 * d + 8), random(t, heads * d), t // 3
+        wide = "" if d % 8 else "_wide"
         y, kept = poison(t, heads * d), poison(t - first, heads * d)
-        blocks = (-(-t * heads * d // 512),)
-        gate("output_gate_forward", blocks, 256, both, L(both.shape[1]), x, I(t), I(heads), I(d), y, kept, I(first))
+        blocks = (-(-t * heads * d // (2048 if wide else 512)),)
+        gate("output_gate_forward" + wide, blocks, 256, both, L(both.shape[1]), x, I(t), I(heads), I(d), y, kept, I(first))
         xf = x.double().requires_grad_()
         bf = both.double().requires_grad_()
         g = bf[:, : heads * 2 * d].reshape(t, heads, 2 * d)[:, :, d:].reshape(t, -1)
@@ -898,7 +910,7 @@ def gates():
         check("gate forward", y, want, 4e-3)
         check("gate kept", kept, g[first:], 0)
         out = poison(t - first, both.shape[1])
-        gate("output_gate_backward", blocks, 256, dy, x[first:], kept, I(t - first), I(heads), I(d), out, L(out.shape[1]))
+        gate("output_gate_backward" + wide, blocks, 256, dy, x[first:], kept, I(t - first), I(heads), I(d), out, L(out.shape[1]))
         check("gate again", kept, want[first:], 4e-3)
         check("gate dx", dy, xf.grad[first:], 4e-3)
         part = lambda y: y[:, : heads * 2 * d].reshape(-1, heads, 2 * d)
@@ -1160,7 +1172,7 @@ class Map(ctypes.Structure):
     _fields_ = [("words", ctypes.c_uint64 * 16)]
 
 
-def tensor_map(x, high):
+def tile_map(x, high):
     """A bf16 matrix in tiles of `high` rows and 64 columns, 128 bytes swizzled, for the copy engine."""
     raw = (ctypes.c_uint8 * 192)()
     at = ctypes.addressof(raw)
@@ -1187,7 +1199,7 @@ def launch_update(name, dy, x, w, factors, by, gain, keep, random_bits, stream, 
     blocks = -(-m // (128 * high)) * high * -(-n // (128 * wide)) * wide
     a = struct(Update, m=m, n=n, tokens=t, late=late, factors=factors, by=by, gain=gain, keep=keep, stochastic=random_bits, s=stream,
                verdict=verdict, halted=halted)
-    apollo_hopper(name, (blocks,), 256, tensor_map(dy, 64), tensor_map(x, 64), tensor_map(w, 128), a, shared=SHARED)
+    apollo_hopper(name, (blocks,), 256, tile_map(dy, 64), tile_map(x, 64), tile_map(w, 128), a, shared=SHARED)
 
 
 def launch_norm(c, gram, tokens, factors, sums, last, gain, counter, verdict, halted, growth=1.01, rate=0.25):
@@ -1195,7 +1207,7 @@ def launch_norm(c, gram, tokens, factors, sums, last, gain, counter, verdict, ha
     pairs = low * (low + 1) // 2
     parts = max(1, min(2 * MULTIPROCESSORS // pairs, -(-(-(-c.shape[1] // 64)) // 4)))
     norm = struct(Norm, sums=sums, last=last, gain=gain, counter=counter, growth=growth, rate=rate)
-    apollo_hopper("gram_norm", (pairs, parts), 256, tensor_map(c, 128), gram, I(gram.stride(0)), I(tokens), I(c.shape[1]), factors,
+    apollo_hopper("gram_norm", (pairs, parts), 256, tile_map(c, 128), gram, I(gram.stride(0)), I(tokens), I(c.shape[1]), factors,
                   norm, verdict, halted, shared=SHARED)
 
 
@@ -1325,9 +1337,103 @@ def time_factored():
               f"rows {rows * 1e3:.0f}, columns {columns * 1e3:.0f}, apply {applying * 1e3:.0f}, projection {numbers * 1e3:.0f}; matrix {2 * m * n / 4.1e6:.0f}")
 
 
+# ---- how long those take that read and write much
+
+def timed(what, size, run, times=20):
+    """`size` bytes have to be read and written; inputs of several calls do not fit the cache together."""
+    for _ in range(3):
+        run()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    us = start.elapsed_time(end) / times * 1000
+    print(f"time {what}: {us:.1f} us" + (f", {size / us / 1e6:.2f} TB/s" if size else ""))
+
+
+def linear_attention_times(rows):
+    """Qwen3.5-27B's shapes: 16 heads of k, 48 of v."""
+    k_heads, heads, ld = 16, 48, 16480
+    all_, channels, f32 = 2 * k_heads + heads, 10240, torch.float32
+    x, w = random(rows, ld), random(channels, 1, 4)
+    taps = ints([t - back if t >= back else -1 for t in range(rows) for back in (3, 2, 1, 0)])
+    y, lengths = poison(rows, all_ * 128), poison(2 * k_heads, rows, dtype=f32)
+    c = fields(Conv, x=x, taps=taps, rows=rows, w=w, ld=ld, kind=0, kernel=4, k_heads=k_heads, v_heads=heads, k_dim=128, v_dim=128)
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+
+    def stripe(group):
+        groups = -(-all_ // group)
+        rows_each = -(-rows // max(1, 4 * multiprocessors // groups))
+        return min(64, max(16, -(-rows_each // 4) * 4)), groups
+
+    each, groups = stripe(8)
+    timed(f"conv_forward {rows}", 4 * rows * channels,
+          lambda: conv("conv_forward_wide", (-(-rows // each), groups), 128, c, y, lengths, I(each)))
+    a, b = random(rows, heads), random(rows, heads)
+    rule = Rule(y, lengths, a, b, torch.linspace(-5, 1, heads, device=DEV), random(heads), [(0, rows, 0, 0)], 0,
+                poison(1, heads, 128, 128, dtype=f32), 2)
+    out, news, kept = poison(rows, heads * 128), poison(rows, heads * 128), poison(rule.count * heads, 128, 128)
+    timed(f"delta_chunks {rows}", 0, rule.prepare)
+    timed(f"delta_forward {rows}", 0, lambda: rule.forward(out=out))
+    timed(f"delta_news {rows}", 0, lambda: rule.forward(news=news, states=kept))
+    dout, solved, dstates = random(rows, heads * 128), poison(rows, heads * 128), poison(rule.count * heads, 128, 128)
+    dq, dk, dg, dbeta = poison(rows, heads * 128), poison(rows, heads * 128), poison(heads, rows, dtype=f32), poison(heads, rows, dtype=f32)
+    more = dict(news=news, states=kept, dout=dout, solved=solved, dstates=dstates, dq=dq, dk=dk, dv=solved, dg=dg, dbeta=dbeta)
+    timed(f"delta_states {rows}", 0, lambda: rule.backward(only="delta_states", **more))
+    timed(f"delta_backward {rows}", 0, lambda: rule.backward(only="delta_backward", **more))
+    each, groups = stripe(4)
+    partial, dx = poison(-(-rows // each), channels * 4, dtype=f32), poison(rows, ld)
+    timed(f"conv_backward {rows}", 2 * rows * (2 * channels + 3 * heads * 128),
+          lambda: conv("conv_backward_wide", (-(-rows // each), groups), 64, c, dq, dk, dout, dx, L(ld), I(each), partial))
+    z, dz, wn = x[:, channels:], dx[:, channels:], random(128)
+    timed(f"gated_norm_forward {rows}", 6 * rows * heads * 128,
+          lambda: gated("gated_norm_forward", (rows * heads // 16,), 256, out, z, L(ld), wn, I(0), F(1e-6), I(rows), I(heads), I(128), I(1), y))
+    blocks = 4 * multiprocessors
+    sums = poison(blocks, 128, dtype=f32)
+    timed(f"gated_norm_backward {rows}", 12 * rows * heads * 128,
+          lambda: gated("gated_norm_backward", (blocks,), 256, dout, out, z, L(ld), wn, I(0), F(1e-6), I(rows), I(heads), I(128), I(1), dz, L(ld), sums))
+
+
+def stream_times(rows, h, heads, kv, d, turn, gated_):
+    f32, eps = torch.float32, F(1e-6)
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    x, w, y, kept, rstd = random(rows, h, dtype=f32), random(h), poison(rows, h), random(rows, h), poison(rows, dtype=f32)
+    wide, block = norm_kernel(h)
+    timed(f"rms_norm_forward {rows}x{h}", 8 * rows * h,
+          lambda: norm("rms_norm_forward" + wide, (rows,), block, x, None, w, I(0), eps, I(h), y, rstd, kept, I(0)))
+    blocks = min(rows, 2 * multiprocessors)
+    partial = poison(blocks, h, dtype=f32)
+    timed(f"rms_norm_backward {rows}x{h}", 14 * rows * h,
+          lambda: norm("rms_norm_backward" + wide, (blocks,), block, y, kept, rstd, w, I(0), I(rows), I(h), None, x, y, partial))
+    width = ((1 + gated_) * heads + 2 * kv) * d
+    qkv, q, kvs, before = random(rows, width), poison(rows, heads * d), poison(rows, 2 * kv * d), poison(rows, (heads + kv) * d)
+    cos, sin, wn = torch.rand(rows, turn, device=DEV), torch.rand(rows, turn, device=DEV), random(d)
+    timed(f"rope_forward {rows} {heads}/{kv}x{d}", 2 * rows * d * (3 * heads + 5 * kv),
+          lambda: rope(f"rope_forward_{d}", (rows,), 128, qkv, L(width), I(gated_), I(rows), I(heads), I(kv), I(d), I(turn), cos, sin, wn, I(0), wn,
+                       I(0), eps, q, kvs, before, None, I(0)))
+    timed(f"rope_again {rows}", 2 * rows * d * 2 * heads,
+          lambda: rope(f"rope_again_{d}", (rows,), 128, before, I(rows), I(heads), I(kv), I(d), I(turn), cos, sin, wn, I(0), eps, q))
+    dq, dk, dv = (random(rows, heads * d) for _ in range(3))
+    blocks = min(rows, 3 * multiprocessors)
+    partial = poison(2 * blocks, d, dtype=f32)
+    timed(f"rope_backward {rows}", 2 * rows * d * (5 * heads + 3 * kv),
+          lambda: rope(f"rope_backward_{d}", (blocks,), 128, dq, dk, dv, I(rows), I(heads), I(kv), I(d), I(turn), cos, sin, wn, I(0), wn, I(0), eps,
+                       before, qkv, I(gated_), partial))
+
+
+def other_times():
+    rows, n = 441, 151936
+    logits, losses, d, target = random(rows, n, dtype=torch.float32), poison(rows, dtype=torch.float32), poison(rows, n), torch.zeros(rows, device=DEV).int()
+    timed(f"cross_entropy {rows}x{n}", 10 * rows * n,
+          lambda: loss("cross_entropy_wide", (rows,), 1024, logits, L(n), I(n), target, F(0.3), losses, d))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--time-streams", action="store_true", help="only what reads and writes much, and linear attention")
     parser.add_argument("--only", type=lambda names: names.split(","))
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -1344,14 +1450,25 @@ if __name__ == "__main__":
     print(" ".join(f"{name} {error:.1e}" for name, error in check.worst.items()))
     if args.time and (not args.only or "factored" in args.only) and hopper and not failures:
         time_factored()
-    if args.time:
-        for d, heads, kv in ((128, 32, 8), (64, 32, 8), (256, 24, 4)):
+    if args.time_streams:
+        for rows in (1023, 4351):
+            linear_attention_times(rows)
+            stream_times(rows, 5120, 24, 4, 256, 32, 1)
+        for rows in (1024, 4095):
+            stream_times(rows, 4096, 32, 8, 128, 64, 0)
+        other_times()
+    def wanted(part):
+        return args.time and (not args.only or part in args.only)
+
+    if wanted("attentions"):
+        for d, heads, kv in ((128, 32, 8), (64, 32, 8)):
             attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True)
             attention_case([(0, 1024, 0, 0), (1024, 2048, 0, 1024)], heads, kv, d, frozen=1024, timed=True)
             for kind in ("before", "hopper") if hopper and d <= 128 else ():
                 attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True, kind=f"{kind}_{d}")
                 attention_case([(0, 1024, 0, 0), (1024, 2048, 0, 1024)], heads, kv, d, frozen=1024, timed=True, kind=f"{kind}_{d}")
                 attention_case([(0, 2048, 0, 0), (2048, 2304, 0, 2048)], heads, kv, d, frozen=2048, timed=True, kind=f"{kind}_{d}")
+    if wanted("attentions_256"):
         if hopper:
             # Of Qwen3.5-27B's heads: the spans of 0 + 1024, 4096 + 256 and 32768 + 1024.
             for own, context in ((1024, 0), (4096, 0), (256, 4096), (1024, 32768)):

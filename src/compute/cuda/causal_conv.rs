@@ -2,7 +2,7 @@
 //! and the lengths of q and k. What comes out has heads padded to [`HEAD`] columns.
 
 use super::delta_rule::HEAD;
-use super::{Buffer, Gpu, Part, Result, Weight, blocks, kernels, launch};
+use super::{Buffer, Gpu, Part, Result, Weight, kernels, launch};
 use crate::compute::cpu::attention::Span;
 use crate::compute::cpu::delta_rule::Shape;
 use cudarc::driver::DeviceRepr;
@@ -11,11 +11,11 @@ kernels!("causal_conv");
 
 /// Most taps that a kernel may have.
 pub const TAPS: usize = 4;
-/// Warps of a block, and rows of a warp.
-const WARPS: usize = 8;
-const ROWS: usize = 4;
-/// Rows whose share of the taps' gradient one block sums.
-const STRIPE: usize = 32;
+/// Heads of a block of the forward and of the backward kernel, half a warp each.
+const FORWARD: usize = 8;
+const BACKWARD: usize = 4;
+/// Fewest and most rows that half a warp goes down.
+const STRIPE: std::ops::RangeInclusive<usize> = 16..=64;
 
 /// As `struct Conv` in the kernels.
 #[repr(C)]
@@ -106,17 +106,27 @@ impl Input<'_> {
         }
     }
 
-    /// Four channels in one access?
+    /// Eight channels in one access?
     fn name(&self, of: &str) -> String {
         let s = self.shape;
         let wide =
-            [s.k_dim, s.v_dim, self.stride].iter().all(|n| n.is_multiple_of(4)) && self.x.address.is_multiple_of(8);
+            [s.k_dim, s.v_dim, self.stride].iter().all(|n| n.is_multiple_of(8)) && self.x.address.is_multiple_of(16);
         if wide { format!("{of}_wide") } else { of.to_string() }
     }
 
-    fn grid(&self) -> (u32, u32, u32) {
-        (blocks(self.taps.rows, WARPS * ROWS), (2 * self.shape.k_heads + self.shape.v_heads) as u32, 1)
+    /// Rows of a block of `heads` heads, and the grid: one wave of four blocks a multiprocessor, where that leaves no block with too
+    /// many or too few.
+    fn stripes(&self, gpu: &Gpu, heads: usize) -> (usize, (u32, u32, u32)) {
+        let (rows, groups) = (self.taps.rows, (2 * self.shape.k_heads + self.shape.v_heads).div_ceil(heads));
+        let wave = (4 * gpu.device.multiprocessors as usize / groups).max(1);
+        let stripe = rows.div_ceil(wave).next_multiple_of(4).clamp(*STRIPE.start(), *STRIPE.end());
+        (stripe, (rows.div_ceil(stripe).max(1) as u32, groups as u32, 1))
     }
+}
+
+/// The most rows of partial sums that [`backward`] has of `rows` rows.
+pub fn stripes(rows: usize) -> usize {
+    rows.div_ceil(*STRIPE.start()).max(1)
 }
 
 /// What [`forward`] makes.
@@ -132,14 +142,14 @@ pub fn forward(gpu: &Gpu, input: &Input) -> Result<Convolved> {
     let rows = input.taps.rows;
     let heads = 2 * input.shape.k_heads + input.shape.v_heads;
     let (x, lengths) = (gpu.bf16(rows * heads * HEAD)?, gpu.f32(rows * 2 * input.shape.k_heads)?);
-    launch!(gpu, &input.name("conv_forward"), input.grid(), (32 * WARPS as u32, 1, 1), 0;
-        input.arguments(), x.part().address, lengths.part().address);
+    let (stripe, grid) = input.stripes(gpu, FORWARD);
+    launch!(gpu, &input.name("conv_forward"), grid, (16 * FORWARD as u32, 1, 1), 0;
+        input.arguments(), x.part().address, lengths.part().address, stripe as i32);
     Ok(Convolved { x, lengths })
 }
 
 /// From the gradients of q and k by value head, as [`delta_rule`](super::delta_rule) gives them, and of v (each rows x v_heads
-/// HEAD): `dx`, rows `stride` apart, and `dw (channels x
-/// kernel, f32)`. Rows that only stand before others are constants.
+/// HEAD): `dx`, rows `stride` apart, and `dw (channels x kernel, f32)`. Rows that only stand before others are constants.
 pub fn backward(
     gpu: &Gpu,
     input: &Input,
@@ -148,16 +158,15 @@ pub fn backward(
     dw: Part,
 ) -> Result<()> {
     let (s, rows) = (input.shape, input.taps.rows);
-    let heads = 2 * s.k_heads + s.v_heads;
-    let dz = gpu.bf16(rows * heads * HEAD)?;
     let [dq, dk, dv] = [dq, dk, dv].map(|x| x.bf16(rows * s.v_heads * HEAD));
-    launch!(gpu, &input.name("conv_backward_rows"), input.grid(), (32 * WARPS as u32, 1, 1), 0;
-        input.arguments(), dq, dk, dv, dz.part().address);
-    let (stripes, n) = (rows.div_ceil(STRIPE).max(1), s.channels() * input.w.columns);
+    let (stripe, grid) = input.stripes(gpu, BACKWARD);
+    let (stripes, n) = (grid.0 as usize, s.channels() * input.w.columns);
     let partial = gpu.f32(stripes * n)?;
     dx.bf16(if rows == 0 { 0 } else { (rows - 1) * stride + s.channels() });
-    launch!(gpu, "conv_backward", (stripes as u32, heads as u32, 1), (HEAD as u32, 1, 1), 0;
-        input.arguments(), dz.part().address, dx.address, stride as i64, STRIPE as i32, partial.part().address);
+    let wide = stride.is_multiple_of(8) && dx.address.is_multiple_of(16);
+    let name = if wide { input.name("conv_backward") } else { "conv_backward".to_string() };
+    launch!(gpu, &name, grid, (16 * BACKWARD as u32, 1, 1), 0;
+        input.arguments(), dq, dk, dv, dx.address, stride as i64, stripe as i32, partial.part().address);
     super::rms_norm::sum_partial(gpu, partial.part(), stripes, n, dw)
 }
 

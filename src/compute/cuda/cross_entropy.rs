@@ -16,7 +16,9 @@ pub fn forward_backward(
     losses: Part,
     d_logits: Part,
 ) -> Result<()> {
-    launch!(gpu, "cross_entropy", (blocks(rows, 1), 1, 1), (1024, 1, 1), 0;
+    let wide = vocabulary.is_multiple_of(4) && logits.address.is_multiple_of(16) && d_logits.address.is_multiple_of(8);
+    let name = if wide { "cross_entropy_wide" } else { "cross_entropy" };
+    launch!(gpu, name, (blocks(rows, 1), 1, 1), (1024, 1, 1), 0;
         logits.f32(rows * vocabulary), vocabulary as i64, vocabulary as i32, targets.holds(rows, 4), share,
         losses.f32(rows), d_logits.bf16_or_none(rows * vocabulary));
     Ok(())

@@ -12,11 +12,12 @@ kernels!("delta_rule");
 pub const HEAD: usize = 128;
 /// Tokens of a chunk.
 const CHUNK: usize = 64;
-/// Shared memory of the kernels that go chunk by chunk: stages, and a state's half and three squares, in two summands.
+/// Shared memory: of a chunk in the kernels that go chunk by chunk; of `delta_chunks`; of half of v's columns in `delta_backward`,
+/// and of what it has beside them.
 const STAGE: usize = 2 * CHUNK * HEAD * 2 + 5 * CHUNK * CHUNK * 2 + 4 * CHUNK * 4;
-const STATE: usize = 2 * (HEAD * CHUNK * 2 + 3 * CHUNK * CHUNK * 2);
-const CHUNKS: usize = 2 * CHUNK * HEAD * 2 + 4 * (4 * CHUNK + 2);
-const BACKWARD: usize = 2 * CHUNK * HEAD * 2 + 3 * CHUNK * CHUNK * 2 + 2 * HEAD * CHUNK * 2 + 4 * (21 * CHUNK + 8);
+const CHUNKS: usize = 4 * (2 * CHUNK * (CHUNK + 4) + 4 * CHUNK + 2);
+const HALF: usize = 3 * CHUNK * CHUNK * 2 + 2 * HEAD * CHUNK * 2;
+const BACKWARD: usize = 2 * CHUNK * HEAD * 2 + 4 * (21 * CHUNK + 8);
 /// Rows whose shares of the gates' gradients one block sums.
 const STRIPE: usize = 256;
 
@@ -28,6 +29,9 @@ struct Arguments {
     lengths: u64,
     sums: u64,
     beta: u64,
+    by_k: u64,
+    by_q: u64,
+    rest: u64,
     inverse: u64,
     scores: u64,
     contexts: u64,
@@ -144,8 +148,8 @@ pub struct Prepared<'a> {
     shape: &'a Shape,
     x: &'a Convolved,
     contexts: Part,
-    sums: Buffer,
-    beta: Buffer,
+    /// G, beta, and lengths with their decay, (v_heads, rows) each.
+    gates: [Buffer; 5],
     inverse: Buffer,
     scores: Buffer,
     /// Chunks in shared memory at once: the next comes while one is worked on, where there is room (227 KB).
@@ -170,6 +174,7 @@ impl<'a> Prepared<'a> {
     ) -> Result<Prepared<'a>> {
         let (rows, heads) = (plan.rows, shape.v_heads);
         let squares = plan.chunk_count * heads * 2 * CHUNK * CHUNK;
+        let of_gates = || gpu.f32(rows * heads);
         x.x.part().bf16(rows * (2 * shape.k_heads + heads) * HEAD);
         x.lengths.part().f32(rows * 2 * shape.k_heads);
         assert!(contexts.bytes().is_multiple_of(4 * state(shape) as u64));
@@ -178,8 +183,7 @@ impl<'a> Prepared<'a> {
             shape,
             x,
             contexts,
-            sums: gpu.f32(rows * heads)?,
-            beta: gpu.f32(rows * heads)?,
+            gates: [of_gates()?, of_gates()?, of_gates()?, of_gates()?, of_gates()?],
             inverse: gpu.bf16(squares)?,
             scores: gpu.bf16(squares)?,
             stages: if matches!(gpu.device.capability, (9 | 10, 0)) && !gpu.is_portable() { 2 } else { 1 },
@@ -190,11 +194,15 @@ impl<'a> Prepared<'a> {
     }
 
     fn arguments(&self) -> Arguments {
+        let [sums, beta, by_k, by_q, rest] = self.gates.each_ref().map(|b| b.part().address);
         Arguments {
             x: self.x.x.part().address,
             lengths: self.x.lengths.part().address,
-            sums: self.sums.part().address,
-            beta: self.beta.part().address,
+            sums,
+            beta,
+            by_k,
+            by_q,
+            rest,
             inverse: self.inverse.part().address,
             scores: self.scores.part().address,
             contexts: self.contexts.address,
@@ -209,7 +217,7 @@ impl<'a> Prepared<'a> {
     }
 
     fn shared(&self) -> u32 {
-        (self.stages * STAGE + STATE) as u32
+        (self.stages * STAGE) as u32
     }
 
     fn values(&self) -> usize {
@@ -220,12 +228,12 @@ impl<'a> Prepared<'a> {
         self.plan.chunk_count * state(self.shape)
     }
 
-    fn go(&self, gpu: &Gpu, more: Arguments) -> Result<()> {
+    fn go(&self, gpu: &Gpu, name: &'static str, more: Arguments) -> Result<()> {
         let plan = self.plan;
         // States must be there before what begins with them runs.
         for (first, end) in [(0, plan.contexts), (plan.contexts, plan.count)] {
             let arguments = Arguments { sequences: plan.sequences.from(20 * first as u64).address, ..more };
-            launch!(gpu, "delta_forward", ((HEAD / CHUNK) as u32, self.shape.v_heads as u32, (end - first) as u32), (256, 1, 1),
+            launch!(gpu, name, ((HEAD / CHUNK) as u32, self.shape.v_heads as u32, (end - first) as u32), (256, 1, 1),
                 self.shared(); arguments);
         }
         Ok(())
@@ -233,7 +241,7 @@ impl<'a> Prepared<'a> {
 
     /// `out (rows x v_heads HEAD)` = O, and the contexts' states.
     pub fn forward(&self, gpu: &Gpu, out: Part) -> Result<()> {
-        self.go(gpu, Arguments { out: out.bf16(self.values()), ..self.arguments() })
+        self.go(gpu, "delta_forward", Arguments { out: out.bf16(self.values()), ..self.arguments() })
     }
 
     /// Gradients of rows that train, all from `dout (rows x v_heads HEAD)`: of q and k by value head, which
@@ -244,7 +252,7 @@ impl<'a> Prepared<'a> {
         let (values, gates) = (self.values(), self.plan.rows * self.shape.v_heads);
         let (news, states) = (gpu.bf16(values)?, gpu.bf16(self.chunk_states())?);
         let more = Arguments { news: news.part().address, states: states.part().address, ..self.arguments() };
-        self.go(gpu, more)?;
+        self.go(gpu, "delta_news", more)?;
         let (dv, dstates) = (gpu.bf16(values)?, gpu.bf16(self.chunk_states())?);
         let of_gates = || gpu.f32(gates);
         let g = Gradients { dq: gpu.bf16(values)?, dk: gpu.bf16(values)?, dv, dg: of_gates()?, dbeta: of_gates()? };
@@ -262,7 +270,8 @@ impl<'a> Prepared<'a> {
         };
         let heads = self.shape.v_heads as u32;
         launch!(gpu, "delta_states", ((HEAD / CHUNK) as u32, heads, self.plan.count as u32), (256, 1, 1), self.shared(); arguments);
-        launch!(gpu, "delta_backward", (self.plan.chunk_count as u32, heads, 1), (256, 1, 1), BACKWARD as u32; arguments);
+        launch!(gpu, "delta_backward", (self.plan.chunk_count as u32, heads, 1), (256, 1, 1),
+            (BACKWARD + self.stages * HALF) as u32; arguments);
         Ok(g)
     }
 }
@@ -297,6 +306,11 @@ pub fn gates_backward(
 /// How many chunks the rows of sequences of these lengths have.
 pub fn chunks(lengths: impl IntoIterator<Item = usize>) -> usize {
     lengths.into_iter().map(|n| n.div_ceil(CHUNK)).sum()
+}
+
+/// Bytes of gates, and of lengths with their decay, of a row's heads.
+pub fn row_bytes(shape: &Shape) -> u64 {
+    (5 * 4 * shape.v_heads) as u64
 }
 
 /// Bytes of the inverses and scores of a chunk's heads, each in two summands.

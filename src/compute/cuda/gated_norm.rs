@@ -5,7 +5,9 @@ use super::{Gpu, Part, Result, Weight, blocks, kernels, launch};
 
 kernels!("gated_norm");
 
-const WARPS: usize = 8;
+/// Threads of a block, and heads that it has at once.
+const BLOCK: u32 = 256;
+const HEADS: usize = 16;
 
 /// Rows of the gate, `stride` elements apart.
 #[derive(Clone, Copy)]
@@ -20,7 +22,7 @@ impl Gate {
     }
 
     fn wide(&self, d: usize) -> bool {
-        d.is_multiple_of(4) && self.stride.is_multiple_of(4) && self.part.address.is_multiple_of(8)
+        d.is_multiple_of(8) && self.stride.is_multiple_of(8) && self.part.address.is_multiple_of(16)
     }
 }
 
@@ -36,7 +38,7 @@ pub fn forward(
 ) -> Result<()> {
     let d = w.columns;
     assert!(d <= HEAD);
-    launch!(gpu, "gated_norm_forward", (blocks(rows * heads, WARPS), 1, 1), (32 * WARPS as u32, 1, 1), 0;
+    launch!(gpu, "gated_norm_forward", (blocks(rows * heads, HEADS), 1, 1), (BLOCK, 1, 1), 0;
         x.bf16(rows * heads * HEAD), z.address(rows, heads * d), z.stride as i64, w.address, w.number(), eps, rows as i32,
         heads as i32, d as i32, z.wide(d) as i32, y.bf16(rows * heads * d));
     Ok(())
@@ -57,9 +59,9 @@ pub fn backward(
 ) -> Result<()> {
     let d = w.columns;
     assert!(d <= HEAD);
-    let count = (rows * heads).div_ceil(WARPS).min(4 * gpu.device.multiprocessors as usize).max(1);
+    let count = (rows * heads).div_ceil(HEADS).min(4 * gpu.device.multiprocessors as usize).max(1);
     let partial = gpu.f32(count * HEAD)?;
-    launch!(gpu, "gated_norm_backward", (count as u32, 1, 1), (32 * WARPS as u32, 1, 1), 0;
+    launch!(gpu, "gated_norm_backward", (count as u32, 1, 1), (BLOCK, 1, 1), 0;
         dy.bf16(rows * heads * d), x.bf16(rows * heads * HEAD), z.address(rows, heads * d), z.stride as i64, w.address,
         w.number(), eps, rows as i32, heads as i32, d as i32, (z.wide(d) && dz.wide(d)) as i32, dz.address(rows, heads * d),
         dz.stride as i64, partial.part().address);

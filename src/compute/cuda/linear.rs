@@ -1,4 +1,4 @@
-//! What stands around matrix products: weights of another type, biases and their gradients, the largest value.
+//! What stands around matrix products: weights of another type, biases and their gradients.
 
 use super::{Gpu, Part, Result, Weight, blocks, kernels, launch};
 
@@ -38,14 +38,6 @@ pub fn narrow(gpu: &Gpu, w: &Weight, out: Part) -> Result<()> {
 pub fn widen(gpu: &Gpu, x: Part, count: usize, out: Part) -> Result<()> {
     launch!(gpu, "widen", (blocks(count, BLOCK), 1, 1), (BLOCK as u32, 1, 1), 0;
         x.bf16(count), count as i64, out.f32(count));
-    Ok(())
-}
-
-/// `*top` (f32 by its bits, as u32) = the largest absolute value of `x` and of what was there; NaN is above all.
-pub fn largest(gpu: &Gpu, x: Part, wide: bool, count: usize, top: Part) -> Result<()> {
-    let grid = blocks(count, 4 * BLOCK).min(8 * gpu.device.multiprocessors);
-    launch!(gpu, "largest", (grid, 1, 1), (BLOCK as u32, 1, 1), 0;
-        x.holds(count, if wide { 4 } else { 2 }), wide as i32, count as i64, top.f32(1));
     Ok(())
 }
 

@@ -6,11 +6,14 @@ kernels!("rms_norm");
 
 const BLOCK: usize = 256;
 
-/// The kernel for h columns: eight at a time where that divides them.
+/// The kernel for h columns, and the threads of its blocks: with a row in registers where it is in multiples of eight and fits.
 fn kernel(name: &'static str, h: usize) -> (String, usize) {
-    match h % 8 {
-        0 => (format!("{name}_wide"), 8),
-        _ => (name.to_string(), 1),
+    let held = |each: usize| (format!("{name}_{each}"), (h / 8).div_ceil(each).next_multiple_of(32));
+    match h / 8 {
+        0.. if !h.is_multiple_of(8) => (name.to_string(), BLOCK),
+        0..=1024 => held(2),
+        1025..=2048 => held(4),
+        _ => (name.to_string(), BLOCK),
     }
 }
 
@@ -40,7 +43,8 @@ pub fn forward(
     }
     let kept = kept.unwrap_or(Kept { first: 0, rstd: Part::NONE, x: Part::NONE });
     let left = rows - kept.first;
-    launch!(gpu, &kernel("rms_norm_forward", h).0, (blocks(rows, 1), 1, 1), (BLOCK as u32, 1, 1), 0;
+    let (name, block) = kernel("rms_norm_forward", h);
+    launch!(gpu, &name, (blocks(rows, 1), 1, 1), (block as u32, 1, 1), 0;
         x.address, index.map_or(0, |i| i.holds(rows, 4)), w.address, w.norm_number(), eps, h as i32, y.bf16(rows * h),
         kept.rstd.f32_or_none(left), kept.x.bf16_or_none(left * h), kept.first as i32);
     Ok(())
@@ -49,7 +53,8 @@ pub fn forward(
 /// The same again from what was kept: `y = x * rstd * w`.
 pub fn again(gpu: &Gpu, x: Part, rstd: Part, w: &Weight, rows: usize, y: Part) -> Result<()> {
     let h = w.columns;
-    launch!(gpu, &kernel("rms_norm_again", h).0, (blocks(rows, 1), 1, 1), (BLOCK as u32, 1, 1), 0;
+    let (name, block) = kernel("rms_norm_again", h);
+    launch!(gpu, &name, (blocks(rows, 1), 1, 1), (block as u32, 1, 1), 0;
         x.bf16(rows * h), rstd.f32(rows), w.address, w.norm_number(), h as i32, y.bf16(rows * h));
     Ok(())
 }
@@ -69,7 +74,7 @@ pub fn backward(
     dw: Part,
 ) -> Result<()> {
     let h = w.columns;
-    let (name, width) = kernel("rms_norm_backward", h);
+    let (name, block) = kernel("rms_norm_backward", h);
     // Two waves of blocks at most: each leaves a row of sums.
     let count = rows.min(2 * gpu.device.multiprocessors as usize).max(1);
     let partial = gpu.f32(count * h)?;
@@ -77,8 +82,8 @@ pub fn backward(
         dx.f32(rows * h);
         copy.bf16_or_none(rows * h);
     }
-    let shared = 4 * h.next_multiple_of(BLOCK * width) as u32;
-    launch!(gpu, &name, (count as u32, 1, 1), (BLOCK as u32, 1, 1), shared;
+    let shared = if name == "rms_norm_backward" { 4 * h.next_multiple_of(BLOCK) as u32 } else { 0 };
+    launch!(gpu, &name, (count as u32, 1, 1), (block as u32, 1, 1), shared;
         dy.bf16(rows * h), x.bf16(rows * h), rstd.f32(rows), w.address, w.norm_number(), rows as i32, h as i32,
         index.map_or(0, |i| i.holds(rows, 4)), dx.address, copy.address, partial.part().address);
     sum_partial(gpu, partial.part(), count, h, dw)

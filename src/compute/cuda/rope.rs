@@ -69,7 +69,17 @@ impl Angles {
     }
 }
 
-/// The kernel for heads of `d`: two features at a time where half of d and the pairs that turn are even.
+/// Threads of a block that has a row at a time.
+const BY_ROW: u32 = 128;
+
+/// Does a block have a row at a time, in accesses of 16 bytes?
+fn by_row(d: usize, angles: &Angles, parts: &[Part]) -> bool {
+    matches!(d, 64 | 128 | 256)
+        && angles.turn.is_multiple_of(8)
+        && parts.iter().chain([&angles.cosines, &angles.sines]).all(|p| p.address.is_multiple_of(16))
+}
+
+/// The kernel for heads of `d` where it is not so: two features at a time where half of d and the pairs that turn are even.
 fn kernel(name: &str, d: usize, angles: &Angles) -> String {
     if d.is_multiple_of(4) && angles.turn.is_multiple_of(2) { format!("{name}_wide") } else { name.to_string() }
 }
@@ -92,7 +102,11 @@ pub fn forward(
     let (d, all, left) = (heads.head_dim, heads.heads + 2 * heads.kv_heads, rows - first);
     let [qn, kn] = heads.norm();
     let (cosines, sines) = angles.of(rows, d);
-    launch!(gpu, &kernel("rope_forward", d, angles), (blocks(rows * all, WARPS), 1, 1), (BLOCK, 1, 1), 0;
+    let (name, count, block) = match by_row(d, angles, &[qkv, q, kv, before, kept]) {
+        true => (format!("rope_forward_{d}"), rows as u32, BY_ROW),
+        false => (kernel("rope_forward", d, angles), blocks(rows * all, WARPS), BLOCK),
+    };
+    launch!(gpu, &name, (count, 1, 1), (block, 1, 1), 0;
         qkv.bf16(rows * heads.qkv()), heads.qkv() as i64, heads.gated as i32, rows as i32, heads.heads as i32,
         heads.kv_heads as i32, d as i32, angles.turn as i32, cosines, sines, qn.0, qn.1, kn.0, kn.1, heads.eps, q.bf16(rows * heads.q()), kv.bf16(rows * 2 * heads.kv()),
         before.bf16_or_none(left * (heads.q() + heads.kv())), kept.bf16_or_none(left * heads.q()), first as i32);
@@ -103,8 +117,12 @@ pub fn forward(
 pub fn again(gpu: &Gpu, before: Part, rows: usize, heads: &Heads, angles: &Angles, q: Part) -> Result<()> {
     let [qn, _] = heads.norm();
     assert!(heads.norms.is_some());
-    let (cosines, sines) = angles.of(rows, heads.head_dim);
-    launch!(gpu, &kernel("rope_again", heads.head_dim, angles), (blocks(rows * heads.heads, WARPS), 1, 1), (BLOCK, 1, 1), 0;
+    let (d, (cosines, sines)) = (heads.head_dim, angles.of(rows, heads.head_dim));
+    let (name, count, block) = match by_row(d, angles, &[before, q]) {
+        true => (format!("rope_again_{d}"), rows as u32, BY_ROW),
+        false => (kernel("rope_again", d, angles), blocks(rows * heads.heads, WARPS), BLOCK),
+    };
+    launch!(gpu, &name, (count, 1, 1), (block, 1, 1), 0;
         before.bf16(rows * (heads.q() + heads.kv())), rows as i32, heads.heads as i32, heads.kv_heads as i32,
         heads.head_dim as i32, angles.turn as i32, cosines, sines, qn.0, qn.1, heads.eps, q.bf16(rows * heads.q()));
     Ok(())
@@ -126,15 +144,24 @@ pub fn backward(
     let d = heads.head_dim;
     let [qn, kn] = heads.norm();
     let (cosines, sines) = angles.of(rows, d);
-    let items = rows * heads.heads;
-    let count = items.div_ceil(WARPS).min(2 * gpu.device.multiprocessors as usize).max(1);
+    let multiprocessors = gpu.device.multiprocessors as usize;
+    let (name, count, parts, block) = match by_row(d, angles, &[dq, dk, dv, before, d_qkv]) {
+        true => (format!("rope_backward_{d}"), rows.min(3 * multiprocessors), 1, BY_ROW),
+        false => (
+            kernel("rope_backward", d, angles),
+            (rows * heads.heads).div_ceil(WARPS).min(2 * multiprocessors),
+            3,
+            BLOCK,
+        ),
+    };
+    let count = count.max(1);
     let normed = heads.norms.is_some();
     let partial = gpu.f32(if normed { 2 * count * d } else { 1 })?;
     if normed {
         before.bf16(rows * (heads.q() + heads.kv()));
     }
     let [dq, dk, dv] = [dq, dk, dv].map(|p| p.bf16(rows * heads.q()));
-    launch!(gpu, &kernel("rope_backward", d, angles), (count as u32, 3, 1), (BLOCK, 1, 1), 0;
+    launch!(gpu, &name, (count as u32, parts, 1), (block, 1, 1), 0;
         dq, dk, dv, rows as i32, heads.heads as i32, heads.kv_heads as i32, d as i32, angles.turn as i32, cosines,
         sines, qn.0, qn.1, kn.0, kn.1, heads.eps, before.address, d_qkv.bf16(rows * heads.qkv()), heads.gated as i32, partial.part().address);
     if normed {

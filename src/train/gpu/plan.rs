@@ -3,7 +3,7 @@
 
 use super::delta_net;
 use super::state::Moments;
-use crate::compute::cuda::{GpuError, delta_rule};
+use crate::compute::cuda::{GpuError, causal_conv, delta_rule};
 use crate::train::apollo::{form, moment_elements};
 use crate::train::families::{Architecture, Mixer};
 use crate::train::pack::Batch;
@@ -127,13 +127,14 @@ impl MixerSizes {
                 let (shape, width) = (&net.shape, delta_net::row(net)[3] as u64);
                 let values = (shape.v_heads * delta_rule::HEAD) as u64;
                 let convolved = ((2 * shape.k_heads + shape.v_heads) * delta_rule::HEAD) as u64;
-                let (state, heads) = (delta_rule::state(shape) as u64, shape.v_heads as u64);
+                let state = delta_rule::state(shape) as u64;
                 let spans = |own: bool| batch.spans.iter().filter(move |s| (s.rows.start >= batch.frozen) == own);
                 let own = delta_rule::chunks(spans(true).map(|s| s.rows.len())) as u64;
                 let all = own + delta_rule::chunks(spans(false).map(|s| s.rows.len())) as u64;
                 let before = spans(true).count() as u64 * (net.kernel as u64 - 1);
                 let prepared = |rows: u64, chunks: u64| {
-                    8 * rows * (heads + shape.k_heads as u64) + chunks * delta_rule::chunk_bytes(shape)
+                    rows * (delta_rule::row_bytes(shape) + 8 * shape.k_heads as u64)
+                        + chunks * delta_rule::chunk_bytes(shape)
                 };
                 let taps = (shape.channels() * net.kernel) as u64;
                 MixerSizes {
@@ -142,10 +143,10 @@ impl MixerSizes {
                     factors: 2 * n * (width + net.out.inputs as u64) + 4 * taps,
                     forward: 2 * rows * (width + convolved + values + net.out.inputs as u64) + prepared(rows, all),
                     // The states before and after each chunk, four times the values, and the convolution's own.
-                    backward: 2 * n * (2 * convolved + 5 * values + a.hidden as u64)
+                    backward: 2 * n * (convolved + 5 * values + a.hidden as u64)
                         + prepared(n, own)
                         + 4 * own * state
-                        + 4 * taps * n.div_ceil(32),
+                        + 4 * taps * causal_conv::stripes(n as usize) as u64,
                     widest: shape.channels() as u64,
                 }
             }

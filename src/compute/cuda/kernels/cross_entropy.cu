@@ -21,17 +21,29 @@ __device__ __forceinline__ void merge(float &m, float &l, float m2, float l2) {
     m = top;
 }
 
-// losses (rows) of f32 logits (rows x n, ld apart); d_logits (bf16, n wide), where given: (softmax - target) * share.
-extern "C" __global__ void cross_entropy(const float *logits, i64 ld, int n, const int *targets, float share, float *losses,
-                                         bf16 *d_logits) {
+// Four values, as one access where WIDE.
+template <bool WIDE> __device__ __forceinline__ float4 four(const float *logits, int i, int n) {
+    if (WIDE) return *(const float4 *)(logits + i);
+    const float none = -__int_as_float(0x7f800000);
+    return make_float4(logits[i], i + 1 < n ? logits[i + 1] : none, i + 2 < n ? logits[i + 2] : none, i + 3 < n ? logits[i + 3] : none);
+}
+
+template <bool WIDE>
+__device__ __forceinline__ void forward_backward(const float *logits, i64 ld, int n, const int *targets, float share, float *losses, bf16 *d_logits) {
     __shared__ float tops[32], sums[32];
     const i64 row = blockIdx.x;
     logits += row * ld;
     float m = -__int_as_float(0x7f800000), l = 0;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-        const float x = logits[i];
-        if (x <= m) l += expf(x - m);
-        else merge(m, l, x, 1.f); // NaN comes here too, and stays in the sum
+    const int step = 4 * blockDim.x;
+#pragma unroll 4
+    for (int i = 4 * threadIdx.x; i < n; i += step) {
+        const float4 x = four<WIDE>(logits, i, n);
+        const float top = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
+        // A new top is rare. NaN is in no maximum, and stays in the sum.
+        if (top > m) l *= l == 0.f ? 1.f : expf(m - top), m = top;
+        if (WIDE || i + 3 < n) l += (expf(x.x - m) + expf(x.y - m)) + (expf(x.z - m) + expf(x.w - m));
+        else
+            for (int e = i; e < n; e++) l += expf(logits[e] - m);
     }
 #pragma unroll
     for (int w = 16; w; w /= 2) {
@@ -47,6 +59,26 @@ extern "C" __global__ void cross_entropy(const float *logits, i64 ld, int n, con
     if (!d_logits) return;
     d_logits += row * n;
     const float factor = share / l;
-    for (int i = threadIdx.x; i < n; i += blockDim.x)
-        d_logits[i] = to_bf16(expf(logits[i] - m) * factor - (i == target ? share : 0.f));
+#pragma unroll 4
+    for (int i = 4 * threadIdx.x; i < n; i += step) {
+        const float4 x = four<WIDE>(logits, i, n);
+        bf16 y[4] = {to_bf16(expf(x.x - m) * factor - (i == target ? share : 0.f)), to_bf16(expf(x.y - m) * factor - (i + 1 == target ? share : 0.f)),
+                     to_bf16(expf(x.z - m) * factor - (i + 2 == target ? share : 0.f)), to_bf16(expf(x.w - m) * factor - (i + 3 == target ? share : 0.f))};
+        if (WIDE) *(uint2 *)(d_logits + i) = make_uint2(y[0] | (u32)y[1] << 16, y[2] | (u32)y[3] << 16);
+        else
+            for (int e = 0; e < 4 && i + e < n; e++) d_logits[i + e] = y[e];
+    }
+}
+
+// losses (rows) of f32 logits (rows x n, ld apart); d_logits (bf16, n wide), where given: (softmax - target) * share. `*_wide` takes n and
+// ld in multiples of 4.
+extern "C" {
+__global__ void __launch_bounds__(1024) cross_entropy(const float *logits, i64 ld, int n, const int *targets, float share, float *losses,
+                                                      bf16 *d_logits) {
+    forward_backward<false>(logits, ld, n, targets, share, losses, d_logits);
+}
+__global__ void __launch_bounds__(1024) cross_entropy_wide(const float *logits, i64 ld, int n, const int *targets, float share, float *losses,
+                                                           bf16 *d_logits) {
+    forward_backward<true>(logits, ld, n, targets, share, losses, d_logits);
+}
 }

@@ -1,7 +1,7 @@
 // archs: 80
 //
 // The norm behind the delta rule, gated after it, a head of a row at a time: y = x / sqrt(mean(x^2) + eps) * w * silu(z), with
-// x's heads padded to 128 columns, z's and y's not. A warp a head of a row; lane l has columns 4 l and the next three.
+// x's heads padded to 128 columns, z's and y's not. Half a warp a head of a row; lane l has columns 8 l and the next seven.
 
 typedef unsigned short bf16;
 typedef unsigned int u32;
@@ -26,93 +26,93 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
-__device__ __forceinline__ float warp_sum(float x) {
+__device__ __forceinline__ float half_sum(float x) {
 #pragma unroll
-    for (int w = 16; w; w /= 2) x += __shfl_xor_sync(0xffffffff, x, w);
+    for (int w = 8; w; w /= 2) x += __shfl_xor_sync(0xffffffff, x, w);
     return x;
 }
-// `have` of four values, the others zero. All four in one access where d and the rows are multiples of 4.
-__device__ __forceinline__ void load4(const bf16 *from, int have, bool wide, float (&x)[4]) {
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+// `have` of eight values, the others zero. All eight in one access where d and the rows are multiples of 8.
+__device__ __forceinline__ void load8(const bf16 *from, int have, bool wide, float (&x)[8]) {
     if (wide) {
-        const uint2 v = have > 0 ? *(const uint2 *)from : make_uint2(0, 0);
-        x[0] = __uint_as_float(v.x << 16), x[1] = __uint_as_float(v.x & 0xffff0000);
-        x[2] = __uint_as_float(v.y << 16), x[3] = __uint_as_float(v.y & 0xffff0000);
+        const uint4 v = have > 0 ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
+        const u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[2 * i] = __uint_as_float(w[i] << 16), x[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000);
     } else {
 #pragma unroll
-        for (int i = 0; i < 4; i++) x[i] = i < have ? f32(from[i]) : 0;
+        for (int i = 0; i < 8; i++) x[i] = i < have ? f32(from[i]) : 0;
     }
 }
-__device__ __forceinline__ void store4(bf16 *to, int have, bool wide, const float (&x)[4]) {
+__device__ __forceinline__ void store8(bf16 *to, int have, bool wide, const float (&x)[8]) {
     if (wide) {
-        if (have > 0) *(uint2 *)to = make_uint2(pack(x[0], x[1]), pack(x[2], x[3]));
+        if (have > 0) *(uint4 *)to = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
     } else {
 #pragma unroll
-        for (int i = 0; i < 4; i++)
+        for (int i = 0; i < 8; i++)
             if (i < have) to[i] = pack(x[i], 0) & 0xffff;
     }
 }
+#define EIGHT _Pragma("unroll") for (int i = 0; i < 8; i++)
+// A block of 256 has 16 heads at a time.
+static const int AT_ONCE = 16;
 
 extern "C" {
-__global__ void gated_norm_forward(const bf16 *x, const bf16 *z, i64 ldz, const void *w, int kind, float eps, int rows, int heads, int d,
-                                   int wide, bf16 *y) {
-    const i64 item = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (item >= (i64)rows * heads) return;
-    const int lane = threadIdx.x & 31, head = item % heads, have = d - 4 * lane;
-    const i64 row = item / heads;
-    float a[4], g[4], sum = 0;
-    load4(x + item * D + 4 * lane, have, true, a);
-    load4(z + row * ldz + head * d + 4 * lane, have, wide, g);
-#pragma unroll
-    for (int i = 0; i < 4; i++) sum += i < have ? a[i] * a[i] : 0;
-    const float r = 1.f / sqrtf(warp_sum(sum) / d + eps);
-#pragma unroll
-    for (int i = 0; i < 4; i++) a[i] = i < have ? a[i] * r * weight(w, kind, 4 * lane + i) * (g[i] / (1.f + __expf(-g[i]))) : 0;
-    store4(y + row * heads * d + head * d + 4 * lane, have, wide, a);
+__global__ void __launch_bounds__(256) gated_norm_forward(const bf16 *x, const bf16 *z, i64 ldz, const void *w, int kind, float eps, int rows,
+                                                          int heads, int d, int wide, bf16 *y) {
+    const int items = rows * heads, wanted = blockIdx.x * AT_ONCE + threadIdx.x / 16, item = min(wanted, items - 1);
+    const int lane = threadIdx.x & 15, row = item / heads, head = item - row * heads, have = d - 8 * lane;
+    float a[8], g[8], sum = 0;
+    load8(x + (i64)item * D + 8 * lane, 8, true, a);
+    load8(z + row * ldz + head * d + 8 * lane, have, wide, g);
+    EIGHT sum += i < have ? a[i] * a[i] : 0;
+    const float r = 1.f / sqrtf(half_sum(sum) / d + eps);
+    if (wanted >= items) return;
+    EIGHT a[i] = i < have ? a[i] * r * weight(w, kind, 8 * lane + i) * (g[i] * sigmoid(g[i])) : 0;
+    store8(y + (i64)item * d + 8 * lane, have, wide, a);
 }
 
 // In place: `dy` becomes y, `x` its gradient; dz has rows lddz apart. Row blockIdx of `partial` (D wide): sums for dw.
 __global__ void __launch_bounds__(256) gated_norm_backward(bf16 *dy, bf16 *x, const bf16 *z, i64 ldz, const void *w, int kind, float eps,
                                                            int rows, int heads, int d, int wide, bf16 *dz, i64 lddz, float *partial) {
-    __shared__ float sums[8][D];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, have = d - 4 * lane;
-    float wi[4], dw[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int i = 0; i < 4; i++) wi[i] = i < have ? weight(w, kind, 4 * lane + i) : 0;
-    for (i64 item = (i64)blockIdx.x * 8 + warp; item < (i64)rows * heads; item += (i64)gridDim.x * 8) {
-        const int head = item % heads;
-        const i64 row = item / heads, tight = item * d + 4 * lane;
-        float a[4], g[4], up[4], dn[4], squares = 0, sum = 0;
-        load4(x + item * D + 4 * lane, have, true, a);
-        load4(z + row * ldz + head * d + 4 * lane, have, wide, g);
-        load4(dy + tight, have, wide, up);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
+    __shared__ float sums[AT_ONCE][D];
+    const int lane = threadIdx.x & 15, mine = threadIdx.x / 16, have = d - 8 * lane, items = rows * heads;
+    float wi[8], dw[8] = {};
+    EIGHT wi[i] = i < have ? weight(w, kind, 8 * lane + i) : 0;
+    for (int begin = blockIdx.x * AT_ONCE; begin < items; begin += gridDim.x * AT_ONCE) {
+        const int item = min(begin + mine, items - 1), row = item / heads, head = item - row * heads;
+        const i64 tight = (i64)item * d + 8 * lane;
+        float a[8], g[8], up[8], dn[8], squares = 0, sum = 0;
+        load8(x + (i64)item * D + 8 * lane, 8, true, a);
+        load8(z + row * ldz + head * d + 8 * lane, have, wide, g);
+        load8(dy + tight, have, wide, up);
+        EIGHT {
             if (i >= have) a[i] = 0;
             squares += a[i] * a[i];
         }
-        const float r = 1.f / sqrtf(warp_sum(squares) / d + eps);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float sigmoid = 1.f / (1.f + __expf(-g[i])), silu = g[i] * sigmoid, n = a[i] * r;
-            dw[i] += up[i] * n * silu;
+        const float r = 1.f / sqrtf(half_sum(squares) / d + eps);
+        // Rows that are not there are another's: what they would add is not.
+        const bool real = begin + mine < items;
+        EIGHT {
+            const float s = sigmoid(g[i]), silu = g[i] * s, n = a[i] * r;
+            dw[i] += real ? up[i] * n * silu : 0;
             dn[i] = up[i] * wi[i] * silu;
             sum += dn[i] * a[i];
-            g[i] = up[i] * wi[i] * n * (sigmoid + silu * (1.f - sigmoid));
+            g[i] = up[i] * wi[i] * n * (s + silu * (1.f - s));
             up[i] = n * wi[i] * silu;
         }
-        const float mean = warp_sum(sum) * r * r / d;
-#pragma unroll
-        for (int i = 0; i < 4; i++) a[i] = r * (dn[i] - a[i] * mean);
-        store4(dy + tight, have, wide, up);
-        store4(dz + row * lddz + head * d + 4 * lane, have, wide, g);
-        store4(x + item * D + 4 * lane, 4, true, a);
+        const float mean = half_sum(sum) * r * r / d;
+        if (!real) continue;
+        EIGHT a[i] = r * (dn[i] - a[i] * mean);
+        store8(dy + tight, have, wide, up);
+        store8(dz + row * lddz + head * d + 8 * lane, have, wide, g);
+        store8(x + (i64)item * D + 8 * lane, 8, true, a);
     }
-#pragma unroll
-    for (int i = 0; i < 4; i++) sums[warp][4 * lane + i] = dw[i];
+    EIGHT sums[mine][8 * lane + i] = dw[i];
     __syncthreads();
     if (threadIdx.x < D) {
         float sum = 0;
-        for (int w = 0; w < 8; w++) sum += sums[w][threadIdx.x];
+        for (int k = 0; k < AT_ONCE; k++) sum += sums[k][threadIdx.x];
         partial[(i64)blockIdx.x * D + threadIdx.x] = sum;
     }
 }

@@ -1,7 +1,7 @@
 // archs: 80
 //
-// What stands around matrix products: biases and their gradients, weights of another type as bf16, the largest value of a
-// matrix; and a plain product, which is the reference of the library's and does what that one refuses.
+// What stands around matrix products: biases and their gradients, weights of another type as bf16;
+// and a plain product, which is the reference of the library's and does what that one refuses.
 
 typedef unsigned short bf16;
 typedef unsigned int u32;
@@ -54,18 +54,6 @@ __global__ void narrow(const void *w, int kind, i64 ld, int rows, int n, bf16 *o
 __global__ void widen(const bf16 *x, i64 count, float *out) {
     const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count) out[i] = f32(x[i]);
-}
-
-// *largest = the largest absolute value of x and of what was there, as its bits; NaN is above infinity.
-__global__ void largest(const void *x, int wide, i64 count, u32 *largest) {
-    u32 top = 0;
-    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {
-        const u32 bits = wide ? ((const u32 *)x)[i] : (u32)((const bf16 *)x)[i] << 16;
-        top = max(top, bits & 0x7fffffff);
-    }
-#pragma unroll
-    for (int w = 16; w; w /= 2) top = max(top, __shfl_xor_sync(0xffffffff, top, w));
-    if ((threadIdx.x & 31) == 0) atomicMax(largest, top);
 }
 
 // *differ = 1 if any word of a and b does.

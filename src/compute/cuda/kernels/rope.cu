@@ -222,6 +222,207 @@ __device__ __forceinline__ void turn_back(const bf16 *dq, const bf16 *dk, const 
             }
 }
 
+// The same three for heads of 16 LANES features, of which a multiple of eight pairs turns: eight pairs a lane, f and the next seven,
+// LANES lanes a head. A block of 128 has a row at a time, so that a lane's angles serve all of its heads.
+static const int THREADS = 128;
+#define EIGHT _Pragma("unroll") for (int e = 0; e < 8; e++)
+
+__device__ __forceinline__ void spread(const uint4 &v, float (&x)[8]) {
+    const u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[2 * i] = __uint_as_float(w[i] << 16), x[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000);
+}
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+__device__ __forceinline__ uint4 packed(const float (&x)[8]) {
+    return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
+}
+__device__ __forceinline__ void load8(const float *from, float (&x)[8]) {
+    const float4 y = *(const float4 *)from, z = *(const float4 *)(from + 4);
+    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w, x[4] = z.x, x[5] = z.y, x[6] = z.z, x[7] = z.w;
+}
+template <int LANES> __device__ __forceinline__ float lanes_sum(float x) {
+#pragma unroll
+    for (int w = LANES / 2; w; w /= 2) x += __shfl_xor_sync(0xffffffff, x, w);
+    return x;
+}
+// A lane's place in a head, and its angles of a row.
+struct Place {
+    int f, p, p2;
+    float c[8], s[8];
+};
+template <int LANES> __device__ __forceinline__ Place place_of(int turn) {
+    Place at;
+    at.f = threadIdx.x % LANES * 8;
+    at.p = one(at.f, turn), at.p2 = other(at.f, turn, 8 * LANES);
+    EIGHT at.c[e] = 1, at.s[e] = 0;
+    return at;
+}
+__device__ __forceinline__ void take_angles(Place &at, const float *cosines, const float *sines, int row, int turn) {
+    if (at.f < turn) load8(cosines + (i64)row * turn + at.f, at.c), load8(sines + (i64)row * turn + at.f, at.s);
+}
+// A norm's weights at a lane's place.
+__device__ __forceinline__ void take_weights(const void *norm, int kind, const Place &at, float (&a)[8], float (&b)[8]) {
+    const float from = kind & 4 ? 1.f : 0.f;
+    if (!norm) EIGHT a[e] = b[e] = 1;
+    else if ((kind & 3) == 0) EIGHT a[e] = from + f32(((const bf16 *)norm)[at.p + e]), b[e] = from + f32(((const bf16 *)norm)[at.p2 + e]);
+    else if ((kind & 3) == 2) EIGHT a[e] = from + ((const float *)norm)[at.p + e], b[e] = from + ((const float *)norm)[at.p2 + e];
+    else EIGHT a[e] = from + from_f16(((const bf16 *)norm)[at.p + e]), b[e] = from + from_f16(((const bf16 *)norm)[at.p2 + e]);
+}
+// Eight pairs normed, with weights wa and wb, and turned.
+template <int LANES>
+__device__ __forceinline__ void norm_and_turn(const Place &at, float (&a)[8], float (&b)[8], bool normed, const float (&wa)[8], const float (&wb)[8],
+                                              float eps) {
+    float sum = 0;
+    EIGHT sum += a[e] * a[e] + b[e] * b[e];
+    const float r = normed ? 1.f / sqrtf(lanes_sum<LANES>(sum) / (16 * LANES) + eps) : 1.f;
+    EIGHT {
+        const float x = a[e] * (r * wa[e]), y = b[e] * (r * wb[e]);
+        a[e] = x * at.c[e] - y * at.s[e], b[e] = y * at.c[e] + x * at.s[e];
+    }
+}
+
+template <int LANES>
+__device__ __forceinline__ void forward_by_row(const bf16 *x, i64 ld, int gated, int rows, int heads, int kv_heads, int turn, const float *cosines,
+                                               const float *sines, const Norms &norms, bf16 *q, bf16 *kv, bf16 *before, bf16 *kept, int first) {
+    static const int d = 16 * LANES, AT_ONCE = THREADS / LANES;
+    const int all = heads + 2 * kv_heads, mine = threadIdx.x / LANES, row = blockIdx.x;
+    Place at = place_of<LANES>(turn);
+    take_angles(at, cosines, sines, row, turn);
+    float wa[8], wb[8];
+    // First the heads of q, then those of k and v.
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+        take_weights(part ? norms.k_norm : norms.q_norm, part ? norms.k_kind : norms.q_kind, at, wa, wb);
+        const int from = part ? heads : 0, end = part ? all : heads;
+#pragma unroll 2
+        for (int begin = from; begin < end; begin += AT_ONCE) {
+            const int head = min(begin + mine, end - 1);
+            const bool real = begin + mine < end, is_v = head >= heads + kv_heads;
+            const bf16 *at_head = x + row * ld + (i64)(head + gated * min(head, heads)) * d;
+            const uint4 raw_a = *(const uint4 *)(at_head + at.p), raw_b = *(const uint4 *)(at_head + at.p2);
+            float a[8], b[8];
+            spread(raw_a, a), spread(raw_b, b);
+            norm_and_turn<LANES>(at, a, b, (part ? norms.k_norm : norms.q_norm) != nullptr, wa, wb, norms.eps);
+            if (!real) continue;
+            const uint4 y = is_v ? raw_a : packed(a), z = is_v ? raw_b : packed(b);
+            bf16 *to = part ? kv + ((i64)row * 2 * kv_heads + head - heads) * d : q + ((i64)row * heads + head) * d;
+            *(uint4 *)(to + at.p) = y, *(uint4 *)(to + at.p2) = z;
+            if (row < first || is_v) continue;
+            if (before) {
+                bf16 *keep = before + ((i64)(row - first) * (heads + kv_heads) + head) * d;
+                *(uint4 *)(keep + at.p) = raw_a, *(uint4 *)(keep + at.p2) = raw_b;
+            }
+            if (!part && kept) {
+                bf16 *keep = kept + ((i64)(row - first) * heads + head) * d;
+                *(uint4 *)(keep + at.p) = y, *(uint4 *)(keep + at.p2) = z;
+            }
+        }
+    }
+}
+
+template <int LANES>
+__device__ __forceinline__ void again_by_row(const bf16 *before, int heads, int kv_heads, int turn, const float *cosines, const float *sines,
+                                             const void *q_norm, int q_kind, float eps, bf16 *q) {
+    static const int d = 16 * LANES, AT_ONCE = THREADS / LANES;
+    const int mine = threadIdx.x / LANES, row = blockIdx.x;
+    Place at = place_of<LANES>(turn);
+    take_angles(at, cosines, sines, row, turn);
+    float wa[8], wb[8];
+    take_weights(q_norm, q_kind, at, wa, wb);
+#pragma unroll 2
+    for (int begin = 0; begin < heads; begin += AT_ONCE) {
+        const int head = min(begin + mine, heads - 1);
+        const bf16 *x = before + ((i64)row * (heads + kv_heads) + head) * d;
+        float a[8], b[8];
+        spread(*(const uint4 *)(x + at.p), a), spread(*(const uint4 *)(x + at.p2), b);
+        norm_and_turn<LANES>(at, a, b, true, wa, wb, eps);
+        if (begin + mine >= heads) continue;
+        bf16 *to = q + ((i64)row * heads + head) * d;
+        *(uint4 *)(to + at.p) = packed(a), *(uint4 *)(to + at.p2) = packed(b);
+    }
+}
+
+// The block's share of a norm's gradient: its lanes' sums, in their order.
+template <int LANES> __device__ __forceinline__ void add_up(const Place &at, const float (&da)[8], const float (&db)[8], float *to) {
+    __shared__ float sums[THREADS / LANES][16 * LANES];
+    __syncthreads();
+    EIGHT sums[threadIdx.x / LANES][at.p + e] = da[e], sums[threadIdx.x / LANES][at.p2 + e] = db[e];
+    __syncthreads();
+    for (int i = threadIdx.x; i < 16 * LANES; i += THREADS) {
+        float sum = 0;
+        for (int k = 0; k < THREADS / LANES; k++) sum += sums[k][i];
+        to[i] = sum;
+    }
+}
+
+template <int LANES>
+__device__ __forceinline__ void back_by_row(const bf16 *dq, const bf16 *dk, const bf16 *dv, int rows, int heads, int kv_heads, int turn,
+                                            const float *cosines, const float *sines, const Norms &norms, const bf16 *before, bf16 *out,
+                                            int gated, float *partial) {
+    static const int d = 16 * LANES, AT_ONCE = THREADS / LANES;
+    const int mine = threadIdx.x / LANES, group = heads / kv_heads;
+    Place at = place_of<LANES>(turn);
+    float wa[8], wb[8], sums[2][2][8];
+#pragma unroll
+    for (int part = 0; part < 2; part++) EIGHT sums[part][0][e] = sums[part][1][e] = 0;
+    for (int row = blockIdx.x; row < rows; row += gridDim.x) {
+        take_angles(at, cosines, sines, row, turn);
+        bf16 *row_out = out + (i64)row * (heads + gated * heads + 2 * kv_heads) * d;
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            const void *norm = part ? norms.k_norm : norms.q_norm;
+            const int kind = part ? norms.k_kind : norms.q_kind, count = part ? 2 * kv_heads : heads, members = part ? group : 1;
+            take_weights(norm, kind, at, wa, wb);
+            for (int begin = 0; begin < count; begin += AT_ONCE) {
+                const int item = min(begin + mine, count - 1);
+                const bool real = begin + mine < count, is_v = part && item >= kv_heads, normed = norm && !is_v;
+                const int head = is_v ? item - kv_heads : item;
+                const bf16 *from = (part ? is_v ? dv : dk : dq) + ((i64)row * heads + head * members) * d;
+                uint4 old_a = make_uint4(0, 0, 0, 0), old_b = old_a;
+                if (normed) {
+                    const bf16 *old = before + ((i64)row * (heads + kv_heads) + (part ? heads : 0) + head) * d;
+                    old_a = *(const uint4 *)(old + at.p), old_b = *(const uint4 *)(old + at.p2);
+                }
+                float a[8], b[8], x[8], y[8], squares = 0, sum = 0;
+                spread(*(const uint4 *)(from + at.p), a), spread(*(const uint4 *)(from + at.p2), b);
+#pragma unroll 4
+                for (int m = 1; m < members; m++) {
+                    spread(*(const uint4 *)(from + (i64)m * d + at.p), x), spread(*(const uint4 *)(from + (i64)m * d + at.p2), y);
+                    EIGHT a[e] += x[e], b[e] += y[e];
+                }
+                if (!is_v) EIGHT {
+                    const float g = a[e], h = b[e];
+                    a[e] = g * at.c[e] + h * at.s[e], b[e] = h * at.c[e] - g * at.s[e];
+                }
+                spread(old_a, x), spread(old_b, y);
+                EIGHT {
+                    squares += x[e] * x[e] + y[e] * y[e];
+                    sum += a[e] * wa[e] * x[e] + b[e] * wb[e] * y[e];
+                }
+                squares = lanes_sum<LANES>(squares), sum = lanes_sum<LANES>(sum);
+                if (!real) continue;
+                if (normed) {
+                    const float r = 1.f / sqrtf(squares / d + norms.eps), mean = sum * r * r / d;
+                    EIGHT {
+                        sums[part][0][e] += a[e] * x[e] * r, sums[part][1][e] += b[e] * y[e] * r;
+                        a[e] = r * (a[e] * wa[e] - x[e] * mean);
+                        b[e] = r * (b[e] * wb[e] - y[e] * mean);
+                    }
+                }
+                bf16 *to = row_out + (i64)(part ? heads + gated * heads + item : item + gated * item) * d;
+                *(uint4 *)(to + at.p) = packed(a), *(uint4 *)(to + at.p2) = packed(b);
+            }
+        }
+    }
+    if (!norms.q_norm || !partial) return;
+#pragma unroll
+    for (int part = 0; part < 2; part++) add_up<LANES>(at, sums[part][0], sums[part][1], partial + ((i64)part * gridDim.x + blockIdx.x) * d);
+}
+
 // Each for heads of any size, and `_wide` for those of a multiple of four of which an even number of pairs turns.
 extern "C" {
 #define KERNELS(NAME, W)                                                                                                     \
@@ -255,4 +456,27 @@ extern "C" {
     }
 KERNELS(, 1)
 KERNELS(_wide, 2)
+#define BY_ROW(D, LANES)                                                                                                     \
+    __global__ void __launch_bounds__(THREADS) rope_forward_##D(                                                             \
+        const bf16 *x, i64 ld, int gated, int rows, int heads, int kv_heads, int d, int turn, const float *cosines,          \
+        const float *sines, const void *q_norm, int q_kind, const void *k_norm, int k_kind, float eps, bf16 *q, bf16 *kv,    \
+        bf16 *before, bf16 *kept, int first) {                                                                               \
+        const Norms norms{q_norm, k_norm, q_kind, k_kind, eps};                                                              \
+        forward_by_row<LANES>(x, ld, gated, rows, heads, kv_heads, turn, cosines, sines, norms, q, kv, before, kept, first); \
+    }                                                                                                                        \
+    __global__ void __launch_bounds__(THREADS) rope_again_##D(const bf16 *before, int rows, int heads, int kv_heads, int d,  \
+                                                              int turn, const float *cosines, const float *sines,            \
+                                                              const void *q_norm, int q_kind, float eps, bf16 *q) {          \
+        again_by_row<LANES>(before, heads, kv_heads, turn, cosines, sines, q_norm, q_kind, eps, q);                          \
+    }                                                                                                                        \
+    __global__ void __launch_bounds__(THREADS) rope_backward_##D(                                                            \
+        const bf16 *dq, const bf16 *dk, const bf16 *dv, int rows, int heads, int kv_heads, int d, int turn,                  \
+        const float *cosines, const float *sines, const void *q_norm, int q_kind, const void *k_norm, int k_kind, float eps, \
+        const bf16 *before, bf16 *out, int gated, float *partial) {                                                          \
+        const Norms norms{q_norm, k_norm, q_kind, k_kind, eps};                                                              \
+        back_by_row<LANES>(dq, dk, dv, rows, heads, kv_heads, turn, cosines, sines, norms, before, out, gated, partial);     \
+    }
+BY_ROW(64, 4)
+BY_ROW(128, 8)
+BY_ROW(256, 16)
 }
