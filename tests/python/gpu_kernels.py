@@ -1280,7 +1280,7 @@ def factored():
         torch.cuda.synchronize()
 
 
-def timed(f, repeat=5, each=5):
+def replayed(f, repeat=5, each=5):
     """Milliseconds, the median of some: replayed, so that the host takes no part in it."""
     f()
     torch.cuda.synchronize()
@@ -1310,28 +1310,28 @@ def time_factored():
         f, channels = random(max(m, n), dtype=f32).abs(), max(m, n)
         for name in UPDATES:
             for bits, late in ((1, 0), (1, None), (0, None)):
-                ms = timed(lambda: launch_update(name, dy, x, w, f, by, one, 0.999, bits, STREAM, zero, zero, late))
+                ms = replayed(lambda: launch_update(name, dy, x, w, f, by, one, 0.999, bits, STREAM, zero, zero, late))
                 print(f"time {name} {m} {n} {t} random {bits} late {late}: {ms * 1e3:.0f} us, {2 * m * n * t / ms / 1e9:.0f} TFLOP/s, {4 * m * n / ms / 1e9:.2f} TB/s")
         gram = torch.zeros(t, -(-t // 8) * 8, device=DEV)
         last, gain = -one, one.clone()
-        ms = timed(lambda: launch_norm(c, gram, t, f, sums, last, gain, counter, zero, zero))
+        ms = replayed(lambda: launch_norm(c, gram, t, f, sums, last, gain, counter, zero, zero))
         p, halves, r = random(128, s.shape[1]), random(t, 128), random(channels, 128, dtype=f32)
         first, second, dw, self_ = (timed(k) for k in (lambda: s @ p.T, lambda: (c.T @ halves), lambda: torch.mm(dy.T, x), lambda: s @ s.T))
         mm, vv = random(channels, 64, dtype=f32), random(channels, 64, dtype=f32).abs()
         limits = struct(Limits, squares=None, sums=sums, last=last, factors=f.clone(), gain=gain, counter=counter, growth=1.01, rate=1.0, by_channel=1)
         args = (r, I(1), I(channels), I(64), F(0.9), F(0.99), F(1e-8), mm, vv, limits, zero, zero)
-        old, tall, flat = (timed(lambda: apollo(k, (-(-channels // per),), 256, *args))
+        old, tall, flat = (replayed(lambda: apollo(k, (-(-channels // per),), 256, *args))
                            for k, per in (("moments_tall", 8), ("moments_tall_wide", 64), ("moments_flat", 32)))
         judge = struct(Judge, sums=sums, verdict=zero, halted=zero, counter=counter, limit=1e30, total=1056)
-        judging = timed(lambda: apollo("judge_projection", (1056,), 256, r, L(r.numel()), judge))
+        judging = replayed(lambda: apollo("judge_projection", (1056,), 256, r, L(r.numel()), judge))
         judge = struct(Judge, sums=sums, verdict=zero, halted=zero, counter=counter, limit=1e30, total=-(-m // 32))
         out = poison(channels, dtype=f32)
-        rows = timed(lambda: apollo("square_rows_wide", (-(-m // 32),), 256, g, I(m), I(n), None, None, out, I(0), judge))
+        rows = replayed(lambda: apollo("square_rows_wide", (-(-m // 32),), 256, g, I(m), I(n), None, None, out, I(0), judge))
         partial = poison(-(-m // 64), n, dtype=f32)
-        columns = timed(lambda: apollo("square_columns_wide", (-(-n // 1024), -(-m // 64)), 128, g, I(m), I(n), I(64), None, partial))
+        columns = replayed(lambda: apollo("square_columns_wide", (-(-n // 1024), -(-m // 64)), 128, g, I(m), I(n), I(64), None, partial))
         flat_apply = [w, L(n), g, I(m), I(n), L(0), None, f, I(by), one, F(0.999), I(1), STREAM, zero, zero]
-        applying = timed(lambda: apollo("apply_wide", (32 * MULTIPROCESSORS,), 256, *flat_apply))
-        numbers = timed(lambda: apollo("projection", (-(-64 * min(m, n) // 1024),), 256, STREAM, L(64 * min(m, n)), F(0.125), None, p, L(64 * min(m, n))))
+        applying = replayed(lambda: apollo("apply_wide", (32 * MULTIPROCESSORS,), 256, *flat_apply))
+        numbers = replayed(lambda: apollo("projection", (-(-64 * min(m, n) // 1024),), 256, STREAM, L(64 * min(m, n)), F(0.125), None, p, L(64 * min(m, n))))
         print(f"time {m} {n} {t} us: gram_norm {ms * 1e3:.0f} ({t * t * channels / ms / 1e9:.0f} TFLOP/s of half), S P {first * 1e3:.0f}, C Z {second * 1e3:.0f}, "
               f"S S^T {self_ * 1e3:.0f}, dW {dw * 1e3:.0f}, moments tall {old * 1e3:.0f} wide {tall * 1e3:.0f} flat {flat * 1e3:.0f}, judge {judging * 1e3:.0f}, "
               f"rows {rows * 1e3:.0f}, columns {columns * 1e3:.0f}, apply {applying * 1e3:.0f}, projection {numbers * 1e3:.0f}; matrix {2 * m * n / 4.1e6:.0f}")
