@@ -201,8 +201,23 @@ impl Sizes {
         let widest = self.inner.max(self.most(|m| m.widest));
         // The last: gradients of linears with one input, added in f32 where these do not lie one behind the other.
         let mixer = self.most(|m| m.backward) + 2 * n * self.h + 4 * n * self.h;
-        let update = 2 * self.h * widest + 8 * rank.max(1) * widest.max(self.h) + 2 * n * self.h;
+        let one = 2 * self.h * widest + 8 * rank.max(1) * widest.max(self.h);
+        let update = one.max(self.together(rank)) + 2 * n * self.h;
         mixer.max(update) + self.most(|m| self.kept(m, Keep::All)) + 4 * self.h * 600
+    }
+
+    /// Of a layer's matrices that are updated together, without their gradients: projections and projected gradients, products
+    /// of every two tokens' rows, and one more input.
+    fn together(&self, rank: u64) -> u64 {
+        let (n, mixer) = (self.trained, self.most(|m| m.widest).max(self.h));
+        if super::update::FEW as u64 * n > self.h {
+            return 0;
+        }
+        8 * rank * (3 * self.inner.max(self.h) + 4 * mixer)
+            + 28 * rank * self.h
+            + 96 * rank * n
+            + 28 * n * n
+            + 2 * n * self.h
     }
 
     /// What an update beside the backward pass takes: its scratch, and what the layer above still holds of its own.
@@ -212,7 +227,8 @@ impl Sizes {
         }
         let widest = self.inner.max(self.most(|m| m.widest));
         let matrix = self.h * widest;
-        let layer = 2 * matrix + 2 * matrix / 64 + 24 * rank.max(1) * widest + 2 * self.trained * self.h;
+        let one = 2 * matrix + 2 * matrix / 64 + 24 * rank.max(1) * widest;
+        let layer = one.max(self.together(rank)) + 2 * self.trained * self.h;
         let chunk = 2 * (super::update::VOCABULARY as u64).min(self.vocabulary * self.h)
             + 8 * rank.max(1) * self.vocabulary
             + 48 * self.vocabulary
