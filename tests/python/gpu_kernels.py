@@ -1087,34 +1087,26 @@ def optimizer():
                        torch.ones(1, device=DEV), F(0.9), I(1), STREAM, one, two)
                 if int(one) != code or int(two) != (code == 2) or not torch.equal(w, old):
                     failures.append(f"judge {bad}")
-            # Twice: the halves of a projection.
-            for rank in (4, 64, 100):
-                if not tall:
-                    continue
+            for rank in (4, 64, 100) if tall else ():
                 r = random(m, 2 * rank, dtype=f32)
                 full = r[:, :rank] + r[:, rank:]
                 mm, vv = random(m, rank, dtype=f32), random(m, rank, dtype=f32).abs()
                 wm, wv = 0.9 * mm + 0.1 * full, 0.99 * vv + 0.01 * full * full
                 f = (wm / (wv.sqrt() + 1e-8)).double().pow(2).sum(1).sqrt() / (full.double().pow(2).sum(1).sqrt() + 1e-8)
-                m0, v0 = mm.clone(), vv.clone()
-                for given in (squares, None):
-                    mm, vv = m0.clone(), v0.clone()
-                    last, fs, gain = torch.tensor([0.5], device=DEV), poison(m, dtype=f32), poison(1, dtype=f32)
-                    limits = struct(Limits, squares=given, sums=poison(m, dtype=torch.float64), last=last, factors=fs, gain=gain,
-                                    counter=counter, growth=1.01, rate=0.25, by_channel=1)
-                    apollo("moments_tall_wide", (-(-m // 64),), 256, r, I(1), I(m), I(rank), F(0.9), F(0.99), F(1e-8), mm, vv,
-                           limits, verdict, halted)
-                    check("moments wide m", mm, wm, 1e-6)
-                    check("moments wide v", vv, wv, 1e-6)
-                    check("factors wide", fs, f, 1e-5)
-                    if given is None:
-                        if last.item() != 0.5 or not torch.isnan(gain).all() or counter.item():
-                            failures.append("moments wide beside")
-                        continue
-                    length = (f * f * squares.double()).sum().sqrt()
-                    shrink = max(float(length) / (0.5 + 1e-8), 1.01) / 1.01
-                    check("factors wide gain", gain, torch.tensor([0.25 / shrink], device=DEV), 1e-5)
-                    check("factors wide last", last, length[None] / shrink, 1e-5)
+                last, fs, gain = torch.tensor([0.5], device=DEV), poison(m, dtype=f32), poison(1, dtype=f32)
+                limits = struct(Limits, squares=squares, sums=poison(m, dtype=torch.float64), last=last, factors=fs, gain=gain,
+                                counter=counter, growth=1.01, rate=0.25, by_channel=1)
+                apollo("moments_tall_wide", (-(-m // 64),), 256, r, I(1), I(m), I(rank), F(0.9), F(0.99), F(1e-8), mm, vv, limits,
+                       verdict, halted)
+                check("moments wide m", mm, wm, 1e-6)
+                check("moments wide v", vv, wv, 1e-6)
+                check("factors wide", fs, f, 1e-5)
+                length = (f * f * squares.double()).sum().sqrt()
+                shrink = max(float(length) / (0.5 + 1e-8), 1.01) / 1.01
+                check("factors wide gain", gain, torch.tensor([0.25 / shrink], device=DEV), 1e-5)
+                check("factors wide last", last, length[None] / shrink, 1e-5)
+                if counter.item():
+                    failures.append("moments wide counter")
     m, n = 40, 24
     g, w = random(7, n, dtype=f32), random(m, n, dtype=f32)
     rows = torch.full((m,), -1, device=DEV, dtype=torch.int32)
@@ -1159,10 +1151,6 @@ def optimizer():
 
 # ---- the update from a gradient's factors
 
-class Norm(ctypes.Structure):
-    _fields_ = [(n, P) for n in "sums last gain counter".split()] + [("growth", F), ("rate", F)]
-
-
 class Update(ctypes.Structure):
     _fields_ = [(n, I) for n in "m n tokens late".split()] + \
         [("factors", P), ("by", I), ("gain", P), ("keep", F), ("stochastic", I), ("s", Stream), ("verdict", P), ("halted", P)]
@@ -1170,6 +1158,23 @@ class Update(ctypes.Structure):
 
 class Map(ctypes.Structure):
     _fields_ = [("words", ctypes.c_uint64 * 16)]
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [(n, P) for n in "split r m v factors verdict".split()] + [(n, I) for n in "count inner channels tall".split()] + \
+        [("numbers", Stream)]
+
+
+class Matrices(ctypes.Structure):
+    _fields_ = [("of", Matrix * 8)]
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [(n, P) for n in "gram factors last gain verdict".split()] + [("channels", I), ("rate", F)]
+
+
+class Norms(ctypes.Structure):
+    _fields_ = [("side", Map * 8), ("of", Norm * 8)]
 
 
 def tile_map(x, high):
@@ -1202,13 +1207,18 @@ def launch_update(name, dy, x, w, factors, by, gain, keep, random_bits, stream, 
     apollo_hopper(name, (blocks,), 256, tile_map(dy, 64), tile_map(x, 64), tile_map(w, 128), a, shared=SHARED)
 
 
-def launch_norm(c, gram, tokens, factors, sums, last, gain, counter, verdict, halted, growth=1.01, rate=0.25):
+def launch_norms(sides, grams, tokens, factors, lasts, gains, sums, counters, verdicts, halted, growth=1.01, rate=0.25):
     low = -(-tokens // 128)
     pairs = low * (low + 1) // 2
-    parts = max(1, min(2 * MULTIPROCESSORS // pairs, -(-(-(-c.shape[1] // 64)) // 4)))
-    norm = struct(Norm, sums=sums, last=last, gain=gain, counter=counter, growth=growth, rate=rate)
-    apollo_hopper("gram_norm", (pairs, parts), 256, tile_map(c, 128), gram, I(gram.stride(0)), I(tokens), I(c.shape[1]), factors,
-                  norm, verdict, halted, shared=SHARED)
+    least = min(-(-c.shape[1] // 64) for c in sides)
+    parts = max(1, min(-(-2 * MULTIPROCESSORS // (pairs * len(sides))), -(-least // 4)))
+    norms = Norms()
+    for i, (c, gram) in enumerate(zip(sides, grams)):
+        norms.side[i] = tile_map(c, 128)
+        norms.of[i] = struct(Norm, gram=gram, factors=factors[i], last=lasts[i:], gain=gains[i:], verdict=verdicts[i:], channels=c.shape[1],
+                             rate=rate * (i + 1))
+    apollo_hopper("gram_norms", (pairs, parts, len(sides)), 256, norms, I(grams[0].stride(0)), I(tokens), F(growth), sums, halted,
+                  counters, shared=SHARED)
 
 
 def factored():
@@ -1221,34 +1231,71 @@ def factored():
     x, y = random(37, 24, dtype=f32), poison(37, 24)
     apollo("split_sums", (-(-37 * 12 // 256),), 256, x, I(37), I(12), y)
     check("split_sums", y[:, :12].float() + y[:, 12:].float(), x[:, :12] + x[:, 12:], 2e-5)
-    for bad, code in ((1.0, 0), (0.0, 1), (math.nan, 2), (math.inf, 2), (1e38, 2)):
-        r = torch.zeros(100004, device=DEV)
-        r[77777] = bad
-        one, two = torch.full((1,), 7, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32)
-        judge = struct(Judge, sums=sums, verdict=one, halted=two, counter=counter, limit=1e30, total=40)
-        apollo("judge_projection", (40,), 256, r, L(100004), judge)
-        if (one.item(), two.item(), counter.item()) != (code, int(code == 2), 0):
-            failures.append(f"judge_projection {bad}")
+    # Several matrices at once: their projections' numbers, judges and moments. One that is bad holds all of them back.
+    counters = torch.zeros(8, device=DEV, dtype=torch.int32)
+    shapes = [(1000, 72, 1), (520, 96, 0), (64, 64, 1), (4096, 100, 0), (777, 300, 1)]  # channels, the other side, tall
+    for rank in (4, 64):
+        for spoilt, value, code in ((-1, 0, 0), (0, math.nan, 2), (4, math.inf, 2), (2, 1e38, 2), (3, 0.0, 1)):
+            all_, of = Matrices(), []
+            verdicts, two = torch.full((5,), 7, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32)
+            for i, (channels, other, tall) in enumerate(shapes):
+                shape = (channels, 2 * rank) if tall else (2 * rank, channels)
+                r = random(*shape, dtype=f32)
+                if i == spoilt:
+                    r = r * 0
+                    r.view(-1)[r.numel() // 2] = value
+                full = r[:, :rank] + r[:, rank:] if tall else r[:rank] + r[rank:]
+                mm, vv = random(*full.shape, dtype=f32), random(*full.shape, dtype=f32).abs()
+                split, fs = poison(2 * rank * other), poison(channels, dtype=f32)
+                numbers = Stream(5, 6, 7 + i, 2, 9)
+                of.append((r, full, mm, vv, mm.clone(), vv.clone(), split, fs, numbers))
+                all_.of[i] = struct(Matrix, split=split, r=r, m=mm, v=vv, factors=fs, verdict=verdicts[i:], count=rank * other,
+                                    inner=rank * other if tall else rank, channels=channels, tall=tall, numbers=numbers)
+            apollo("projections", (-(-rank * 300 // 1024), 5), 256, all_, F(0.25))
+            apollo("judge_projections", (7, 5), 256, all_, I(rank), sums, F(1e30), two, counters)
+            apollo("moments_all", (-(-4096 // 32), 5), 256, all_, I(rank), F(0.9), F(0.99), F(1e-8), two)
+            wanted = [1 if code == 2 else 0] * 5
+            if spoilt >= 0:
+                wanted[spoilt] = code
+            if verdicts.tolist() != wanted or two.item() != (code == 2) or counters.any():
+                failures.append(f"judge_projections {spoilt} {value}: {verdicts.tolist()} {two.item()}")
+            for i, ((r, full, mm, vv, m0, v0, split, fs, numbers), (channels, other, tall)) in enumerate(zip(of, shapes)):
+                one = poison(2 * rank * other)
+                apollo("projection", (-(-rank * other // 1024),), 256, numbers, L(rank * other), F(0.25), None, one,
+                       L(rank * other if tall else rank))
+                check("projections", split, one, 0)
+                if wanted[i]:
+                    check("moments_all leaves", mm, m0, 0)
+                    check("moments_all leaves v", vv, v0, 0)
+                    continue
+                wm, wv = 0.9 * m0 + 0.1 * full, 0.99 * v0 + 0.01 * full * full
+                along = 1 if tall else 0
+                f = (wm / (wv.sqrt() + 1e-8)).double().pow(2).sum(along).sqrt() / (full.double().pow(2).sum(along).sqrt() + 1e-8)
+                check("moments_all m", mm, wm, 1e-6)
+                check("moments_all v", vv, wv, 1e-6)
+                check("moments_all factors", fs, f, 1e-5)
     sizes = [(128, 128, 64), (256, 128, 200), (1000, 512, 473), (512, 1000, 473), (48, 136, 3), (1001, 264, 1), (2048, 1024, 256),
              (4096, 1536, 1023)]
     for m, n, t in sizes:
         dy, x = random(t, (m + 31) // 8 * 8)[:, 8 : 8 + m], random(t, (n + 31) // 8 * 8)[:, 16 : 16 + n]
         want_g = dy.double().T @ x.double()
-        # The norm, from either side, of a scaled gradient.
-        for by, c, other in ((1, dy, x), (2, x, dy)):
-            f = random(c.shape[1], dtype=f32).abs() + 0.5
-            gram = poison(t, -(-t // 8) * 8, dtype=f32)
+        # The norm, from either side, of a scaled gradient; and of one that is held back.
+        sides, others = (dy, x, dy), (x, dy, x)
+        factors = [random(c.shape[1], dtype=f32).abs() + 0.5 for c in sides]
+        grams = [poison(t, -(-t // 8) * 8, dtype=f32) for _ in sides]
+        for gram, other in zip(grams, others):
             gram[:, :t] = other.float() @ other.float().T
-            scaled = want_g * (f.double()[:, None] if by == 1 else f.double()[None])
-            for before in (-1.0, 0.5):
-                last, gain = torch.tensor([before], device=DEV), poison(1, dtype=f32)
-                launch_norm(c, gram, t, f, sums, last, gain, counter, verdict, halted)
-                length = scaled.norm()
+        verdicts = torch.tensor([0, 0, 1], device=DEV, dtype=torch.int32)
+        for before in (-1.0, 0.5):
+            lasts, gains = torch.full((3,), before, device=DEV), poison(3, dtype=f32)
+            launch_norms(sides, grams, t, factors, lasts, gains, sums, counters, verdicts, halted)
+            for i in range(2):
+                length = (want_g * (factors[i].double()[:, None] if i == 0 else factors[i].double()[None])).norm()
                 shrink = 1 if before < 0 else max(float(length) / (before + 1e-8), 1.01) / 1.01
-                check("norm last", last, length[None] / shrink, 1e-4 if t > 3 else 1e-3)
-                check("norm gain", gain, torch.tensor([0.25 / shrink], device=DEV), 1e-4 if t > 3 else 1e-3)
-                if counter.item():
-                    failures.append("norm counter")
+                check("norm last", lasts[i : i + 1], length[None] / shrink, 1e-4 if t > 3 else 1e-3)
+                check("norm gain", gains[i : i + 1], torch.tensor([0.25 * (i + 1) / shrink], device=DEV), 1e-4 if t > 3 else 1e-3)
+            if counters.any() or lasts[2] != before or not torch.isnan(gains[2]):
+                failures.append("norm beside")
     for name in UPDATES:
         for m, n, t in sizes:
             dy, x = random(t, (m + 31) // 8 * 8)[:, 8 : 8 + m], random(t, (n + 31) // 8 * 8)[:, 16 : 16 + n]
@@ -1303,7 +1350,7 @@ def replayed(f, repeat=5, each=5):
 def time_factored():
     f32 = torch.float32
     zero, counter, one = torch.zeros(1, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32), torch.ones(1, device=DEV)
-    sums = poison(1 << 16, dtype=torch.float64)
+    sums, keep = poison(1 << 16, dtype=torch.float64), []
     for m, n, t in [(17408, 5120, 1023), (5120, 17408, 1023), (12288, 4096, 1024), (17408, 5120, 256), (4096, 4096, 256), (5120, 6144, 1023)]:
         dy, x, w, g = random(t, m), random(t, n), random(m, n, scale=0.02), random(m, n)
         c, s, by = (dy, x, 1) if m >= n else (x, dy, 2)
@@ -1314,16 +1361,23 @@ def time_factored():
                 print(f"time {name} {m} {n} {t} random {bits} late {late}: {ms * 1e3:.0f} us, {2 * m * n * t / ms / 1e9:.0f} TFLOP/s, {4 * m * n / ms / 1e9:.2f} TB/s")
         gram = torch.zeros(t, -(-t // 8) * 8, device=DEV)
         last, gain = -one, one.clone()
-        ms = replayed(lambda: launch_norm(c, gram, t, f, sums, last, gain, counter, zero, zero))
+        ms = replayed(lambda: launch_norms([c], [gram], t, [f], last, gain, sums, counter, zero, zero))
         p, halves, r = random(128, s.shape[1]), random(t, 128), random(channels, 128, dtype=f32)
-        first, second, dw, self_ = (timed(k) for k in (lambda: s @ p.T, lambda: (c.T @ halves), lambda: torch.mm(dy.T, x), lambda: s @ s.T))
+        first, second, dw, self_ = (replayed(k) for k in (lambda: s @ p.T, lambda: (c.T @ halves), lambda: torch.mm(dy.T, x), lambda: s @ s.T))
         mm, vv = random(channels, 64, dtype=f32), random(channels, 64, dtype=f32).abs()
-        limits = struct(Limits, squares=None, sums=sums, last=last, factors=f.clone(), gain=gain, counter=counter, growth=1.01, rate=1.0, by_channel=1)
+        limits = struct(Limits, squares=f, sums=sums, last=last, factors=f.clone(), gain=gain, counter=counter, growth=1.01, rate=1.0, by_channel=1)
         args = (r, I(1), I(channels), I(64), F(0.9), F(0.99), F(1e-8), mm, vv, limits, zero, zero)
         old, tall, flat = (replayed(lambda: apollo(k, (-(-channels // per),), 256, *args))
                            for k, per in (("moments_tall", 8), ("moments_tall_wide", 64), ("moments_flat", 32)))
-        judge = struct(Judge, sums=sums, verdict=zero, halted=zero, counter=counter, limit=1e30, total=1056)
-        judging = replayed(lambda: apollo("judge_projection", (1056,), 256, r, L(r.numel()), judge))
+        all_ = Matrices()
+        for i in range(4):
+            split = poison(128 * min(m, n))
+            keep.append(split)
+            all_.of[i] = struct(Matrix, split=split, r=r, m=mm, v=vv, factors=f.clone(), verdict=zero, count=64 * min(m, n), inner=64 * min(m, n),
+                                channels=channels, tall=int(m >= n), numbers=STREAM)
+        judging = replayed(lambda: apollo("judge_projections", (528, 1), 256, all_, I(64), sums, F(1e30), zero, counter))
+        moving, moving4 = (replayed(lambda: apollo("moments_all", (-(-channels // 32), k), 256, all_, I(64), F(0.9), F(0.99), F(1e-8), zero)) for k in (1, 4))
+        numbers4 = replayed(lambda: apollo("projections", (-(-64 * min(m, n) // 1024), 4), 256, all_, F(0.125)))
         judge = struct(Judge, sums=sums, verdict=zero, halted=zero, counter=counter, limit=1e30, total=-(-m // 32))
         out = poison(channels, dtype=f32)
         rows = replayed(lambda: apollo("square_rows_wide", (-(-m // 32),), 256, g, I(m), I(n), None, None, out, I(0), judge))
@@ -1332,9 +1386,9 @@ def time_factored():
         flat_apply = [w, L(n), g, I(m), I(n), L(0), None, f, I(by), one, F(0.999), I(1), STREAM, zero, zero]
         applying = replayed(lambda: apollo("apply_wide", (32 * MULTIPROCESSORS,), 256, *flat_apply))
         numbers = replayed(lambda: apollo("projection", (-(-64 * min(m, n) // 1024),), 256, STREAM, L(64 * min(m, n)), F(0.125), None, p, L(64 * min(m, n))))
-        print(f"time {m} {n} {t} us: gram_norm {ms * 1e3:.0f} ({t * t * channels / ms / 1e9:.0f} TFLOP/s of half), S P {first * 1e3:.0f}, C Z {second * 1e3:.0f}, "
+        print(f"time {m} {n} {t} us: gram_norms {ms * 1e3:.0f} ({t * t * channels / ms / 1e9:.0f} TFLOP/s of half), S P {first * 1e3:.0f}, C Z {second * 1e3:.0f}, "
               f"S S^T {self_ * 1e3:.0f}, dW {dw * 1e3:.0f}, moments tall {old * 1e3:.0f} wide {tall * 1e3:.0f} flat {flat * 1e3:.0f}, judge {judging * 1e3:.0f}, "
-              f"rows {rows * 1e3:.0f}, columns {columns * 1e3:.0f}, apply {applying * 1e3:.0f}, projection {numbers * 1e3:.0f}; matrix {2 * m * n / 4.1e6:.0f}")
+              f"rows {rows * 1e3:.0f}, columns {columns * 1e3:.0f}, apply {applying * 1e3:.0f}, projection {numbers * 1e3:.0f} of four {numbers4 * 1e3:.0f}, moments_all {moving * 1e3:.0f} of four {moving4 * 1e3:.0f}; matrix {2 * m * n / 4.1e6:.0f}")
 
 
 # ---- how long those take that read and write much

@@ -1,6 +1,7 @@
 //! The arithmetic of one update (see `cpu::apollo`), with the same random numbers and the same rounding to the bit. Whether
 //! a tensor is touched at all is decided on the device, so that the host never waits in the middle of a step.
 
+use super::factored::{Matrices, Matrix};
 use super::{Buffer, Gpu, Part, Result, Weight, blocks, kernels, launch};
 use crate::compute::cpu::weight::Kind;
 use crate::compute::rng::Stream;
@@ -40,7 +41,7 @@ pub struct Verdict {
 }
 
 impl Verdict {
-    pub(super) fn parts(&self) -> (u64, u64) {
+    fn parts(&self) -> (u64, u64) {
         (self.verdict.holds(1, 4), self.halted.holds(1, 4))
     }
 }
@@ -71,11 +72,6 @@ impl<'a> Judge<'a> {
         let counter = self.verdict.counter.holds(1, 4);
         let (sums, total) = (self.sums.part().holds(self.total, 8), self.total as i32);
         JudgeWords { sums, verdict, halted, counter, limit: self.limit, total }
-    }
-
-    /// Of `total` blocks' sums.
-    fn of_blocks(gpu: &Gpu, verdict: &'a Verdict, limit: f32, total: usize) -> Result<Judge<'a>> {
-        Ok(Judge { verdict, limit, sums: gpu.take(8 * total as u64)?, total })
     }
 }
 
@@ -139,11 +135,11 @@ pub enum Factors {
 
 /// The matrix that projects, in the forms that [`project`] takes.
 pub struct Projection {
-    pub(super) rank: usize,
+    rank: usize,
     /// Rank 1: f32.
     single: Option<Buffer>,
     /// Else bf16 twice: rounded, and what rounding lost.
-    pub(super) split: Option<Buffer>,
+    split: Option<Buffer>,
 }
 
 /// Fills a projection of a dimension of `small` to `rank`, in the stream's order (rank x small of a tall matrix, small x rank
@@ -244,12 +240,47 @@ pub(super) fn split_sums(gpu: &Gpu, from: Part, rows: usize, n: usize, to: Part)
     Ok(())
 }
 
-/// Decides on a gradient by its projection, `count` values of f32.
-pub(super) fn judge_projection(gpu: &Gpu, r: Part, count: usize, limit: f32, verdict: &Verdict) -> Result<()> {
-    assert!(count.is_multiple_of(4));
-    let total = blocks(count, 16 * BLOCK).clamp(1, 8 * gpu.device.multiprocessors);
-    let judge = Judge::of_blocks(gpu, verdict, limit, total as usize)?;
-    launch!(gpu, "judge_projection", (total, 1, 1), (BLOCK as u32, 1, 1), 0; r.f32(count), count as i64, judge.words());
+/// [`projection`] of `count` matrices, to a rank above 1.
+pub(super) fn projections(gpu: &Gpu, all: &Matrices, count: usize, rank: usize) -> Result<()> {
+    let most = all.0[..count].iter().map(|m| m.count as usize).max().unwrap_or(0);
+    launch!(gpu, "projections", (blocks(most.div_ceil(4), BLOCK), count as u32, 1), (BLOCK as u32, 1, 1), 0;
+        *all, 1.0 / (rank as f32).sqrt());
+    Ok(())
+}
+
+/// Decides on `count` gradients by their projections in two summands: squares, and their sum, may be at most `limit`.
+pub(super) fn judge_projections(
+    gpu: &Gpu,
+    all: &Matrices,
+    count: usize,
+    rank: usize,
+    limit: f32,
+    halted: Part,
+    counter: Part,
+) -> Result<()> {
+    assert!(rank.is_multiple_of(4));
+    let most = all.0[..count].iter().map(|m| 2 * rank * m.channels as usize).max().unwrap_or(0);
+    let grid = blocks(most, 16 * BLOCK).clamp(1, 4 * gpu.device.multiprocessors);
+    let sums = gpu.take(8 * grid as u64 * count as u64)?;
+    launch!(gpu, "judge_projections", (grid, count as u32, 1), (BLOCK as u32, 1, 1), 0;
+        *all, rank as i32, sums.part().address, limit, halted.holds(1, 4), counter.holds(1, 4));
+    Ok(())
+}
+
+/// Moments of `count` matrices after one more projected gradient in two summands, and factors by channel.
+pub(super) fn moments_all(
+    gpu: &Gpu,
+    all: &Matrices,
+    count: usize,
+    rank: usize,
+    rates: &Rates,
+    halted: Part,
+) -> Result<()> {
+    assert!(rank.is_multiple_of(4));
+    let grid = |m: &Matrix| blocks(m.channels as usize, if m.tall == 1 { 64 } else { COLUMNS });
+    let most = all.0[..count].iter().map(grid).max().unwrap_or(0);
+    launch!(gpu, "moments_all", (most, count as u32, 1), (BLOCK as u32, 1, 1), 0;
+        *all, rank as i32, rates.betas.0, rates.betas.1, rates.eps, halted.holds(1, 4));
     Ok(())
 }
 
@@ -265,8 +296,7 @@ pub struct Rates {
 }
 
 /// Moments, factors and limiter after [`measure`]: `factors` (f32, channels) and `gain` (f32). `last` (f32) is the norm of the
-/// update before, negative for none. Without `squares`, by channel: moments and factors alone ([`super::factored::norm`] makes
-/// the rest).
+/// update before, negative for none.
 #[allow(clippy::too_many_arguments)]
 pub fn factors(
     gpu: &Gpu,
@@ -284,13 +314,12 @@ pub fn factors(
         true => ("moments_tall", BLOCK / 32),
         false => ("moments_flat", COLUMNS),
     };
-    assert!(squares != Part::NONE || by_channel);
     let (halves, grid) = (rank > 1, blocks(channels, per));
     let sums = gpu.take(24 * grid as u64)?;
     let (vp, hp) = verdict.parts();
     let size = rank * channels;
     let limits = Limits {
-        squares: squares.f32_or_none(channels),
+        squares: squares.f32(channels),
         sums: sums.part().address,
         last: last.f32(1),
         factors: factors.f32(channels),

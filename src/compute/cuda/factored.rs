@@ -3,10 +3,11 @@
 //! weights (`kernels/apollo_hopper.cu`). Saves four passes over dW, for products whose cost grows with the square of the
 //! tokens: worth it where these are few beside the matrix's sides.
 
-use super::apollo::{Apply, Factors, Projection, Rates, Verdict, Words, words};
+use super::apollo::{Rates, Words, words};
 use super::matmul::{Operand, Output, matmul};
 use super::{Buffer, Gpu, GpuError, Part, Result, Weight, launch};
 use crate::compute::cpu::weight::Kind;
+use crate::compute::rng::Stream;
 use crate::memory::cuda::CudaError;
 use cudarc::driver::{DeviceRepr, sys};
 
@@ -133,36 +134,228 @@ impl Map {
     }
 }
 
-/// The projected gradient in two summands (f32, see [`super::apollo::measure`]), by which `verdict` is made: its squares, and
-/// their sum, may be at most `limit`. With `P` in two summands, `P dW^T = (P x^T) dy`, whose first product is rounded to two
-/// bf16 again.
-pub fn project(
-    gpu: &Gpu,
-    g: &Product,
-    projection: &Projection,
-    projected: Part,
-    limit: f32,
-    verdict: &Verdict,
-) -> Result<()> {
-    let (channels, other) = g.sides();
-    let (rank, width, tokens, tall) = (projection.rank, 2 * projection.rank, g.tokens, g.tall());
-    let split = projection.split.as_ref().map_or(Part::NONE, Buffer::part);
-    let (sums, halves) = (gpu.f32(tokens * width)?, gpu.bf16(tokens * width)?);
-    let p = if tall { Operand::new(split, other.width).t() } else { Operand::new(split, width) };
-    let from = Operand::new(other.part, other.stride);
-    matmul(gpu, Output::f32(sums.part(), width), tokens, width, other.width, from, p)?;
-    super::apollo::split_sums(gpu, sums.part(), tokens, rank, halves.part())?;
-    let (of, halves) = (Operand::new(channels.part, channels.stride), Operand::new(halves.part(), width));
-    match tall {
-        true => matmul(gpu, Output::f32(projected, width), channels.width, width, tokens, of.t(), halves)?,
-        false => matmul(gpu, Output::f32(projected, channels.width), width, channels.width, tokens, halves.t(), of)?,
-    }
-    super::apollo::judge_projection(gpu, projected, width * channels.width, limit, verdict)
+/// A matrix on its way to an update.
+pub struct Task {
+    pub weight: Weight,
+    pub gradient: Product,
+    /// Numbers of the matrix that projects: see [`super::apollo::projection`].
+    pub numbers: Stream,
+    /// m and v (f32, rank by channel).
+    pub moments: (Part, Part),
+    /// Learning rate with bias correction and scale.
+    pub rate: f32,
+    /// The norm of the update before (f32), negative for none.
+    pub last: Part,
+    pub verdict: Part,
+    /// Of its rounding, where that is stochastic.
+    pub rounding: Option<Stream>,
 }
 
-/// Products of every two tokens' rows of the factor that does not have the channels, for [`norm`]: that of x serves every
-/// tall matrix with that input.
-pub fn gram(gpu: &Gpu, g: &Product) -> Result<Buffer> {
+/// What tasks share. Of `rates`, the rate is each task's own; `halted` as in [`Verdict`](super::apollo::Verdict); `counters`
+/// (i32, [`COUNTERS`]) are zero whenever no kernel runs.
+pub struct Shared<'a> {
+    pub rank: usize,
+    pub rates: &'a Rates,
+    /// `1 - lr * weight_decay`.
+    pub keep: f32,
+    /// The most that squares of a projected gradient may come to.
+    pub limit: f32,
+    pub halted: Part,
+    pub counters: Part,
+}
+
+/// The most tasks of one call of [`update`].
+pub const TASKS: usize = 8;
+pub const COUNTERS: usize = TASKS;
+
+/// As `struct Matrix` in apollo.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Matrix {
+    pub split: u64,
+    pub projected: u64,
+    pub m: u64,
+    pub v: u64,
+    pub factors: u64,
+    pub verdict: u64,
+    pub count: i32,
+    pub inner: i32,
+    pub channels: i32,
+    pub tall: i32,
+    pub numbers: Words,
+}
+
+/// As `struct Matrices` in apollo.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Matrices(pub [Matrix; TASKS]);
+
+// SAFETY: plain numbers in C's layout, the same fields in the same order as the kernels' structs.
+unsafe impl DeviceRepr for Matrices {}
+
+/// As `struct Norm` in the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Norm {
+    gram: u64,
+    factors: u64,
+    last: u64,
+    gain: u64,
+    verdict: u64,
+    channels: i32,
+    rate: f32,
+}
+
+/// As `struct Norms` in the kernels.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Norms {
+    side: [Map; TASKS],
+    of: [Norm; TASKS],
+}
+
+// SAFETY: as above.
+unsafe impl DeviceRepr for Norms {}
+
+/// Tasks one behind the other that are tall and have the same input: one product projects for all of them.
+fn runs(tasks: &[Task]) -> Vec<std::ops::Range<usize>> {
+    let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
+    for (i, task) in tasks.iter().enumerate() {
+        match runs.last_mut() {
+            Some(run)
+                if task.gradient.tall() && tasks[run.start].gradient.tall() && {
+                    let (a, b) = (&task.gradient, &tasks[run.start].gradient);
+                    (a.x, a.x_stride, a.columns) == (b.x, b.x_stride, b.columns)
+                } =>
+            {
+                run.end = i + 1
+            }
+            _ => runs.push(i..i + 1),
+        }
+    }
+    runs
+}
+
+/// Updates matrices whose gradients are products over the same tokens. One whose projection is not finite or too large sets
+/// `halted`, and none of them changes.
+///
+/// With `P` in two summands, `P dW^T = (P x^T) dy` for a tall matrix, whose first product is rounded to two bf16 again; then
+/// moments and factors by channel, the norm of the scaled gradient, and the gain, each for all of them at once.
+pub fn update(gpu: &Gpu, tasks: &[Task], shared: &Shared) -> Result<()> {
+    let Some(first) = tasks.first() else { return Ok(()) };
+    let (rank, tokens) = (shared.rank, first.gradient.tokens);
+    assert!(tasks.len() <= TASKS && tasks.iter().all(|t| t.gradient.tokens == tokens));
+    let width = 2 * rank;
+    // By task, where it begins.
+    let begins = |size: &dyn Fn(&Product) -> usize| {
+        let mut at = 0;
+        let place = |t: &Task| {
+            let begin = at;
+            at += size(&t.gradient);
+            begin
+        };
+        let places: Vec<usize> = tasks.iter().map(place).collect();
+        (places, at)
+    };
+    let channels = |g: &Product| g.sides().0.width;
+    let (numbers_at, count) = begins(&|g| width * g.sides().1.width);
+    let (projected_at, values) = begins(&|g| width * channels(g));
+    let (factors_at, factor_count) = begins(&|g| channels(g).next_multiple_of(4));
+    let (numbers, projected) = (gpu.bf16(count)?, gpu.f32(values)?);
+    let (factors, gains) = (gpu.f32(factor_count)?, gpu.f32(tasks.len())?);
+    let matrix = |(i, t): (usize, &Task)| {
+        let (of, other) = t.gradient.sides();
+        let size = rank * of.width;
+        Matrix {
+            split: numbers.from(2 * numbers_at[i] as u64).bf16(width * other.width),
+            projected: projected.from(4 * projected_at[i] as u64).f32(2 * size),
+            m: t.moments.0.f32(size),
+            v: t.moments.1.f32(size),
+            factors: factors.from(4 * factors_at[i] as u64).f32(of.width),
+            verdict: t.verdict.holds(1, 4),
+            count: (rank * other.width) as i32,
+            // As `projection`: rows of the rounded matrix and then of the rest, or both side by side in every row.
+            inner: if t.gradient.tall() { rank * other.width } else { rank } as i32,
+            channels: of.width as i32,
+            tall: t.gradient.tall() as i32,
+            numbers: words(Some(&t.numbers)),
+        }
+    };
+    let mut matrices = Matrices([matrix((0, first)); TASKS]);
+    tasks.iter().enumerate().for_each(|(i, t)| matrices.0[i] = matrix((i, t)));
+    let halted = shared.halted.holds(1, 4);
+    let counters = shared.counters.holds(COUNTERS, 4);
+
+    super::apollo::projections(gpu, &matrices, tasks.len(), rank)?;
+    let (sums, halves) = (gpu.f32(tasks.len() * tokens * width)?, gpu.bf16(tasks.len() * tokens * width)?);
+    let runs = runs(tasks);
+    for run in &runs {
+        let (_, other) = tasks[run.start].gradient.sides();
+        let p = numbers.from(2 * numbers_at[run.start] as u64);
+        let all = run.len() * width;
+        let p =
+            if tasks[run.start].gradient.tall() { Operand::new(p, other.width).t() } else { Operand::new(p, width) };
+        let out = Output::f32(sums.from((4 * run.start * tokens * width) as u64), all);
+        matmul(gpu, out, tokens, all, other.width, Operand::new(other.part, other.stride), p)?;
+    }
+    super::apollo::split_sums(gpu, sums.part(), tasks.len() * tokens, rank, halves.part())?;
+    for run in &runs {
+        for i in run.clone() {
+            let g = &tasks[i].gradient;
+            let (of, _) = g.sides();
+            let at = 2 * (run.start * tokens + (i - run.start)) * width;
+            let halves = Operand::new(halves.from(at as u64), run.len() * width);
+            let (to, side) = (projected.from(4 * projected_at[i] as u64), Operand::new(of.part, of.stride));
+            match g.tall() {
+                true => matmul(gpu, Output::f32(to, width), of.width, width, tokens, side.t(), halves)?,
+                false => matmul(gpu, Output::f32(to, of.width), width, of.width, tokens, halves.t(), side)?,
+            }
+        }
+    }
+    let (limit, counter) = (shared.limit, shared.counters);
+    super::apollo::judge_projections(gpu, &matrices, tasks.len(), rank, limit, shared.halted, counter)?;
+    super::apollo::moments_all(gpu, &matrices, tasks.len(), rank, shared.rates, shared.halted)?;
+    drop((numbers, projected, sums, halves));
+
+    let mut norms = Norms {
+        side: [Map([0; 16]); TASKS],
+        of: [Norm { gram: 0, factors: 0, last: 0, gain: 0, verdict: 0, channels: 0, rate: 0.0 }; TASKS],
+    };
+    let mut grams = Vec::new();
+    for run in &runs {
+        let gram = gram(gpu, &tasks[run.start].gradient)?;
+        for i in run.clone() {
+            let (t, (side, _)) = (&tasks[i], tasks[i].gradient.sides());
+            norms.side[i] = side.map(gpu, tokens, TILE)?;
+            norms.of[i] = Norm {
+                gram: gram.part().f32(tokens * padded(tokens)),
+                factors: matrices.0[i].factors,
+                last: t.last.f32(1),
+                gain: gains.from(4 * i as u64).f32(1),
+                verdict: matrices.0[i].verdict,
+                channels: side.width as i32,
+                rate: t.rate,
+            };
+        }
+        grams.push(gram);
+    }
+    let low = tokens.div_ceil(TILE);
+    let pairs = low * (low + 1) / 2;
+    let least = tasks.iter().map(|t| channels(&t.gradient).div_ceil(PANEL)).min().unwrap_or(1);
+    // Two blocks a multiprocessor, where a block has at least four panels to go through.
+    let parts = (2 * gpu.device.multiprocessors as usize).div_ceil(pairs * tasks.len()).clamp(1, least.div_ceil(4));
+    let sums = gpu.take(8 * (pairs * parts * tasks.len()) as u64)?;
+    launch!(gpu, "gram_norms", (pairs as u32, parts as u32, tasks.len() as u32), (THREADS, 1, 1), SHARED;
+        norms, padded(tokens) as i32, tokens as i32, shared.rates.growth, sums.part().address, halted, counters);
+    drop((grams, sums));
+    for (i, task) in tasks.iter().enumerate() {
+        apply(gpu, task, matrices.0[i].factors, gains.from(4 * i as u64), shared)?;
+    }
+    Ok(())
+}
+
+/// Products of every two tokens' rows of the factor that does not have the channels.
+fn gram(gpu: &Gpu, g: &Product) -> Result<Buffer> {
     let ((_, side), t) = (g.sides(), g.tokens);
     let out = gpu.f32(t * padded(t))?;
     let of = Operand::new(side.part, side.stride);
@@ -172,53 +365,6 @@ pub fn gram(gpu: &Gpu, g: &Product) -> Result<Buffer> {
 
 fn padded(tokens: usize) -> usize {
     tokens.next_multiple_of(8)
-}
-
-/// As `struct Norm` in the kernels.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-struct Norm {
-    sums: u64,
-    last: u64,
-    gain: u64,
-    counter: u64,
-    growth: f32,
-    rate: f32,
-}
-
-// SAFETY: plain numbers in C's layout, the same fields in the same order as the kernels' struct.
-unsafe impl DeviceRepr for Norm {}
-
-/// `gain` (f32) from the norm of the gradient times `factors` (f32, by channel) and that of the update before, `last`.
-#[allow(clippy::too_many_arguments)]
-pub fn norm(
-    gpu: &Gpu,
-    g: &Product,
-    gram: Part,
-    factors: Part,
-    rates: &Rates,
-    last: Part,
-    gain: Part,
-    verdict: &Verdict,
-) -> Result<()> {
-    let ((side, _), t) = (g.sides(), g.tokens);
-    let (low, chunks) = (t.div_ceil(TILE), side.width.div_ceil(PANEL));
-    let pairs = low * (low + 1) / 2;
-    let parts = (2 * gpu.device.multiprocessors as usize / pairs).clamp(1, chunks.div_ceil(4));
-    let sums = gpu.take(8 * (pairs * parts) as u64)?;
-    let (vp, hp) = verdict.parts();
-    let norm = Norm {
-        sums: sums.part().address,
-        last: last.f32(1),
-        gain: gain.f32(1),
-        counter: verdict.counter.holds(1, 4),
-        growth: rates.growth,
-        rate: rates.rate,
-    };
-    launch!(gpu, "gram_norm", (pairs as u32, parts as u32, 1), (THREADS, 1, 1), SHARED;
-        side.map(gpu, t, TILE)?, gram.f32(t * padded(t)), padded(t) as i32, t as i32, side.width as i32,
-        factors.f32(side.width), norm, vp, hp);
-    Ok(())
 }
 
 /// As `struct Update` in the kernels.
@@ -243,42 +389,28 @@ struct Update {
 unsafe impl DeviceRepr for Update {}
 
 /// `w <- round((w - factor dW gain) keep)`, as [`super::apollo::apply`].
-pub fn update(
-    gpu: &Gpu,
-    w: &Weight,
-    g: &Product,
-    factors: Factors,
-    gain: Part,
-    how: &Apply,
-    verdict: &Verdict,
-) -> Result<()> {
+fn apply(gpu: &Gpu, task: &Task, factors: u64, gain: Part, shared: &Shared) -> Result<()> {
+    let (w, g) = (&task.weight, &task.gradient);
     assert_eq!((w.rows, w.columns), (g.rows, g.columns));
-    let (factors, by) = match factors {
-        Factors::One => (0, 0),
-        Factors::Rows(f) => (f.f32(w.rows), 1),
-        Factors::Columns(f) => (f.f32(w.columns), 2),
-    };
-    assert!(by > 0, "a matrix that is projected to more than one has a factor by channel");
     let side = |part, stride, width| Side { part, stride, width }.map(gpu, g.tokens, PANEL);
     let (dy, x) = (side(g.dy, g.dy_stride, g.rows)?, side(g.x, g.x_stride, g.columns)?);
     let weights = Map::new(gpu, w.address, (w.rows, w.columns, w.stride), TILE)?;
-    let (verdict, halted) = verdict.parts();
-    let a = Update {
+    let update = Update {
         m: w.rows as i32,
         n: w.columns as i32,
         tokens: g.tokens as i32,
         late: gpu.device.multiprocessors as i32,
         factors,
-        by,
+        by: if g.tall() { 1 } else { 2 },
         gain: gain.f32(1),
-        keep: how.keep,
-        stochastic: how.stochastic.is_some() as i32,
-        stream: words(how.stochastic),
-        verdict,
-        halted,
+        keep: shared.keep,
+        stochastic: task.rounding.is_some() as i32,
+        stream: words(task.rounding.as_ref()),
+        verdict: task.verdict.holds(1, 4),
+        halted: shared.halted.holds(1, 4),
     };
     let tiles = w.rows.div_ceil(TILE) * w.columns.div_ceil(TILE);
     launch!(gpu, "update_product", (u32::try_from(tiles).expect("a grid fits 32 bits"), 1, 1), (THREADS, 1, 1), SHARED;
-        dy, x, weights, a);
+        dy, x, weights, update);
     Ok(())
 }

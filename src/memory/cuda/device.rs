@@ -107,6 +107,10 @@ impl fmt::Debug for Device {
     }
 }
 
+/// Bytes of stack for each thread that the device can hold at a time. The driver's own choice, 1024, takes 200 MB of an H200
+/// more, and no kernel here calls anything; what one's registers do not hold, the driver sees to by itself.
+const STACK: usize = 256;
+
 static OPEN: Mutex<Vec<Weak<Device>>> = Mutex::new(Vec::new());
 
 impl Device {
@@ -133,6 +137,11 @@ impl Device {
             attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         );
         let multiprocessors = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        // SAFETY: a number, for the context that was made and bound above.
+        let limited = unsafe { sys::cuCtxSetLimit(sys::CUlimit::CU_LIMIT_STACK_SIZE, STACK) };
+        if let Err(e) = limited.doing("shrink the stacks of the device's threads") {
+            log::debug!("{e}");
+        }
         let (modules, failed) = (Modules::default(), OnceLock::new());
         Ok(Device { id: id.clone(), capability, multiprocessors, context, modules, failed })
     }

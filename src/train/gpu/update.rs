@@ -7,18 +7,16 @@ use super::state::Moments;
 use super::{Context, Result, delta_net};
 use crate::compute::cuda::apollo::{self, Apply, Factors, Gradient, Judge, Rates, Vector, Verdict};
 use crate::compute::cuda::embedding::{self, Lookups};
-use crate::compute::cuda::factored::{self, Product};
+use crate::compute::cuda::factored::{self, Product, Shared, Task};
 use crate::compute::cuda::matmul::Output;
 use crate::compute::cuda::{Buffer, Gpu, Part, Weight, linear, rms_norm};
 use crate::compute::rng::{Purpose, Stream as Random};
 use crate::train::apollo::{form, moment_elements};
-use crate::train::families::Mixer;
+use crate::train::families::{Linear, Mixer};
 use crate::train::settings::Rounding;
 use crate::train::state::{Form, OptimizerState, TensorState};
 use crate::train::step::{LARGEST, StepError};
-use std::cell::RefCell;
 use std::collections::HashMap;
-use std::rc::Rc;
 
 /// Elements of the embedding's or the head's gradient that are in memory at once.
 pub(super) const VOCABULARY: usize = 32 << 20;
@@ -30,30 +28,11 @@ const LIMIT: f32 = (LARGEST * LARGEST) as f32;
 const VECTOR: usize = 1 << 16;
 
 /// A gradient: all there; or made some rows at a time (bf16; `fill(first, rows, to)`); or a product of which that may be done, or
-/// never is. `gram`: see [`Grams`].
+/// never is.
 pub(super) enum Source<'s> {
     Whole(Gradient),
     Parts { at_once: usize, fill: &'s mut dyn FnMut(usize, usize, Part) -> Result<()> },
-    Product { at_once: usize, product: Product, grams: &'s Grams },
-}
-
-/// Products of the rows of an input that several matrices share, made when the first asks.
-#[derive(Default)]
-pub(super) struct Grams(RefCell<Option<Rc<Buffer>>>);
-
-impl Grams {
-    /// For a product whose other factor is that input, where it is tall; one that is not has its own.
-    fn of(&self, gpu: &Gpu, product: &Product) -> Result<Rc<Buffer>> {
-        if !product.tall() {
-            return Ok(Rc::new(factored::gram(gpu, product)?));
-        }
-        if let Some(gram) = &*self.0.borrow() {
-            return Ok(gram.clone());
-        }
-        let gram = Rc::new(factored::gram(gpu, product)?);
-        *self.0.borrow_mut() = Some(gram.clone());
-        Ok(gram)
-    }
+    Product { at_once: usize, product: Product },
 }
 
 impl Source<'_> {
@@ -76,7 +55,7 @@ impl Source<'_> {
 
 /// Is the gradient made for more than a third of a matrix's smaller side's tokens, it is cheaper to have it in memory: what the
 /// norm takes grows with their square.
-const FEW: usize = 3;
+pub(super) const FEW: usize = 3;
 
 /// Who takes gradients.
 pub(super) trait Sink {
@@ -106,15 +85,14 @@ impl Context<'_> {
     pub(super) fn give_layer(&self, g: &LayerGradients, sink: &mut dyn Sink) -> Result<()> {
         let (gpu, a, layer, n) = (self.gpu, self.a, &self.a.layers[g.layer], self.rows.trained);
         let normed = gpu.bf16(n * a.hidden)?;
-        let mut together = |linears: &[&crate::train::families::Linear], dy: &Buffer, x: Part| -> Result<()> {
+        let together = |sink: &mut dyn Sink, linears: &[&Linear], dy: &Buffer, x: Part| -> Result<()> {
             let width: usize = linears.iter().map(|l| l.outputs).sum();
             let mut at = 0;
-            let grams = Grams::default();
             for l in linears {
                 let dy = dy.from(2 * at as u64);
                 let (rows, columns) = (l.outputs, l.inputs);
                 let product = Product { dy, dy_stride: width, x, x_stride: columns, tokens: n, rows, columns };
-                self.give(sink, &l.weight, Source::Product { at_once: rows, product, grams: &grams })?;
+                self.give(sink, &l.weight, Source::Product { at_once: rows, product })?;
                 if let Some(bias) = l.bias.as_ref().filter(|b| self.trains(b)) {
                     let sums = gpu.f32(l.outputs)?;
                     linear::column_sums(gpu, dy, width, n, l.outputs, sums.part())?;
@@ -125,26 +103,34 @@ impl Context<'_> {
             }
             Ok(())
         };
-        together(&[&layer.down], &g.d_out, g.act.part())?;
+        together(sink, &[&layer.down], &g.d_out, g.act.part())?;
         rms_norm::again(gpu, g.x_mid.part(), g.rstd_mid.part(), &self.weight(&layer.post_norm), n, normed.part())?;
         // Weights of the norms are read above and below, before they change.
-        together(&[&layer.gate, &layer.up], &g.d_gate_up, normed.part())?;
+        together(sink, &[&layer.gate, &layer.up], &g.d_gate_up, normed.part())?;
         match (&layer.mixer, &g.mixer) {
             (Mixer::Attention(l), MixerGradients::Attention { attended, .. }) => {
-                together(&[&l.o], &g.d_mid, attended.part())?
+                together(sink, &[&l.o], &g.d_mid, attended.part())?
             }
             (Mixer::DeltaNet(l), MixerGradients::DeltaNet { mixed, .. }) => {
-                together(&[&l.out], &g.d_mid, mixed.part())?
+                together(sink, &[&l.out], &g.d_mid, mixed.part())?
             }
             _ => unreachable!("a layer's gradients are its own mixer's"),
         }
-        rms_norm::again(gpu, g.x_in.part(), g.rstd_in.part(), &self.weight(&layer.input_norm), n, normed.part())?;
+        // The layer's matrices are updated together where they are few rows' products: both stay until then.
+        let normed_in = match FEW * n <= a.hidden {
+            true => gpu.bf16(n * a.hidden)?,
+            false => {
+                sink.done()?;
+                normed
+            }
+        };
+        rms_norm::again(gpu, g.x_in.part(), g.rstd_in.part(), &self.weight(&layer.input_norm), n, normed_in.part())?;
         match (&layer.mixer, &g.mixer) {
             (Mixer::Attention(l), MixerGradients::Attention { d_qkv, .. }) => {
-                together(&[&l.q, &l.k, &l.v], d_qkv, normed.part())?
+                together(sink, &[&l.q, &l.k, &l.v], d_qkv, normed_in.part())?
             }
             (Mixer::DeltaNet(l), MixerGradients::DeltaNet { d_inputs, .. }) => {
-                together(&delta_net::linears(l), d_inputs, normed.part())?
+                together(sink, &delta_net::linears(l), d_inputs, normed_in.part())?
             }
             _ => unreachable!("a layer's gradients are its own mixer's"),
         }
@@ -187,9 +173,10 @@ impl Context<'_> {
     }
 
     pub(super) fn give_own_head(&self, head: &Head, sink: &mut dyn Sink) -> Result<()> {
-        let (product, grams) = (self.head_product(head), Grams::default());
+        let product = self.head_product(head);
         let name = self.a.head.as_ref().expect("asked where the head is a tensor of its own");
-        self.give(sink, name, Source::Product { at_once: self.vocabulary_part(), product, grams: &grams })
+        self.give(sink, name, Source::Product { at_once: self.vocabulary_part(), product })?;
+        sink.done()
     }
 
     /// Sums of the gradient's rows by token.
@@ -332,11 +319,12 @@ pub(super) struct Updater<'u, 'a> {
     places: HashMap<&'a str, (usize, Vec<u64>)>,
     verdicts: Buffer,
     lasts: Buffer,
-    /// Whether a gradient held everything back, and the kernels' counter.
+    /// Whether a gradient held everything back, and the kernels' counters.
     halted: Buffer,
     done: Vec<(String, Form, usize)>,
-    /// The last of them, where they are vectors: not yet begun.
+    /// What is not yet begun: vectors, which are the last of them, and matrices, which are none of them yet.
     vectors: Vec<Vector>,
+    tasks: Vec<(String, Form, usize, Task)>,
     /// How many of them may have changed their moments or weights, where their verdict lets them.
     begun: usize,
 }
@@ -359,15 +347,66 @@ impl<'u, 'a> Updater<'u, 'a> {
         let last = |name: &str| state.tensors.get(name).and_then(|t| t.last_norm).unwrap_or(-1.0);
         let lasts: Vec<f32> = tensors.iter().map(|(name, _)| last(name)).collect();
         let verdicts = c.gpu.zeros(4 * tensors.len() as u64)?;
-        let (lasts, halted) = (c.gpu.upload(&lasts)?, c.gpu.zeros(8)?);
+        let (lasts, halted) = (c.gpu.upload(&lasts)?, c.gpu.zeros(4 * (1 + factored::COUNTERS as u64))?);
         let places = tensors.into_iter().enumerate().map(|(i, (name, shape))| (name, (i, shape))).collect();
-        let (done, vectors, begun, layer, head) = (Vec::new(), Vec::new(), 0, None, None);
-        Ok(Updater { c, main, layer, head, moments, state, lr, places, verdicts, lasts, halted, done, vectors, begun })
+        let (done, vectors, tasks, begun, layer, head) = (Vec::new(), Vec::new(), Vec::new(), 0, None, None);
+        Ok(Updater {
+            c,
+            main,
+            layer,
+            head,
+            moments,
+            state,
+            lr,
+            places,
+            verdicts,
+            lasts,
+            halted,
+            done,
+            vectors,
+            tasks,
+            begun,
+        })
     }
 
     fn verdict(&self, place: usize) -> Verdict {
         let (halted, counter) = (self.halted.part(), self.halted.from(4));
         Verdict { verdict: self.verdicts.from(4 * place as u64), halted, counter }
+    }
+
+    /// Numbers of the optimizer, but for the rate, and what is kept of a weight.
+    fn rates(&self) -> (Rates, f32) {
+        let settings = self.c.settings;
+        let rates = Rates {
+            betas: (settings.betas[0] as f32, settings.betas[1] as f32),
+            eps: settings.eps as f32,
+            rate: 0.0,
+            growth: settings.norm_growth_limit.unwrap_or(0.0) as f32,
+        };
+        (rates, (1.0 - self.lr * settings.weight_decay) as f32)
+    }
+
+    /// Begins the updates of vectors that wait.
+    fn vectors(&mut self) -> Result<()> {
+        self.begun = self.done.len();
+        let (vectors, (rates, keep)) = (std::mem::take(&mut self.vectors), self.rates());
+        let how = (self.c.settings.rounding == Rounding::Stochastic, keep);
+        Ok(apollo::adam_vectors(self.c.gpu, &vectors, &rates, how, LIMIT, &self.verdict(0))?)
+    }
+
+    /// Begins the updates of matrices that wait.
+    fn matrices(&mut self) -> Result<()> {
+        self.vectors()?;
+        let mut tasks = Vec::new();
+        for (name, form, place, task) in std::mem::take(&mut self.tasks) {
+            self.done.push((name, form, place));
+            tasks.push(task);
+        }
+        self.begun = self.done.len();
+        let (rates, keep) = self.rates();
+        let (halted, counters, rank) = (self.halted.part(), self.halted.from(4), self.c.settings.rank());
+        let shared = Shared { rank, rates: &rates, keep, limit: LIMIT, halted, counters };
+        Ok(factored::update(self.c.gpu, &tasks, &shared)?)
     }
 
     /// What is asked from here on sees all that the backward pass has done.
@@ -470,17 +509,9 @@ impl Drop for Updater<'_, '_> {
 
 impl Sink for Updater<'_, '_> {
     fn done(&mut self) -> Result<()> {
-        let settings = self.c.settings;
-        self.begun = self.done.len();
-        let vectors = std::mem::take(&mut self.vectors);
-        let how = (settings.rounding == Rounding::Stochastic, (1.0 - self.lr * settings.weight_decay) as f32);
-        let rates = Rates {
-            betas: (settings.betas[0] as f32, settings.betas[1] as f32),
-            eps: settings.eps as f32,
-            rate: 0.0,
-            growth: 0.0,
-        };
-        Ok(apollo::adam_vectors(self.c.gpu, &vectors, &rates, how, LIMIT, &self.verdict(0))?)
+        // Vectors have their place behind what was done; matrices come after them.
+        self.vectors()?;
+        self.matrices()
     }
 
     fn take(&mut self, name: &str, w: &Weight, source: Source) -> Result<()> {
@@ -494,46 +525,31 @@ impl Sink for Updater<'_, '_> {
         let at = 4 * place as u64;
         let verdict = self.verdict(place);
         let random = Random::new(settings.seed, Purpose::Rounding, name, self.state.step);
-        let how = Apply {
-            stochastic: (settings.rounding == Rounding::Stochastic).then_some(&random),
-            keep: (1.0 - self.lr * settings.weight_decay) as f32,
-        };
+        let (rates, keep) = self.rates();
+        let how = Apply { stochastic: (settings.rounding == Rounding::Stochastic).then_some(&random), keep };
         // Bias correction, after everything else.
         let power = |beta: f64| 1.0 - beta.powf((steps + 1) as f64);
         let rate = self.lr * power(settings.betas[1]).sqrt() / power(settings.betas[0]);
-        let rates = Rates {
-            betas: (settings.betas[0] as f32, settings.betas[1] as f32),
-            eps: settings.eps as f32,
-            rate: rate as f32,
-            growth: settings.norm_growth_limit.unwrap_or(0.0) as f32,
-        };
+        let rates = Rates { rate: rate as f32, ..rates };
         let (m, n) = (w.rows, w.columns);
+        if let (Some(_), Source::Product { product, .. }) = (c.by_factors(w, &source), &source) {
+            let numbers = Random::new(settings.seed, Purpose::Projection, name, steps / settings.proj_refresh);
+            let rounding = how.stochastic.is_some().then_some(random);
+            let (rate, last) = ((rate * settings.scale(m, n)) as f32, self.lasts.from(at));
+            let (weight, gradient, verdict) = (*w, *product, verdict.verdict);
+            let task = Task { weight, gradient, numbers, moments, rate, last, verdict, rounding };
+            self.tasks.push((name.to_string(), form, place, task));
+            return if self.tasks.len() == factored::TASKS { self.matrices() } else { Ok(()) };
+        }
         if let (Form::Adam, Source::Whole(g)) = (form, &source)
             && let (1, true, true, None) = (m, n <= VECTOR, g.wide, g.map)
         {
             self.done.push((name.to_string(), form, place));
             self.vectors.push(Vector::new(w, g.part, moments, rates.rate, &random, verdict.verdict));
-            return if self.vectors.len() == apollo::VECTORS { self.done() } else { Ok(()) };
+            return if self.vectors.len() == apollo::VECTORS { self.vectors() } else { Ok(()) };
         }
-        self.done()?;
+        self.vectors()?;
         self.done.push((name.to_string(), form, place));
-        if let (Some(rank), Source::Product { product, grams, .. }) = (c.by_factors(w, &source), &source) {
-            let rates = Rates { rate: (rate * settings.scale(m, n)) as f32, ..rates };
-            let random_p = Random::new(settings.seed, Purpose::Projection, name, steps / settings.proj_refresh);
-            let (channels, tall) = (m.max(n), product.tall());
-            let projected = gpu.f32(2 * rank * channels)?;
-            let projection = apollo::projection(gpu, &random_p, m.min(n), rank, tall)?;
-            factored::project(gpu, product, &projection, projected.part(), LIMIT, &verdict)?;
-            self.begun = self.done.len();
-            let (factors, gain) = (gpu.f32(channels)?, gpu.f32(1)?);
-            let (sizes, results) = ((channels, rank, tall, true), (factors.part(), gain.part()));
-            let (last, r) = (self.lasts.from(at), projected.part());
-            apollo::factors(gpu, sizes, r, Part::NONE, moments, &rates, last, results, &verdict)?;
-            let gram = grams.of(gpu, product)?;
-            factored::norm(gpu, product, gram.part(), factors.part(), &rates, last, gain.part(), &verdict)?;
-            let factors = if tall { Factors::Rows(factors.part()) } else { Factors::Columns(factors.part()) };
-            return Ok(factored::update(gpu, w, product, factors, gain.part(), &how, &verdict)?);
-        }
         let mut pass = Pass::new(&c, w, source)?;
 
         let (rank, by_channel) = match form {

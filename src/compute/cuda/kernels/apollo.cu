@@ -248,10 +248,19 @@ struct Vector {
 };
 struct Vectors { Vector of[8]; };
 
-extern "C" {
-// `count` normals times `scale` as f32; and for matrix products in bf16, where `split` is given: each as the sum of two bf16,
-// `inner` of the first and then `inner` of the second in turn (inner = count: one after the other).
-__global__ void projection(Stream s, i64 count, float scale, float *p, bf16 *split, i64 inner) {
+// A matrix of several that are updated together: its projection's numbers (see `projection`), its projected gradient in two
+// summands, its moments, factors and what becomes of it.
+struct Matrix {
+    bf16 *split;
+    const float *r;
+    float *m, *v, *factors;
+    int *verdict;
+    int count, inner, channels, tall;
+    Stream numbers;
+};
+struct Matrices { Matrix of[8]; };
+
+__device__ __forceinline__ void normals(const Stream &s, i64 count, float scale, float *p, bf16 *split, i64 inner) {
     const i64 block = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (block * 4 >= count) return;
     const uint4 b = philox(s, (u32)block);
@@ -283,6 +292,98 @@ __global__ void projection(Stream s, i64 count, float scale, float *p, bf16 *spl
     }
 }
 
+// Moments of 64 channels of r, tall, whose rank is a multiple of 4: half a warp a channel. In the first lanes of each half, the
+// sums of squares of r and of m / (sqrt(v) + eps) of the channel whose number comes back, else -1.
+__device__ __forceinline__ i64 moments_of_rows(const float *r, int halves, int channels, int rank, float b1, float b2, float eps,
+                                               float *m, float *v, float &raw, float &normed_) {
+    const int EACH = 4, lane = threadIdx.x & 15;
+    const i64 first = (i64)blockIdx.x * 64 + threadIdx.x / 32 * (2 * EACH) + (threadIdx.x >> 4 & 1);
+    const i64 width = halves ? 2 * rank : rank;
+    float sum[EACH], sum2[EACH];
+#pragma unroll
+    for (int u = 0; u < EACH; u++) sum[u] = sum2[u] = 0;
+    for (int k = 4 * lane; k < rank; k += 64) {
+        // All that is read is asked for before any of it is used.
+        float x[EACH][4], y[EACH][4], mi[EACH][4], vi[EACH][4];
+#pragma unroll
+        for (int u = 0; u < EACH; u++) {
+            const i64 c = min(first + 2 * u, (i64)channels - 1);
+            load<4>(r + c * width + k, x[u]);
+            if (halves) load<4>(r + c * width + rank + k, y[u]);
+            load<4>(m + c * rank + k, mi[u]);
+            load<4>(v + c * rank + k, vi[u]);
+        }
+#pragma unroll
+        for (int u = 0; u < EACH; u++) {
+            const i64 c = first + 2 * u;
+            if (c >= channels) continue;
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float z = halves ? x[u][e] + y[u][e] : x[u][e];
+                mi[u][e] = ADD(MUL(b1, mi[u][e]), MUL(1.f - b1, z));
+                vi[u][e] = ADD(MUL(b2, vi[u][e]), MUL(1.f - b2, MUL(z, z)));
+                const float normed = DIV(mi[u][e], ADD(__fsqrt_rn(vi[u][e]), eps));
+                sum[u] += z * z, sum2[u] += normed * normed;
+            }
+            store<4>(m + c * rank + k, mi[u]);
+            store<4>(v + c * rank + k, vi[u]);
+        }
+    }
+    raw = normed_ = 0;
+#pragma unroll
+    for (int u = 0; u < EACH; u++) {
+#pragma unroll
+        for (int w = 8; w; w /= 2) {
+            sum[u] += __shfl_xor_sync(0xffffffff, sum[u], w);
+            sum2[u] += __shfl_xor_sync(0xffffffff, sum2[u], w);
+        }
+        if (lane == u) raw = sum[u], normed_ = sum2[u];
+    }
+    const i64 c = first + 2 * lane;
+    return lane < EACH && c < channels ? c : -1;
+}
+
+// Moments of 32 channels of r, flat, in a block of 256: 8 slices of the rank.
+__device__ __forceinline__ i64 moments_of_columns(const float *r, int halves, int channels, int rank, float b1, float b2,
+                                                  float eps, float *m, float *v, float &raw, float &normed) {
+    __shared__ float sums[2][8][32];
+    const int lane = threadIdx.x & 31, slice = threadIdx.x / 32;
+    const i64 c = (i64)blockIdx.x * 32 + lane;
+    float sum = 0, sum2 = 0;
+    if (c < channels) {
+#pragma unroll 4
+        for (int k = slice; k < rank; k += 8) {
+            const i64 i = (i64)k * channels + c;
+            const float x = halves ? r[i] + r[i + (i64)rank * channels] : r[i];
+            const float mi = ADD(MUL(b1, m[i]), MUL(1.f - b1, x)), vi = ADD(MUL(b2, v[i]), MUL(1.f - b2, MUL(x, x)));
+            m[i] = mi, v[i] = vi;
+            const float y = DIV(mi, ADD(__fsqrt_rn(vi), eps));
+            sum += x * x, sum2 += y * y;
+        }
+    }
+    sums[0][slice][lane] = sum, sums[1][slice][lane] = sum2;
+    __syncthreads();
+    raw = normed = 0;
+    if (slice == 0 && c < channels) {
+        for (int k = 0; k < 8; k++) raw += sums[0][k][lane], normed += sums[1][k][lane];
+        return c;
+    }
+    return -1;
+}
+
+extern "C" {
+// `count` normals times `scale` as f32; and for matrix products in bf16, where `split` is given: each as the sum of two bf16,
+// `inner` of the first and then `inner` of the second in turn (inner = count: one after the other).
+__global__ void projection(Stream s, i64 count, float scale, float *p, bf16 *split, i64 inner) {
+    normals(s, count, scale, p, split, inner);
+}
+
+// The same for row blockIdx.y of `all`, whose numbers are no more than 2^30.
+__global__ void projections(const Matrices all, float scale) {
+    const Matrix &a = all.of[blockIdx.y];
+    normals(a.numbers, a.count, scale, nullptr, a.split, a.inner);
+}
+
 // y (rows x 2 n, bf16) = sums of the two halves (of n) of each row of x, each as the sum of two bf16, side by side.
 __global__ void split_sums(const float *x, int rows, int n, bf16 *y) {
     const i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -294,17 +395,37 @@ __global__ void split_sums(const float *x, int rows, int n, bf16 *y) {
     y[i + n] = to_bf16(sum - f32(high));
 }
 
-// Judges a gradient by its projection: by all that r (count, a multiple of 4) has.
-__global__ void __launch_bounds__(256) judge_projection(const float *r, i64 count, Judge j) {
+// Judges the gradients of `all` by their projections, in two summands. `sums`: one of every block (gridDim.x for each of them).
+// One that is bad holds back all of them.
+__global__ void __launch_bounds__(256) judge_projections(const Matrices all, int rank, double *sums, float limit, int *halted,
+                                                         int *counter) {
     __shared__ double scratch[32];
+    const Matrix &a = all.of[blockIdx.y];
+    const i64 count = (i64)2 * rank * a.channels;
     float sum = 0;
 #pragma unroll 4
     for (i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < count; i += (i64)gridDim.x * blockDim.x * 4) {
         float x[4];
-        load<4>(r + i, x);
+        load<4>(a.r + i, x);
         sum += x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
     }
-    judge(j, blockIdx.x, block_sum(judged(sum, j.limit), scratch));
+    const double own = block_sum(judged(sum, limit), scratch);
+    if (threadIdx.x == 0) sums[blockIdx.y * gridDim.x + blockIdx.x] = own;
+    if (!last_of(gridDim.x * gridDim.y, counter)) return;
+    bool bad = false;
+    for (int k = 0; k < gridDim.y; k++) {
+        double square = 0;
+        for (int i = threadIdx.x; i < gridDim.x; i += blockDim.x) square += number(sums + k * gridDim.x + i);
+        square = block_sum(square, scratch);
+        const bool large = !(square <= limit);
+        if (threadIdx.x == 0) *all.of[k].verdict = large ? BAD : square == 0 ? ZERO : 0;
+        bad |= large;
+    }
+    if (!bad || threadIdx.x) return;
+    *halted = 1;
+    // What is not touched is said not to be.
+    for (int k = 0; k < gridDim.y; k++)
+        if (*all.of[k].verdict == 0) *all.of[k].verdict = ZERO;
 }
 
 // squares (rows) = sums of squares of the rows of g, a warp each; with `p` (n): r (rows) = g p, the projection to rank 1. Rows
@@ -392,7 +513,7 @@ __global__ void __launch_bounds__(256) sum_columns(const float *partial, int cou
 
 // What the moments' blocks leave for the last of them, which makes the factors' limit of it.
 struct Limits {
-    const float *squares; // by channel, of the gradient; or none, where its norm is made elsewhere: then factors are all
+    const float *squares; // by channel, of the gradient
     double *sums;         // three of every block
     float *last, *factors, *gain;
     int *counter;
@@ -405,7 +526,7 @@ __device__ __forceinline__ void channel(const Limits &f, i64 c, float raw, float
     if (f.by_channel) {
         const double x = sqrt((double)normed) / (sqrt((double)raw) + TINY);
         f.factors[c] = (float)x;
-        if (f.squares) part[0] += x * x * f.squares[c];
+        part[0] += x * x * f.squares[c];
     } else part[0] += raw, part[1] += normed, part[2] += f.squares[c];
 }
 
@@ -413,7 +534,6 @@ __device__ __forceinline__ void channel(const Limits &f, i64 c, float raw, float
 // the limiter takes.
 __device__ __forceinline__ void limit(const Limits &f, i64 channels, double (&part)[3]) {
     __shared__ double scratch[32];
-    if (!f.squares) return;
     const int planes = f.by_channel ? 1 : 3;
     for (int k = 0; k < planes; k++) {
         part[k] = block_sum(part[k], scratch);
@@ -474,52 +594,10 @@ __global__ void __launch_bounds__(256) moments_tall_wide(const float *r, int hal
                                                          float eps, float *m, float *v, Limits f, const int *verdict,
                                                          const int *halted) {
     if (*verdict || *halted) return;
-    const int EACH = 4, lane = threadIdx.x & 15;
-    const i64 first = (i64)blockIdx.x * 64 + threadIdx.x / 32 * (2 * EACH) + (threadIdx.x >> 4 & 1);
-    const i64 width = halves ? 2 * rank : rank;
-    float sum[EACH], sum2[EACH];
-#pragma unroll
-    for (int u = 0; u < EACH; u++) sum[u] = sum2[u] = 0;
-    for (int k = 4 * lane; k < rank; k += 64) {
-        // All that is read is asked for before any of it is used.
-        float x[EACH][4], y[EACH][4], mi[EACH][4], vi[EACH][4];
-#pragma unroll
-        for (int u = 0; u < EACH; u++) {
-            const i64 c = min(first + 2 * u, (i64)channels - 1);
-            load<4>(r + c * width + k, x[u]);
-            if (halves) load<4>(r + c * width + rank + k, y[u]);
-            load<4>(m + c * rank + k, mi[u]);
-            load<4>(v + c * rank + k, vi[u]);
-        }
-#pragma unroll
-        for (int u = 0; u < EACH; u++) {
-            const i64 c = first + 2 * u;
-            if (c >= channels) continue;
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const float z = halves ? x[u][e] + y[u][e] : x[u][e];
-                mi[u][e] = ADD(MUL(b1, mi[u][e]), MUL(1.f - b1, z));
-                vi[u][e] = ADD(MUL(b2, vi[u][e]), MUL(1.f - b2, MUL(z, z)));
-                const float normed = DIV(mi[u][e], ADD(__fsqrt_rn(vi[u][e]), eps));
-                sum[u] += z * z, sum2[u] += normed * normed;
-            }
-            store<4>(m + c * rank + k, mi[u]);
-            store<4>(v + c * rank + k, vi[u]);
-        }
-    }
-    float raw = 0, normed = 0;
-#pragma unroll
-    for (int u = 0; u < EACH; u++) {
-#pragma unroll
-        for (int w = 8; w; w /= 2) {
-            sum[u] += __shfl_xor_sync(0xffffffff, sum[u], w);
-            sum2[u] += __shfl_xor_sync(0xffffffff, sum2[u], w);
-        }
-        if (lane == u) raw = sum[u], normed = sum2[u];
-    }
+    float raw, normed;
     double part[3] = {0, 0, 0};
-    const i64 c = first + 2 * lane;
-    if (lane < EACH && c < channels) channel(f, c, raw, normed, part);
+    const i64 c = moments_of_rows(r, halves, channels, rank, b1, b2, eps, m, v, raw, normed);
+    if (c >= 0) channel(f, c, raw, normed, part);
     limit(f, channels, part);
 }
 
@@ -527,31 +605,23 @@ __global__ void __launch_bounds__(256) moments_tall_wide(const float *r, int hal
 __global__ void __launch_bounds__(256) moments_flat(const float *r, int halves, int channels, int rank, float b1, float b2,
                                                     float eps, float *m, float *v, Limits f, const int *verdict,
                                                     const int *halted) {
-    __shared__ float sums[2][8][32];
     if (*verdict || *halted) return;
-    const int lane = threadIdx.x & 31, slice = threadIdx.x / 32;
-    const i64 c = (i64)blockIdx.x * 32 + lane;
-    float sum = 0, sum2 = 0;
-    if (c < channels) {
-#pragma unroll 4
-        for (int k = slice; k < rank; k += 8) {
-            const i64 i = (i64)k * channels + c;
-            const float x = halves ? r[i] + r[i + (i64)rank * channels] : r[i];
-            const float mi = ADD(MUL(b1, m[i]), MUL(1.f - b1, x)), vi = ADD(MUL(b2, v[i]), MUL(1.f - b2, MUL(x, x)));
-            m[i] = mi, v[i] = vi;
-            const float y = DIV(mi, ADD(__fsqrt_rn(vi), eps));
-            sum += x * x, sum2 += y * y;
-        }
-    }
-    sums[0][slice][lane] = sum, sums[1][slice][lane] = sum2;
-    __syncthreads();
+    float raw, normed;
     double part[3] = {0, 0, 0};
-    if (slice == 0 && c < channels) {
-        sum = sum2 = 0;
-        for (int k = 0; k < 8; k++) sum += sums[0][k][lane], sum2 += sums[1][k][lane];
-        channel(f, c, sum, sum2, part);
-    }
+    const i64 c = moments_of_columns(r, halves, channels, rank, b1, b2, eps, m, v, raw, normed);
+    if (c >= 0) channel(f, c, raw, normed, part);
     limit(f, channels, part);
+}
+
+// Moments and factors by channel of matrix blockIdx.y of `all`, of a rank in multiples of 4.
+__global__ void __launch_bounds__(256) moments_all(const Matrices all, int rank, float b1, float b2, float eps,
+                                                   const int *halted) {
+    const Matrix &a = all.of[blockIdx.y];
+    if (*a.verdict || *halted || (i64)blockIdx.x * (a.tall ? 64 : 32) >= a.channels) return;
+    float raw, normed;
+    const i64 c = a.tall ? moments_of_rows(a.r, 1, a.channels, rank, b1, b2, eps, a.m, a.v, raw, normed)
+                         : moments_of_columns(a.r, 1, a.channels, rank, b1, b2, eps, a.m, a.v, raw, normed);
+    if (c >= 0) a.factors[c] = (float)(sqrt((double)normed) / (sqrt((double)raw) + TINY));
 }
 
 // w <- round((w - factor g) keep) for rows first .. of a matrix of n columns, its rows ld apart. Factors by row (1), by

@@ -363,23 +363,32 @@ update_product_four(const __grid_constant__ Map dy, const __grid_constant__ Map 
 }
 
 
-// What the norm's blocks leave for the last of them, which makes the limiter of it: as in apollo.cu.
+// A matrix of several whose norms are made together.
 struct Norm {
-    double *sums; // of every block
-    float *last, *gain;
-    int *counter;
-    float growth, rate;
+    const float *gram, *factors;
+    float *last, *gain; // the norm of the update before, negative before the first; what multiplies the gradient besides
+    const int *verdict;
+    int channels;
+    float rate;
+};
+struct Norms {
+    Map side[8];
+    Norm of[8];
 };
 
-// The norm of F dW (see above), and from it the gain. `side`: C, rows of tokens, channels wide; `gram` (tokens x ld, f32):
-// S S^T, of which what lies on or below the diagonal is read. Block (pair, part): a tile of 128 x 128 of C F^2 C^T on or below the
-// diagonal, of the channels 64 first .. that are the part's.
+// The norm of F dW (see above), and from it the gain: the rate over what the limiter takes, as in apollo.cu. `side`: C, rows of
+// tokens, channels wide; `gram` (tokens x ld, f32): S S^T, of which what lies on or below the diagonal is read. Block (pair, part,
+// matrix): a tile of 128 x 128 of C F^2 C^T on or below the diagonal, of the channels 64 first .. that are the part's. `sums`: one of
+// every block.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-gram_norm(const __grid_constant__ Map side, const float *gram, int ld, int tokens, int channels, const float *factors, Norm f,
-          const int *verdict, const int *halted) {
+gram_norms(const __grid_constant__ Norms all, int ld, int tokens, float growth, double *sums, const int *halted, int *counters) {
     __shared__ __align__(8) u64 barriers[2 * STAGES];
     __shared__ double scratch[32];
-    if (*verdict || *halted) return;
+    const Norm &f = all.of[blockIdx.z];
+    if (*f.verdict || *halted) return;
+    const Map &side = all.side[blockIdx.z];
+    const float *factors = f.factors;
+    const int channels = f.channels;
     int low = 0, pair = blockIdx.x;
     while (pair > low) pair -= ++low;
     const int a0 = low * TILE, b0 = pair * TILE;
@@ -448,7 +457,7 @@ gram_norm(const __grid_constant__ Map side, const float *gram, int ld, int token
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         if (top + 8 * half >= tokens) continue;
-        const float *other = gram + (i64)(top + 8 * half) * ld + b0 + 2 * q;
+        const float *other = f.gram + (i64)(top + 8 * half) * ld + b0 + 2 * q;
 #pragma unroll
         for (int j = 0; j < 16; j++) {
             // Rows of `gram` are whole pairs: there is a number beside the last.
@@ -458,20 +467,21 @@ gram_norm(const __grid_constant__ Map side, const float *gram, int ld, int token
             if (b0 + 8 * j + 2 * q + 1 < tokens) sum += c[4 * j + 2 * half + 1] * g.y;
         }
     }
-    double all = block_sum(square ? sum : 2. * sum, scratch);
+    double square_sum = block_sum(square ? sum : 2. * sum, scratch);
     const int blocks = gridDim.x * gridDim.y;
-    if (threadIdx.x == 0) f.sums[blockIdx.y * gridDim.x + blockIdx.x] = all;
-    if (!last_of(blocks, f.counter)) return;
-    all = 0;
-    for (int i = threadIdx.x; i < blocks; i += blockDim.x) all += number(f.sums + i);
-    all = block_sum(all, scratch);
+    double *own = sums + blockIdx.z * blocks;
+    if (threadIdx.x == 0) own[blockIdx.y * gridDim.x + blockIdx.x] = square_sum;
+    if (!last_of(blocks, counters + blockIdx.z)) return;
+    square_sum = 0;
+    for (int i = threadIdx.x; i < blocks; i += blockDim.x) square_sum += number(own + i);
+    square_sum = block_sum(square_sum, scratch);
     if (threadIdx.x) return;
     // The projection was finite, and so is this, but for a gradient just below what is too large: nothing moves by that.
     const double most = 3e38;
-    const double norm = all <= 0 ? 0 : all < most * most ? fmin(sqrt(all), most) : most;
+    const double norm = square_sum <= 0 ? 0 : square_sum < most * most ? fmin(sqrt(square_sum), most) : most;
     double shrink = 1;
-    if (f.growth > 0) {
-        if (*f.last >= 0) shrink = fmax(norm / ((double)*f.last + TINY), (double)f.growth) / (double)f.growth;
+    if (growth > 0) {
+        if (*f.last >= 0) shrink = fmax(norm / ((double)*f.last + TINY), (double)growth) / (double)growth;
         *f.last = (float)(norm / shrink);
     }
     *f.gain = (float)(f.rate / shrink);
