@@ -952,8 +952,8 @@ class Vectors(ctypes.Structure):
     _fields_ = [("of", Vector * 8)]
 
 
-def struct(kind, **fields):
-    return kind(**{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in fields.items()})
+def struct(of, /, **fields):
+    return of(**{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in fields.items()})
 
 
 STREAM = Stream(5, 6, 7, 2, 9)
