@@ -468,7 +468,7 @@ def norms():
         partial, dw = poison(blocks, h, dtype=torch.float32), poison(h, dtype=torch.float32)
         norm("rms_norm_backward" + wide, (blocks,), block, dy, kept, rstd, w, I(KIND[kind] + 4 * distance), I(n), I(h), index, dx, copy, partial,
              shared=0 if wide else -(-h // 256) * 256 * 4)
-        norm("sum_partial", ((h + 31) // 32,), 256, partial, I(blocks), I(h), dw)
+        norm("sum_partial", ((h + 31) // 32,), 1024, partial, I(blocks), I(h), dw)
         xf, wf = kept.float().requires_grad_(), w.float().requires_grad_()
         torch.nn.functional.rms_norm(xf, (h,), wf + distance, 1e-5).backward(dy.float())
         want = before.clone()
@@ -672,6 +672,7 @@ class Gates(ctypes.Structure):
 
 
 conv, delta, gated, gate = map(Module, ["causal_conv", "delta_rule", "gated_norm", "output_gate"])
+hopper_delta = Module("delta_rule_hopper") if torch.cuda.get_device_capability() == (9, 0) else None
 # Two contexts, the second shorter than the convolution reaches; continuations of both; one alone.
 SPANS = [(0, 70, 0, 0), (70, 72, 0, 0), (72, 240, 0, 70), (240, 241, 70, 2), (241, 400, 70, 2), (400, 463, 0, 0), (463, 591, 0, 70)]
 FROZEN = 72
@@ -768,7 +769,7 @@ def delta_tables(spans, shift):
 
 
 def stage_bytes(stages):
-    return stages * (2 * 64 * 128 * 2 + 5 * 64 * 64 * 2 + 1024)
+    return 2 * (9 * 64 * 64 * 2 + 1024) + 1024 if stages == "hopper" else stages * (2 * 64 * 128 * 2 + 5 * 64 * 64 * 2 + 1024)
 
 
 def backward_bytes(stages):
@@ -779,7 +780,9 @@ class Rule:
     """The kernels of the delta rule on one set of rows, as src/compute/cuda/delta_rule.rs calls them."""
 
     def __init__(self, x, lengths, a, b, a_log, dt_bias, spans, shift, contexts, stages):
-        (self.rows, self.heads), self.stages = a.shape, stages
+        # "hopper": by that module from chunk to chunk, and two stages elsewhere.
+        (self.rows, self.heads), self.stages, stages = a.shape, stages, 2 if stages == "hopper" else stages
+        self.backward_stages = stages
         self.k_heads = (x.shape[1] // 128 - self.heads) // 2
         self.sequences, self.first, self.chunks = delta_tables(spans, shift)
         self.count, n = self.chunks.numel() // 2, self.rows * self.heads
@@ -792,6 +795,12 @@ class Rule:
         self.keep = (a, b, a_log, dt_bias, lengths)
         self.prepare()
 
+    def go(self, name, *args, **more):
+        if self.stages == "hopper":
+            hopper_delta("hopper_" + name, *args, **more)
+        else:
+            delta(name, *args, **more)
+
     def prepare(self):
         delta("delta_chunks", (self.count, self.heads), 128, fields(Delta, **self.fields), self.gates, shared=4 * (2 * 64 * 68 + 4 * 64 + 2))
 
@@ -800,21 +809,21 @@ class Rule:
         total = self.sequences.numel() // 5
         for first, end in ((0, self.first), (self.first, total)):
             if end > first:
-                delta("delta_forward" if "out" in outputs else "delta_news", (2, self.heads, end - first), 256,
-                      fields(Delta, sequences=self.sequences[5 * first :], **self.fields, **outputs),
-                      shared=stage_bytes(self.stages))
+                self.go("delta_forward" if "out" in outputs else "delta_news", (2, self.heads, end - first), 256,
+                        fields(Delta, sequences=self.sequences[5 * first :], **self.fields, **outputs),
+                        shared=stage_bytes(self.stages))
 
     def backward(self, only=None, **more):
         a = fields(Delta, sequences=self.sequences, **self.fields, **more)
         if only != "delta_backward":
-            delta("delta_states", (2, self.heads, self.sequences.numel() // 5), 256, a, shared=stage_bytes(self.stages))
+            self.go("delta_states", (2, self.heads, self.sequences.numel() // 5), 256, a, shared=stage_bytes(self.stages))
         if only != "delta_states":
-            delta("delta_backward", (self.count, self.heads), 256, a, shared=backward_bytes(self.stages))
+            delta("delta_backward", (self.count, self.heads), 256, a, shared=backward_bytes(self.backward_stages))
 
 
 def deltas(cases=((1, 3, 128, 128), (2, 4, 6, 5), (2, 2, 64, 100))):
     for k_heads, heads, k_dim, v_dim in cases:
-        for alike, stages in ((0.0, 2), (1.5, 1)):
+        for alike, stages in ((0.0, 2), (1.5, 1)) + ((0.0, "hopper"), (1.5, "hopper")) * (hopper_delta is not None):
             rows, trained, group = SPANS[-1][1], SPANS[-1][1] - FROZEN, heads // k_heads
             # Keys that resemble each other make a strong A.
             unit = lambda x: torch.nn.functional.normalize(x.float() + alike * torch.randn(1, x.shape[1], k_dim, device=DEV), dim=-1)
@@ -831,7 +840,7 @@ def deltas(cases=((1, 3, 128, 128), (2, 4, 6, 5), (2, 2, 64, 100))):
             contexts, out = poison(n_contexts, heads, 128, 128, dtype=torch.float32), poison(rows, heads * 128)
             rule = Rule(x, lengths, a, b, a_log, dt_bias, SPANS, 0, contexts, stages)
             rule.forward(out=out)
-            what = f"delta {k_heads}/{heads} {k_dim}x{v_dim} {alike}"
+            what = f"delta {k_heads}/{heads} {k_dim}x{v_dim} {alike} {stages}"
             logits = [y.double().requires_grad_() for y in (a, b)]
             small = [y.double().requires_grad_() for y in (a_log, dt_bias)]
             g = -small[0].exp() * torch.nn.functional.softplus(logits[0] + small[1])
@@ -1426,17 +1435,19 @@ def linear_attention_times(rows):
     timed(f"conv_forward {rows}", 4 * rows * channels,
           lambda: conv("conv_forward_wide", (-(-rows // each), groups), 128, c, y, lengths, I(each)))
     a, b = random(rows, heads), random(rows, heads)
-    rule = Rule(y, lengths, a, b, torch.linspace(-5, 1, heads, device=DEV), random(heads), [(0, rows, 0, 0)], 0,
-                poison(1, heads, 128, 128, dtype=f32), 2)
-    out, news, kept = poison(rows, heads * 128), poison(rows, heads * 128), poison(rule.count * heads, 128, 128)
-    timed(f"delta_chunks {rows}", 0, rule.prepare)
-    timed(f"delta_forward {rows}", 0, lambda: rule.forward(out=out))
-    timed(f"delta_news {rows}", 0, lambda: rule.forward(news=news, states=kept))
-    dout, solved, dstates = random(rows, heads * 128), poison(rows, heads * 128), poison(rule.count * heads, 128, 128)
+    out, news = poison(rows, heads * 128), poison(rows, heads * 128)
+    dout, solved = random(rows, heads * 128), poison(rows, heads * 128)
     dq, dk, dg, dbeta = poison(rows, heads * 128), poison(rows, heads * 128), poison(heads, rows, dtype=f32), poison(heads, rows, dtype=f32)
-    more = dict(news=news, states=kept, dout=dout, solved=solved, dstates=dstates, dq=dq, dk=dk, dv=solved, dg=dg, dbeta=dbeta)
-    timed(f"delta_states {rows}", 0, lambda: rule.backward(only="delta_states", **more))
-    timed(f"delta_backward {rows}", 0, lambda: rule.backward(only="delta_backward", **more))
+    a_log, dt_bias, contexts = torch.linspace(-5, 1, heads, device=DEV), random(heads), poison(1, heads, 128, 128, dtype=f32)
+    for stages in (2,) + ("hopper",) * (hopper_delta is not None):
+        rule = Rule(y, lengths, a, b, a_log, dt_bias, [(0, rows, 0, 0)], 0, contexts, stages)
+        kept, dstates = poison(rule.count * heads, 128, 128), poison(rule.count * heads, 128, 128)
+        more = dict(news=news, states=kept, dout=dout, solved=solved, dstates=dstates, dq=dq, dk=dk, dv=solved, dg=dg, dbeta=dbeta)
+        timed(f"delta_chunks {rows}", 0, rule.prepare)
+        timed(f"delta_forward {rows} {stages}", 0, lambda: rule.forward(out=out))
+        timed(f"delta_news {rows} {stages}", 0, lambda: rule.forward(news=news, states=kept))
+        timed(f"delta_states {rows} {stages}", 0, lambda: rule.backward(only="delta_states", **more))
+        timed(f"delta_backward {rows}", 0, lambda: rule.backward(only="delta_backward", **more))
     each, groups = stripe(4)
     partial, dx = poison(-(-rows // each), channels * 4, dtype=f32), poison(rows, ld)
     timed(f"conv_backward {rows}", 2 * rows * (2 * channels + 3 * heads * 128),

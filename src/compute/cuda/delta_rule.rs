@@ -21,6 +21,26 @@ const BACKWARD: usize = 2 * CHUNK * HEAD * 2 + 4 * (21 * CHUNK + 8);
 /// Rows whose shares of the gates' gradients one block sums.
 const STRIPE: usize = 256;
 
+/// The kernels of `delta_rule_hopper.cu`.
+mod hopper {
+    use super::{Arguments, CHUNK, Gpu, Result, launch};
+
+    static KERNELS: crate::memory::cuda::Ptx = crate::memory::cuda::Ptx {
+        name: "compute/delta_rule_hopper",
+        // For 9.0 alone, which `Prepared::new` sees to.
+        baseline: (90, include_str!("kernels/delta_rule_hopper.ptx")),
+        exact: &[],
+    };
+
+    /// Two stages of what a chunk needs, and room to align them.
+    const SHARED: usize = 2 * (9 * CHUNK * CHUNK * 2 + 4 * CHUNK * 4) + 1024;
+
+    pub fn launch(gpu: &Gpu, name: &str, grid: (u32, u32, u32), arguments: Arguments) -> Result<()> {
+        launch!(gpu, name, grid, (256, 1, 1), SHARED as u32; arguments);
+        Ok(())
+    }
+}
+
 /// As `struct Delta` in the kernels.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -154,6 +174,8 @@ pub struct Prepared<'a> {
     scores: Buffer,
     /// Chunks in shared memory at once: the next comes while one is worked on, where there is room (227 KB).
     stages: usize,
+    /// Are there Hopper's own kernels for what goes from chunk to chunk?
+    hopper: bool,
 }
 
 /// Elements of the states of one context, padded.
@@ -187,6 +209,7 @@ impl<'a> Prepared<'a> {
             inverse: gpu.bf16(squares)?,
             scores: gpu.bf16(squares)?,
             stages: if matches!(gpu.device.capability, (9 | 10, 0)) && !gpu.is_portable() { 2 } else { 1 },
+            hopper: gpu.device.capability == (9, 0) && !gpu.is_portable(),
         };
         launch!(gpu, "delta_chunks", (plan.chunk_count as u32, heads as u32, 1), (128, 1, 1), CHUNKS as u32;
             p.arguments(), gates.arguments(rows, heads));
@@ -216,10 +239,6 @@ impl<'a> Prepared<'a> {
         }
     }
 
-    fn shared(&self) -> u32 {
-        (self.stages * STAGE) as u32
-    }
-
     fn values(&self) -> usize {
         self.plan.rows * self.shape.v_heads * HEAD
     }
@@ -228,13 +247,22 @@ impl<'a> Prepared<'a> {
         self.plan.chunk_count * state(self.shape)
     }
 
+    /// From chunk to chunk of `sequences` sequences.
+    fn pass(&self, gpu: &Gpu, name: &'static str, sequences: usize, arguments: Arguments) -> Result<()> {
+        let grid = ((HEAD / CHUNK) as u32, self.shape.v_heads as u32, sequences as u32);
+        if self.hopper {
+            return hopper::launch(gpu, &format!("hopper_{name}"), grid, arguments);
+        }
+        launch!(gpu, name, grid, (256, 1, 1), (self.stages * STAGE) as u32; arguments);
+        Ok(())
+    }
+
     fn go(&self, gpu: &Gpu, name: &'static str, more: Arguments) -> Result<()> {
         let plan = self.plan;
         // States must be there before what begins with them runs.
         for (first, end) in [(0, plan.contexts), (plan.contexts, plan.count)] {
             let arguments = Arguments { sequences: plan.sequences.from(20 * first as u64).address, ..more };
-            launch!(gpu, name, ((HEAD / CHUNK) as u32, self.shape.v_heads as u32, (end - first) as u32), (256, 1, 1),
-                self.shared(); arguments);
+            self.pass(gpu, name, end - first, arguments)?;
         }
         Ok(())
     }
@@ -269,7 +297,7 @@ impl<'a> Prepared<'a> {
             ..more
         };
         let heads = self.shape.v_heads as u32;
-        launch!(gpu, "delta_states", ((HEAD / CHUNK) as u32, heads, self.plan.count as u32), (256, 1, 1), self.shared(); arguments);
+        self.pass(gpu, "delta_states", self.plan.count, arguments)?;
         launch!(gpu, "delta_backward", (self.plan.chunk_count as u32, heads, 1), (256, 1, 1),
             (BACKWARD + self.stages * HALF) as u32; arguments);
         Ok(g)

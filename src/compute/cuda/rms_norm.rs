@@ -91,7 +91,7 @@ pub fn backward(
 
 /// `out (n)` = sums of the columns of `partial (count x n)`, f32, in one order.
 pub fn sum_partial(gpu: &Gpu, partial: Part, count: usize, n: usize, out: Part) -> Result<()> {
-    launch!(gpu, "sum_partial", (blocks(n, 32), 1, 1), (BLOCK as u32, 1, 1), 0;
+    launch!(gpu, "sum_partial", (blocks(n, 32), 1, 1), (1024, 1, 1), 0;
         partial.f32(count * n), count as i32, n as i32, out.f32(n));
     Ok(())
 }

@@ -36,9 +36,9 @@ struct Delta {
     bf16 *inverse, *scores;   // (chunks, heads, 2, C, C): T and P, in two summands
     float *contexts;          // (contexts, heads, D, D): last states of contexts
     bf16 *out;                // rows x heads D: O, where it is wanted
-    bf16 *news, *states;      // rows x heads D: N; (chunks, heads, D, D): S before each chunk; where they are wanted
+    bf16 *news, *states;      // rows x heads D: N; (chunks, heads, D, D): S before each chunk, turned; where they are wanted
     const bf16 *dout;         // rows x heads D
-    bf16 *solved, *dstates;   // X, and the gradient of S after each chunk
+    bf16 *solved, *dstates;   // X, and the gradient of S after each chunk, turned
     bf16 *dq, *dk, *dv;       // rows x heads D: of each value head; of q and k before what their length does
     float *dg, *dbeta;        // (heads, rows)
     const int *sequences, *chunks;
@@ -409,14 +409,33 @@ __device__ __forceinline__ void turned_values(Pairs &a, u32 tile, int own) {
         a.x[2 * k][0] = f[0], a.x[2 * k][1] = f[1], a.x[2 * k + 1][0] = f[2], a.x[2 * k + 1][1] = f[3];
     }
 }
-// 16 columns (turned: rows) of the state before or after a chunk, to (k_dim x v_dim).
+// Words i of four lanes side by side become words of lane i.
+__device__ __forceinline__ uint4 across_four(u32 (&w)[4]) {
+    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const u32 other = __shfl_xor_sync(0xffffffff, odd ? w[i] : w[i + 1], 1);
+        (odd ? w[i] : w[i + 1]) = other;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const u32 other = __shfl_xor_sync(0xffffffff, upper ? w[i] : w[i + 2], 2);
+        (upper ? w[i] : w[i + 2]) = other;
+    }
+    return make_uint4(w[0], w[1], w[2], w[3]);
+}
+// 16 columns (turned: rows) of the state before or after a chunk, to (v_dim x k_dim).
 __device__ __forceinline__ void store_state(const float (&s)[16][4], bf16 *to) {
-    const int lane = threadIdx.x & 31;
+    to += ((threadIdx.x & 31) >> 2) * D + 8 * (threadIdx.x & 3);
 #pragma unroll
-    for (int b = 0; b < 16; b++)
+    for (int h = 0; h < 2; h++)
 #pragma unroll
-        for (int h = 0; h < 2; h++)
-            *(u32 *)(to + (8 * b + (lane >> 2)) * D + 8 * h + 2 * (lane & 3)) = turned(pack(s[b][2 * h], s[b][2 * h + 1]));
+        for (int b = 0; b < 16; b += 4) {
+            u32 w[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) w[i] = pack(s[b + i][2 * h], s[b + i][2 * h + 1]);
+            *(uint4 *)(to + 8 * h * D + 8 * b) = across_four(w);
+        }
 }
 
 // blockIdx: half of the state's columns, head, sequence; 256 threads; shared memory: the stages. `READS`: O is wanted; else N and the
@@ -444,7 +463,7 @@ template <bool READS> __device__ __forceinline__ void go_forward(const Delta &d)
         const float last = d.sums[(i64)head * d.rows + first + n - 1];
         // It is there, and nobody reads the other stage any more.
         __syncthreads();
-        if constexpr (!READS) store_state(s, d.states + ((i64)(chunk0 + c) * d.heads + head) * of_head + v0 + own);
+        if constexpr (!READS) store_state(s, d.states + ((i64)(chunk0 + c) * d.heads + head) * of_head + (v0 + own) * D);
         // S^T K^T, S^T Q^T
         float x[8][4], o[8][4];
         clear(x);
@@ -611,7 +630,7 @@ __global__ void __launch_bounds__(256, 1) delta_states(Delta d) {
         const Staged in = staged(two ? c & 1 : 0);
         const float last = d.sums[(i64)head * d.rows + first + n - 1];
         __syncthreads();
-        store_state(s, d.dstates + ((i64)(chunk0 + c) * d.heads + head) * of_head + v0 + own);
+        store_state(s, d.dstates + ((i64)(chunk0 + c) * d.heads + head) * of_head + (v0 + own) * D);
         // dN^T = dS^T K^T diag(rest) + dO^T P
         float x[8][4];
         clear(x);
@@ -695,7 +714,7 @@ __global__ void __launch_bounds__(256, 1) delta_states(Delta d) {
 }
 
 // Gradients of one chunk of one value head: of q and k (by value head), v, the running sums' g, and beta. 256 threads; shared
-// memory: q and k; N, X, dO (C x C) and S, dS (D x C) of half of v's columns, or, with two stages, of either half; floats.
+// memory: q and k; N, X, dO (C x C) and S, dS (C x D, turned) of half of v's columns, or, with two stages, of either half; floats.
 __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
     const int chunk = blockIdx.x, head = blockIdx.y, k_head = head / (d.heads / d.k_heads);
     const int first = d.chunks[2 * chunk], n = d.chunks[2 * chunk + 1] - first;
@@ -710,15 +729,12 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
           *of_columns = of_beta + 2 * C, *of_v = of_columns + 4 * C, *of_states = of_v + C, *dsums = of_states + 8;
     auto fetch_half = [&](int i) {
         const u32 to = halves + (two ? i : 0) * HALF;
-        const i64 rows = (i64)first * ldo + head * D + i * C, state = ((i64)chunk * d.heads + head) * of_head + i * C;
+        const i64 rows = (i64)first * ldo + head * D + i * C, state = ((i64)chunk * d.heads + head) * of_head + i * C * D;
         fetch<C, 256>(to, d.news + rows, ldo, n);
         fetch<C, 256>(to + C * C * 2, d.solved + rows, ldo, n);
         fetch<C, 256>(to + 2 * C * C * 2, d.dout + rows, ldo, n);
-#pragma unroll
-        for (int part = 0; part < 2; part++) {
-            fetch<C, 256>(to + (3 + part) * C * C * 2, d.states + state + part * C * D, D, C);
-            fetch<C, 256>(to + (5 + part) * C * C * 2, d.dstates + state + part * C * D, D, C);
-        }
+        fetch<D, 256>(to + 3 * C * C * 2, d.states + state, D, C);
+        fetch<D, 256>(to + 5 * C * C * 2, d.dstates + state, D, C);
         copies_end();
     };
     fetch_half(0);
@@ -770,10 +786,10 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
                 }
 #pragma unroll
             for (int b = 0; b < 4; b++) {
-                second_operand_turned<C>(f, ss, k, d0 + 16 * b);
+                second_operand<D>(f, ss, k, d0 + 16 * b);
                 multiply(dq, 2 * b, fo, f);
                 multiply(xs, 2 * b, fx, f);
-                second_operand_turned<C>(f, sd, k, d0 + 16 * b);
+                second_operand<D>(f, sd, k, d0 + 16 * b);
                 multiply(dk, 2 * b, fn, f);
             }
         }

@@ -295,20 +295,21 @@ NORM(, , _any<1>)
 NORM(_2, __launch_bounds__(512), _held<2>)
 NORM(_4, __launch_bounds__(512), _held<4>)
 
-// out (n) = sums over `count` rows of `partial`, in one order. Blocks of 256: 32 columns, 8 slices of the rows.
-__global__ void __launch_bounds__(256) sum_partial(const float *partial, int count, int n, float *out) {
-    __shared__ float sums[8][32];
+// out (n) = sums over `count` rows of `partial`, in one order. Blocks of 1024: 32 columns, 32 slices of the rows.
+__global__ void __launch_bounds__(1024) sum_partial(const float *partial, int count, int n, float *out) {
+    __shared__ float sums[32][32];
     const int lane = threadIdx.x & 31, slice = threadIdx.x / 32;
     const i64 i = (i64)blockIdx.x * 32 + lane;
     float sum = 0;
     if (i < n)
 #pragma unroll 8
-        for (int r = slice; r < count; r += 8) sum += partial[(i64)r * n + i];
+        for (int r = slice; r < count; r += 32) sum += partial[(i64)r * n + i];
     sums[slice][lane] = sum;
     __syncthreads();
     if (slice || i >= n) return;
     sum = 0;
-    for (int k = 0; k < 8; k++) sum += sums[k][lane];
+#pragma unroll
+    for (int k = 0; k < 32; k++) sum += sums[k][lane];
     out[i] = sum;
 }
 }
