@@ -769,11 +769,11 @@ def delta_tables(spans, shift):
 
 
 def stage_bytes(stages):
-    return 2 * (9 * 64 * 64 * 2 + 1024) + 1024 if stages == "hopper" else stages * (2 * 64 * 128 * 2 + 5 * 64 * 64 * 2 + 1024)
+    return 3 * (9 * 64 * 64 * 2 + 1024) + 1024 if stages == "hopper" else stages * (2 * 64 * 128 * 2 + 5 * 64 * 64 * 2 + 1024)
 
 
 def backward_bytes(stages):
-    return 2 * 64 * 128 * 2 + stages * (3 * 64 * 64 * 2 + 2 * 128 * 64 * 2) + 4 * (21 * 64 + 8)
+    return 2 * 64 * 128 * 2 + stages * (3 * 64 * 64 * 2 + 2 * 128 * 64 * 2) + 4 * (31 * 64 + 16)
 
 
 class Rule:
@@ -818,7 +818,7 @@ class Rule:
         if only != "delta_backward":
             self.go("delta_states", (2, self.heads, self.sequences.numel() // 5), 256, a, shared=stage_bytes(self.stages))
         if only != "delta_states":
-            delta("delta_backward", (self.count, self.heads), 256, a, shared=backward_bytes(self.backward_stages))
+            delta("delta_backward", (self.count, self.heads), 512, a, shared=backward_bytes(self.backward_stages))
 
 
 def deltas(cases=((1, 3, 128, 128), (2, 4, 6, 5), (2, 2, 64, 100))):
@@ -1455,7 +1455,7 @@ def linear_attention_times(rows):
     z, dz, wn = x[:, channels:], dx[:, channels:], random(128)
     timed(f"gated_norm_forward {rows}", 6 * rows * heads * 128,
           lambda: gated("gated_norm_forward", (rows * heads // 16,), 256, out, z, L(ld), wn, I(0), F(1e-6), I(rows), I(heads), I(128), I(1), y))
-    blocks = 4 * multiprocessors
+    blocks = 3 * multiprocessors
     sums = poison(blocks, 128, dtype=f32)
     timed(f"gated_norm_backward {rows}", 12 * rows * heads * 128,
           lambda: gated("gated_norm_backward", (blocks,), 256, dout, out, z, L(ld), wn, I(0), F(1e-6), I(rows), I(heads), I(128), I(1), dz, L(ld), sums))

@@ -17,7 +17,7 @@ const CHUNK: usize = 64;
 const STAGE: usize = 2 * CHUNK * HEAD * 2 + 5 * CHUNK * CHUNK * 2 + 4 * CHUNK * 4;
 const CHUNKS: usize = 4 * (2 * CHUNK * (CHUNK + 4) + 4 * CHUNK + 2);
 const HALF: usize = 3 * CHUNK * CHUNK * 2 + 2 * HEAD * CHUNK * 2;
-const BACKWARD: usize = 2 * CHUNK * HEAD * 2 + 4 * (21 * CHUNK + 8);
+const BACKWARD: usize = 2 * CHUNK * HEAD * 2 + 4 * (31 * CHUNK + 16);
 /// Rows whose shares of the gates' gradients one block sums.
 const STRIPE: usize = 256;
 
@@ -32,8 +32,8 @@ mod hopper {
         exact: &[],
     };
 
-    /// Two stages of what a chunk needs, and room to align them.
-    const SHARED: usize = 2 * (9 * CHUNK * CHUNK * 2 + 4 * CHUNK * 4) + 1024;
+    /// Three stages of what a chunk needs, and room to align them.
+    const SHARED: usize = 3 * (9 * CHUNK * CHUNK * 2 + 4 * CHUNK * 4) + 1024;
 
     pub fn launch(gpu: &Gpu, name: &str, grid: (u32, u32, u32), arguments: Arguments) -> Result<()> {
         launch!(gpu, name, grid, (256, 1, 1), SHARED as u32; arguments);
@@ -298,7 +298,7 @@ impl<'a> Prepared<'a> {
         };
         let heads = self.shape.v_heads as u32;
         self.pass(gpu, "delta_states", self.plan.count, arguments)?;
-        launch!(gpu, "delta_backward", (self.plan.chunk_count as u32, heads, 1), (256, 1, 1),
+        launch!(gpu, "delta_backward", (self.plan.chunk_count as u32, heads, 1), (512, 1, 1),
             (BACKWARD + self.stages * HALF) as u32; arguments);
         Ok(g)
     }

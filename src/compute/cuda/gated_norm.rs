@@ -59,7 +59,7 @@ pub fn backward(
 ) -> Result<()> {
     let d = w.columns;
     assert!(d <= HEAD);
-    let count = (rows * heads).div_ceil(HEADS).min(4 * gpu.device.multiprocessors as usize).max(1);
+    let count = (rows * heads).div_ceil(HEADS).min(3 * gpu.device.multiprocessors as usize).max(1);
     let partial = gpu.f32(count * HEAD)?;
     launch!(gpu, "gated_norm_backward", (count as u32, 1, 1), (BLOCK, 1, 1), 0;
         dy.bf16(rows * heads * d), x.bf16(rows * heads * HEAD), z.address(rows, heads * d), z.stride as i64, w.address,

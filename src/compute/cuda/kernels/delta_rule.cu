@@ -203,8 +203,8 @@ template <int K> __device__ __forceinline__ void small_product(const float *a, c
 }
 
 extern "C" {
-// G and beta of a chunk's rows, T and P. A block of 128 a chunk and head.
-__global__ void __launch_bounds__(128) delta_chunks(Delta d, Gates g) {
+// G and beta of a chunk's rows, T and P. A block of 128 a chunk and head; six of them have room on a multiprocessor of Hopper.
+__global__ void __launch_bounds__(128, 6) delta_chunks(Delta d, Gates g) {
     const int chunk = blockIdx.x, head = blockIdx.y, k_head = head / (d.heads / d.k_heads);
     const int first = d.chunks[2 * chunk], n = d.chunks[2 * chunk + 1] - first;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, m0 = warp * 16;
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(128) delta_chunks(Delta d, Gates g) {
     float kk[8][4], qk[8][4];
     clear(kk);
     clear(qk);
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < D; k += 16) {
         u32 fk[4], fq[4];
         first_operand<D>(fk, sk, m0, k);
@@ -713,33 +713,33 @@ __global__ void __launch_bounds__(256, 1) delta_states(Delta d) {
     }
 }
 
-// Gradients of one chunk of one value head: of q and k (by value head), v, the running sums' g, and beta. 256 threads; shared
+// Gradients of one chunk of one value head: of q and k (by value head), v, the running sums' g, and beta. 512 threads; shared
 // memory: q and k; N, X, dO (C x C) and S, dS (C x D, turned) of half of v's columns, or, with two stages, of either half; floats.
-__global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
+__global__ void __launch_bounds__(512, 1) delta_backward(Delta d) {
     const int chunk = blockIdx.x, head = blockIdx.y, k_head = head / (d.heads / d.k_heads);
     const int first = d.chunks[2 * chunk], n = d.chunks[2 * chunk + 1] - first;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, half = warp >> 2, m0 = (warp & 3) * 16, n0 = half * 32, d0 = half * 64;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, quarter = warp >> 2, m0 = (warp & 3) * 16, n0 = quarter * 16, d0 = quarter * 32;
     const i64 ld = (i64)(2 * d.k_heads + d.heads) * D, ldo = (i64)d.heads * D, of_head = (i64)D * D;
     static const int HALF = 3 * C * C * 2 + 2 * D * C * 2;
     const bool two = d.stages == 2;
     const u32 sq = (u32)__cvta_generic_to_shared(shared_memory), sk = sq + C * D * 2, halves = sk + C * D * 2;
     float *sums = (float *)(shared_memory + 2 * C * D * 2 + d.stages * HALF), *beta = sums + C, *lq = beta + C, *lk = lq + C;
-    // By half: q's share of dG, what goes through r, k (X S^T), and of squares: rows of dG and of dbeta. By 16 rows: columns.
-    float *of_q = lk + C, *of_r = of_q + 2 * C, *of_k = of_r + 2 * C, *of_rows = of_k + 2 * C, *of_beta = of_rows + 2 * C,
-          *of_columns = of_beta + 2 * C, *of_v = of_columns + 4 * C, *of_states = of_v + C, *dsums = of_states + 8;
+    // By quarter of the columns: q's share of dG, what goes through r, k (X S^T), and of squares: rows of dG and of dbeta. By 16 rows: columns.
+    float *of_q = lk + C, *of_r = of_q + 4 * C, *of_k = of_r + 4 * C, *of_rows = of_k + 4 * C, *of_beta = of_rows + 4 * C,
+          *of_columns = of_beta + 4 * C, *of_v = of_columns + 4 * C, *of_states = of_v + C, *dsums = of_states + 16;
     auto fetch_half = [&](int i) {
         const u32 to = halves + (two ? i : 0) * HALF;
         const i64 rows = (i64)first * ldo + head * D + i * C, state = ((i64)chunk * d.heads + head) * of_head + i * C * D;
-        fetch<C, 256>(to, d.news + rows, ldo, n);
-        fetch<C, 256>(to + C * C * 2, d.solved + rows, ldo, n);
-        fetch<C, 256>(to + 2 * C * C * 2, d.dout + rows, ldo, n);
-        fetch<D, 256>(to + 3 * C * C * 2, d.states + state, D, C);
-        fetch<D, 256>(to + 5 * C * C * 2, d.dstates + state, D, C);
+        fetch<C, 512>(to, d.news + rows, ldo, n);
+        fetch<C, 512>(to + C * C * 2, d.solved + rows, ldo, n);
+        fetch<C, 512>(to + 2 * C * C * 2, d.dout + rows, ldo, n);
+        fetch<D, 512>(to + 3 * C * C * 2, d.states + state, D, C);
+        fetch<D, 512>(to + 5 * C * C * 2, d.dstates + state, D, C);
         copies_end();
     };
     fetch_half(0);
-    fetch<D, 256>(sq, d.x + (i64)first * ld + k_head * D, ld, n);
-    fetch<D, 256>(sk, d.x + (i64)first * ld + (d.k_heads + k_head) * D, ld, n);
+    fetch<D, 512>(sq, d.x + (i64)first * ld + k_head * D, ld, n);
+    fetch<D, 512>(sk, d.x + (i64)first * ld + (d.k_heads + k_head) * D, ld, n);
     if (two) fetch_half(1);
     else copies_end();
     if (threadIdx.x < C) {
@@ -751,9 +751,9 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
         lq[threadIdx.x] = threadIdx.x < n ? d.lengths[(i64)k_head * d.rows + row] : 0;
         lk[threadIdx.x] = threadIdx.x < n ? d.lengths[(i64)(d.k_heads + k_head) * d.rows + row] : 0;
     }
-    // Squares from the diagonal down only: of blocks of 16 x 16 at (m0, n0 + 16 b).
-    auto below = [&](int b) { return n0 + 16 * b <= m0; };
-    float dp[4][4], xn[4][4], dq[8][4], dk[8][4], xs[8][4], states = 0, of_value = 0;
+    // Squares from the diagonal down only.
+    const bool below = n0 <= m0;
+    float dp[2][4], xn[2][4], dq[4][4], dk[4][4], xs[4][4], states = 0, of_value = 0;
     clear(dp);
     clear(xn);
     clear(dq);
@@ -761,13 +761,10 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
     clear(xs);
     for (int v0 = 0; v0 < D; v0 += C) {
         const u32 sn = halves + (two && v0 ? HALF : 0), sx = sn + C * C * 2, so = sx + C * C * 2, ss = so + C * C * 2, sd = ss + D * C * 2;
-        // Sixteen columns of a row a thread.
-        const int r = threadIdx.x >> 2, c0 = (threadIdx.x & 3) * 16;
-        uint4 values[2] = {};
-        if (r < n) {
-            const uint4 *from = (const uint4 *)(d.x + (i64)(first + r) * ld + (2 * d.k_heads + head) * D + v0 + c0);
-            values[0] = from[0], values[1] = from[1];
-        }
+        // Eight columns of a row a thread.
+        const int r = threadIdx.x >> 3, c0 = (threadIdx.x & 7) * 8;
+        uint4 values = {};
+        if (r < n) values = *(const uint4 *)(d.x + (i64)(first + r) * ld + (2 * d.k_heads + head) * D + v0 + c0);
         if (two && v0 == 0) copies_wait<1>();
         else copies_wait<0>();
         __syncthreads();
@@ -777,15 +774,13 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
             first_operand<C>(fo, so, m0, k);
             first_operand<C>(fx, sx, m0, k);
             first_operand<C>(fn, sn, m0, k);
+            if (below) {
+                second_operand_turned<C>(f, sn, k, n0);
+                multiply(dp, 0, fo, f);
+                multiply(xn, 0, fx, f);
+            }
 #pragma unroll
-            for (int b = 0; b < 2; b++)
-                if (below(b)) {
-                    second_operand_turned<C>(f, sn, k, n0 + 16 * b);
-                    multiply(dp, 2 * b, fo, f);
-                    multiply(xn, 2 * b, fx, f);
-                }
-#pragma unroll
-            for (int b = 0; b < 4; b++) {
+            for (int b = 0; b < 2; b++) {
                 second_operand<D>(f, ss, k, d0 + 16 * b);
                 multiply(dq, 2 * b, fo, f);
                 multiply(xs, 2 * b, fx, f);
@@ -797,55 +792,49 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
             return low(a.x) * low(b.x) + high(a.x) * high(b.x) + low(a.y) * low(b.y) + high(a.y) * high(b.y) + low(a.z) * low(b.z) +
                    high(a.z) * high(b.z) + low(a.w) * low(b.w) + high(a.w) * high(b.w);
         };
-        for (int i = threadIdx.x; i < D * C / 8; i += 256)
+        for (int i = threadIdx.x; i < D * C / 8; i += 512)
             states += both(*(const uint4 *)(shared_memory + (ss - sq) + 16 * i), *(const uint4 *)(shared_memory + (sd - sq) + 16 * i));
         if (r < n) {
             bf16 *to = d.dv + (i64)(first + r) * ldo + head * D + v0 + c0;
             const float by = beta[r];
-#pragma unroll
-            for (int c = 0; c < 2; c++) {
-                const uint4 a = *(const uint4 *)(shared_memory + at<C>(sx - sq, r, (c0 >> 3) + c));
-                of_value += both(a, values[c]);
-                *(uint4 *)(to + 8 * c) = make_uint4(pack(by * low(a.x), by * high(a.x)), pack(by * low(a.y), by * high(a.y)),
-                                                    pack(by * low(a.z), by * high(a.z)), pack(by * low(a.w), by * high(a.w)));
-            }
+            const uint4 a = *(const uint4 *)(shared_memory + at<C>(sx - sq, r, c0 >> 3));
+            of_value += both(a, values);
+            *(uint4 *)to = make_uint4(pack(by * low(a.x), by * high(a.x)), pack(by * low(a.y), by * high(a.y)),
+                                      pack(by * low(a.z), by * high(a.z)), pack(by * low(a.w), by * high(a.w)));
         }
         __syncthreads();
         if (!two && v0 == 0) fetch_half(1);
     }
     of_value = quad_sum(of_value);
-    if ((threadIdx.x & 3) == 0) of_v[threadIdx.x >> 2] = of_value;
+    of_value += __shfl_xor_sync(0xffffffff, of_value, 4);
+    if ((threadIdx.x & 7) == 0) of_v[threadIdx.x >> 3] = of_value;
 #pragma unroll
     for (int w = 16; w; w /= 2) states += __shfl_xor_sync(0xffffffff, states, w);
     if (lane == 0) of_states[warp] = states;
 
-    float kk[4][4], qk[4][4];
+    float kk[2][4], qk[2][4];
     clear(kk);
     clear(qk);
 #pragma unroll
     for (int k = 0; k < D; k += 16) {
         u32 fk[4], fq[4], f[4];
-        if (!below(0)) continue;
+        if (!below) continue;
         first_operand<D>(fk, sk, m0, k);
         first_operand<D>(fq, sq, m0, k);
-#pragma unroll
-        for (int b = 0; b < 2; b++)
-            if (below(b)) {
-                second_operand_turned<D>(f, sk, k, n0 + 16 * b);
-                multiply(kk, 2 * b, fk, f);
-                multiply(qk, 2 * b, fq, f);
-            }
+        second_operand_turned<D>(f, sk, k, n0);
+        multiply(kk, 0, fk, f);
+        multiply(qk, 0, fq, f);
     }
     // dP * D takes a state's place, and so does -beta X N^T * D below the diagonal, with its transpose above it, times both rows'
     // lengths: so they give gradients of q and k times their lengths, which is what is wanted.
     const u32 sp = halves + 3 * C * C * 2, sa = sp + C * C * 2;
     float by_row[2] = {0, 0}, by_beta[2] = {0, 0};
 #pragma unroll
-    for (int b = 0; b < 4; b++) {
+    for (int b = 0; b < 2; b++) {
         float by_column[2] = {0, 0};
 #pragma unroll
         for (int e = 0; e < 4; e += 2) {
-            if (!below(b / 2)) continue;
+            if (!below) continue;
             const int i = row_in(m0, e), j = column_in(n0, b), place = (n0 >> 3) + b - (m0 >> 3) - (e >> 1);
             float p[2], a[2];
 #pragma unroll
@@ -878,7 +867,7 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
         const float kept = expf(sums[i]), rest = lk[i] * expf(last - sums[i]), by_q = lq[i] * kept, by_k = lk[i] * kept;
         float q_share = 0, r_share = 0, k_share = 0;
 #pragma unroll
-        for (int b = 0; b < 8; b++) {
+        for (int b = 0; b < 4; b++) {
             const u32 q = load_word(pair_at<D>(sq, i, column_in(d0, b))), k = load_word(pair_at<D>(sk, i, column_in(d0, b)));
 #pragma unroll
             for (int x = 0; x < 2; x++) {
@@ -895,19 +884,20 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
         q_share = quad_sum(q_share), r_share = quad_sum(r_share), k_share = quad_sum(k_share);
         const float row = quad_sum(by_row[h]), of_b = quad_sum(by_beta[h]);
         if ((lane & 3) == 0) {
-            of_q[half * C + i] = q_share, of_r[half * C + i] = r_share, of_k[half * C + i] = k_share;
-            of_rows[half * C + i] = row, of_beta[half * C + i] = of_b;
+            of_q[quarter * C + i] = q_share, of_r[quarter * C + i] = r_share, of_k[quarter * C + i] = k_share;
+            of_rows[quarter * C + i] = row, of_beta[quarter * C + i] = of_b;
         }
     }
     __syncthreads();
     if (threadIdx.x < C) {
         const int i = threadIdx.x;
-        const float kept = expf(sums[i]), through = of_r[i] + of_r[C + i], ks = kept * lk[i] * (of_k[i] + of_k[C + i]);
-        float sum = of_q[i] + of_q[C + i] - through - beta[i] * ks + of_rows[i] + of_rows[C + i];
+        auto all = [&](const float *x) { return (x[i] + x[C + i]) + (x[2 * C + i] + x[3 * C + i]); };
+        const float kept = expf(sums[i]), through = all(of_r), ks = kept * lk[i] * all(of_k);
+        float sum = all(of_q) - through - beta[i] * ks + all(of_rows);
         for (int w = 0; w < 4; w++) sum -= of_columns[w * C + i];
         dsums[i] = sum;
         dsums[C + i] = through;
-        if (i < n) d.dbeta[(i64)head * d.rows + first + i] = of_beta[i] + of_beta[C + i] + of_v[i] - ks;
+        if (i < n) d.dbeta[(i64)head * d.rows + first + i] = all(of_beta) + of_v[i] - ks;
     }
 #pragma unroll
     for (int k = 0; k < C; k += 16) {
@@ -916,7 +906,7 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
         if (k <= m0) first_operand<C>(fp, sp, m0, k);
         if (k >= m0) first_operand_turned<C>(across, sp, m0, k);
 #pragma unroll
-        for (int b = 0; b < 4; b++) {
+        for (int b = 0; b < 2; b++) {
             second_operand<D>(f, sk, k, d0 + 16 * b);
             multiply(dk, 2 * b, fa, f);
             if (k <= m0) multiply(dq, 2 * b, fp, f);
@@ -927,7 +917,7 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
         }
     }
 #pragma unroll
-    for (int b = 0; b < 8; b++)
+    for (int b = 0; b < 4; b++)
 #pragma unroll
         for (int e = 0; e < 4; e += 2) {
             const int i = row_in(m0, e), j = column_in(d0, b);
@@ -941,7 +931,7 @@ __global__ void __launch_bounds__(256, 1) delta_backward(Delta d) {
     // other's.
     if (threadIdx.x < C) {
         float all = 0, of_last = dsums[C + (threadIdx.x ^ 32)] + dsums[C + threadIdx.x], sum = dsums[threadIdx.x], other = dsums[threadIdx.x ^ 32];
-        for (int w = 0; w < 8; w++) all += of_states[w];
+        for (int w = 0; w < 16; w++) all += of_states[w];
 #pragma unroll
         for (int w = 16; w; w /= 2) of_last += __shfl_xor_sync(0xffffffff, of_last, w), other += __shfl_xor_sync(0xffffffff, other, w);
 #pragma unroll

@@ -3,7 +3,7 @@
 // What goes from chunk to chunk in delta_rule.cu, in Hopper's own way: products of whole warp groups (wgmma), whose first operand is
 // in registers, 64 columns of a head's state or of what is made of it, turned, and whose second one is a tile in shared memory. See
 // there for the arguments, the arithmetic and which product has how many summands; blocks are the same. A block is four warps
-// that work and four that bring the next chunk.
+// that work and four that bring the next chunks.
 
 typedef unsigned short bf16;
 typedef unsigned int u32;
@@ -150,6 +150,7 @@ __device__ __forceinline__ void fetch_below(u32 to, const bf16 *from) {
 
 // What a chunk needs: K, Q, T, P and V or dO, what is left of T and P; beta, by_k, by_q and rest.
 static const u32 STAGE = 9 * TILE + 4 * C * 4;
+static const int STAGES = 3;
 
 struct Staged { u32 k, q, t, p, v, t_rest, p_rest; const float *beta, *by_k, *by_q, *rest; };
 
@@ -186,22 +187,28 @@ __device__ __forceinline__ void stage_chunk(const Delta &d, int stage, int first
     copy4(to + 2 * C * 4, (second ? d.rest : d.by_q) + from, r < n);
 }
 
-// What the second half of a block of 256 does: chunk after chunk comes to its stage, while the first half works on the one before it.
+// What the second half of a block of 256 does: chunk after chunk comes to its stage, while the first half works on those before it.
 template <bool READS, bool WHOLE>
 __device__ __forceinline__ void bring(const Delta &d, const int *sequence, int head, bool backwards, const bf16 *v, i64 ldv) {
     const int start = sequence[0], end = sequence[1], chunk0 = sequence[2], count = (end - start + C - 1) / C;
     const int k_head = head / (d.heads / d.k_heads);
     uint4 *squares = (uint4 *)(shared_memory + (shared_start() - (u32)__cvta_generic_to_shared(shared_memory)));
-    for (u32 i = threadIdx.x & 127; i < 2 * STAGE / 16; i += 128) squares[i] = make_uint4(0, 0, 0, 0);
+    for (u32 i = threadIdx.x & 127; i < STAGES * STAGE / 16; i += 128) squares[i] = make_uint4(0, 0, 0, 0);
     // Zeros of others lie where this thread copies to.
     bringers_meet();
-    for (int i = 0; i < count; i++) {
+    auto ask = [&](int i) {
         const int c = backwards ? count - 1 - i : i;
-        stage_chunk<READS, WHOLE>(d, c & 1, start + c * C, min(C, end - start - c * C), chunk0 + c, head, k_head, v, ldv);
+        if (i < count)
+            stage_chunk<READS, WHOLE>(d, i % STAGES, start + c * C, min(C, end - start - c * C), chunk0 + c, head, k_head, v, ldv);
         copies_end();
-        copies_wait<0>();
+    };
+    for (int i = 0; i + 1 < STAGES; i++) ask(i);
+    for (int i = 0; i < count; i++) {
+        copies_wait<STAGES - 2>();
         show();
+        // From here on the chunk before this one is worked on no more.
         __syncthreads();
+        ask(i + STAGES - 1);
     }
 }
 
@@ -255,7 +262,7 @@ __device__ __forceinline__ void store_values(const float (&c)[32], bf16 *to, i64
     }
 }
 
-// blockIdx: half of the state's columns, head, sequence; 256 threads; shared memory: two stages. `READS`: O is wanted; else N and the
+// blockIdx: half of the state's columns, head, sequence; 256 threads; shared memory: the stages. `READS`: O is wanted; else N and the
 // states before each chunk.
 template <bool READS> __device__ __forceinline__ void go_forward(const Delta &d) {
     const int v0 = blockIdx.x * C, head = blockIdx.y;
@@ -275,7 +282,7 @@ template <bool READS> __device__ __forceinline__ void go_forward(const Delta &d)
             s[4 * b + e] = begins < 0 ? 0 : d.contexts[begins * d.heads * of_head + corner + (8 * b + (e & 1)) * D + 8 * (e >> 1)];
     for (int c = 0; c < count; c++) {
         const int first = start + c * C, n = min(C, end - first);
-        const Staged in = staged(c & 1);
+        const Staged in = staged(c % STAGES);
         const float last = d.sums[(i64)head * d.rows + first + n - 1];
         const u64 k_along = along(in.k), q_along = along(in.q), t_along = along(in.t), t_rest = along(in.t_rest),
                   p_along = along(in.p), p_rest = along(in.p_rest), k_across = across(in.k);
@@ -391,7 +398,7 @@ __global__ void __launch_bounds__(256, 1) hopper_delta_states(Delta d) {
     for (int b = 0; b < 64; b++) s[b] = 0;
     for (int i = 0; i < count; i++) {
         const int c = count - 1 - i, first = start + c * C, n = min(C, end - first);
-        const Staged in = staged(c & 1);
+        const Staged in = staged(i % STAGES);
         const float last = d.sums[(i64)head * d.rows + first + n - 1];
         const u64 k_along = along(in.k), k_across = across(in.k), q_across = across(in.q), t_across = across(in.t), p_across = across(in.p);
         u32 whole[8][4];
