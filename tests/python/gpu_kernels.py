@@ -1177,6 +1177,10 @@ class Norms(ctypes.Structure):
     _fields_ = [("side", Map * 8), ("of", Norm * 8)]
 
 
+class EvenNorms(ctypes.Structure):
+    _fields_ = [("side", Map * 8), ("of", Norm * 8), ("first", I * 9)]
+
+
 def tile_map(x, high):
     """A bf16 matrix in tiles of `high` rows and 64 columns, 128 bytes swizzled, for the copy engine."""
     raw = (ctypes.c_uint8 * 192)()
@@ -1194,22 +1198,44 @@ MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count
 
 
 # Blocks that share tiles, by kernel.
-UPDATES = {"update_product": (1, 1), "update_product_pair": (2, 1), "update_product_four": (2, 2)}
+UPDATES = {"update_far_one": (1, 32), "update_far_pair": (2, 32), "update_far_deep": (2, 64),
+           "update_product": (1, 1), "update_product_pair": (2, 1), "update_product_four": (2, 2)}
 
 
 def launch_update(name, dy, x, w, factors, by, gain, keep, random_bits, stream, verdict, halted, late=None):
     m, n, t = w.shape[0], w.shape[1], dy.shape[0]
     late = MULTIPROCESSORS if late is None else late
     high, wide = UPDATES[name]
-    blocks = -(-m // (128 * high)) * high * -(-n // (128 * wide)) * wide
+    far = "far" in name
+    blocks = -(-m // (128 * high)) * high * -(-n // 256) if far else -(-m // (128 * high)) * high * -(-n // (128 * wide)) * wide
     a = struct(Update, m=m, n=n, tokens=t, late=late, factors=factors, by=by, gain=gain, keep=keep, stochastic=random_bits, s=stream,
                verdict=verdict, halted=halted)
-    apollo_hopper(name, (blocks,), 256, tile_map(dy, 64), tile_map(x, 64), tile_map(w, 128), a, shared=SHARED)
+    if far:
+        apollo_hopper(name, (min(blocks, MULTIPROCESSORS // high * high),), 384, tile_map(dy, wide), tile_map(x, wide), tile_map(w, 64), a,
+                      shared=6 * 24576 + 65536 + 2048 + 1024)
+    else:
+        apollo_hopper(name, (blocks,), 256, tile_map(dy, 64), tile_map(x, 64), tile_map(w, 128), a, shared=SHARED)
 
 
-def launch_norms(sides, grams, tokens, factors, lasts, gains, sums, counters, verdicts, halted, growth=1.01, rate=0.25):
+def launch_norms(sides, grams, tokens, factors, lasts, gains, sums, counters, verdicts, halted, growth=1.01, rate=0.25, even=False):
     low = -(-tokens // 128)
     pairs = low * (low + 1) // 2
+    if even:
+        chunks = [-(-c.shape[1] // 64) for c in sides]
+        each = min(32, max(8, -(-sum(chunks) * pairs // (4 * MULTIPROCESSORS))))
+        norms, at = EvenNorms(), 0
+        for i in range(8):
+            norms.first[i] = at
+            if i >= len(sides):
+                continue
+            norms.side[i] = tile_map(sides[i], 128)
+            norms.of[i] = struct(Norm, gram=grams[i], factors=factors[i], last=lasts[i:], gain=gains[i:], verdict=verdicts[i:],
+                                 channels=sides[i].shape[1], rate=rate * (i + 1))
+            at += -(-chunks[i] // each)
+        norms.first[8] = at
+        apollo_hopper("gram_norms_even", (pairs, at), 256, norms, I(grams[0].stride(0)), I(tokens), F(growth), sums, halted, counters,
+                      shared=SHARED + 768)
+        return
     least = min(-(-c.shape[1] // 64) for c in sides)
     parts = max(1, min(-(-2 * MULTIPROCESSORS // (pairs * len(sides))), -(-least // 4)))
     norms = Norms()
@@ -1286,9 +1312,9 @@ def factored():
         for gram, other in zip(grams, others):
             gram[:, :t] = other.float() @ other.float().T
         verdicts = torch.tensor([0, 0, 1], device=DEV, dtype=torch.int32)
-        for before in (-1.0, 0.5):
+        for before, even in ((-1.0, 0), (0.5, 0), (-1.0, 1), (0.5, 1)):
             lasts, gains = torch.full((3,), before, device=DEV), poison(3, dtype=f32)
-            launch_norms(sides, grams, t, factors, lasts, gains, sums, counters, verdicts, halted)
+            launch_norms(sides, grams, t, factors, lasts, gains, sums, counters, verdicts, halted, even=even)
             for i in range(2):
                 length = (want_g * (factors[i].double()[:, None] if i == 0 else factors[i].double()[None])).norm()
                 shrink = 1 if before < 0 else max(float(length) / (before + 1e-8), 1.01) / 1.01
@@ -1349,6 +1375,16 @@ def replayed(f, repeat=5, each=5):
 
 def time_factored():
     f32 = torch.float32
+    # A layer's norms.
+    for t, shapes in ((1023, (17408, 17408, 10240, 6144, 6144, 17408)), (256, (17408, 17408, 10240, 6144, 6144, 17408)),
+                      (1024, (4096, 4096, 12288, 12288, 12288))):
+        sides, fs = [random(t, c) for c in shapes], [random(c, dtype=f32) for c in shapes]
+        k = len(shapes)
+        grams = [torch.zeros(t, -(-t // 8) * 8, device=DEV) for _ in shapes]
+        lasts, gains = torch.full((k,), -1.0, device=DEV), torch.ones(k, device=DEV)
+        sums, counters, none = poison(1 << 16, dtype=torch.float64), torch.zeros(8, device=DEV, dtype=torch.int32), torch.zeros(8, device=DEV, dtype=torch.int32)
+        us = [1e3 * replayed(lambda: launch_norms(sides, grams, t, fs, lasts, gains, sums, counters, none, none, even=e)) for e in (0, 1)]
+        print(f"time norms of a layer, {t} tokens, {shapes}: {us[0]:.0f} us, even {us[1]:.0f} us, {t * t * sum(shapes) / us[1] / 1e6:.0f} TFLOP/s of half")
     zero, counter, one = torch.zeros(1, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32), torch.ones(1, device=DEV)
     sums, keep = poison(1 << 16, dtype=torch.float64), []
     for m, n, t in [(17408, 5120, 1023), (5120, 17408, 1023), (12288, 4096, 1024), (17408, 5120, 256), (4096, 4096, 256), (5120, 6144, 1023)]:
@@ -1356,7 +1392,7 @@ def time_factored():
         c, s, by = (dy, x, 1) if m >= n else (x, dy, 2)
         f, channels = random(max(m, n), dtype=f32).abs(), max(m, n)
         for name in UPDATES:
-            for bits, late in ((1, 0), (1, None), (0, None)):
+            for bits, late in ((1, 0), (0, 0)) if "far" in name else ((1, None),):
                 ms = replayed(lambda: launch_update(name, dy, x, w, f, by, one, 0.999, bits, STREAM, zero, zero, late))
                 print(f"time {name} {m} {n} {t} random {bits} late {late}: {ms * 1e3:.0f} us, {2 * m * n * t / ms / 1e9:.0f} TFLOP/s, {4 * m * n / ms / 1e9:.2f} TB/s")
         gram = torch.zeros(t, -(-t // 8) * 8, device=DEV)
