@@ -1332,7 +1332,7 @@ def factored():
                 for bits in (0, 1):
                     w, gain = random(m + 1, n + 8, scale=0.02), torch.tensor([1e-3], device=DEV)
                     old = w.clone()
-                    launch_update(name, dy, x, w[:m, :n], f, by, gain, 0.999, bits, STREAM, verdict, halted)
+                    launch_update(name, dy, x, w[:m, :n], f, by, gain, 0.999, bits, STREAM, verdict, halted, 2 * by if "far" in name else None)
                     z = (old[:m, :n].float() - (factor * gain) * g) * torch.tensor(0.999, device=DEV)
                     got = w[:m, :n]
                     check(f"update {name} {m} {n} {t} {by}", got, z, 5e-3)
@@ -1347,7 +1347,7 @@ def factored():
                     check("update beside", w[:m, n:], old[:m, n:], 0)
             for held in (verdict, halted):
                 held.fill_(1)
-                launch_update(name, dy, x, w[:m, :n], f, 2, gain, 0.999, 1, STREAM, verdict, halted)
+                launch_update(name, dy, x, w[:m, :n], f, 2, gain, 0.999, 1, STREAM, verdict, halted, 0)
                 check("update held", w[:m, :n], got, 0)
                 held.fill_(0)
         torch.cuda.synchronize()
@@ -1392,7 +1392,7 @@ def time_factored():
         c, s, by = (dy, x, 1) if m >= n else (x, dy, 2)
         f, channels = random(max(m, n), dtype=f32).abs(), max(m, n)
         for name in UPDATES:
-            for bits, late in ((1, 0), (0, 0)) if "far" in name else ((1, None),):
+            for bits, late in ((1, 0), (1, 2), (1, 5), (0, 0), (0, 5)) if "far" in name else ((1, None),):
                 ms = replayed(lambda: launch_update(name, dy, x, w, f, by, one, 0.999, bits, STREAM, zero, zero, late))
                 print(f"time {name} {m} {n} {t} random {bits} late {late}: {ms * 1e3:.0f} us, {2 * m * n * t / ms / 1e9:.0f} TFLOP/s, {4 * m * n / ms / 1e9:.2f} TB/s")
         gram = torch.zeros(t, -(-t // 8) * 8, device=DEV)

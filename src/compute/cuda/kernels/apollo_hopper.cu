@@ -95,6 +95,9 @@ template <int N> __device__ __forceinline__ void registers_fewer() { asm volatil
 template <int N> __device__ __forceinline__ void registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 // The warps of a group wait for each other.
 __device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+// The second group begins when the first says so.
+__device__ __forceinline__ void second_waits() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
+__device__ __forceinline__ void second_goes() { asm volatile("bar.arrive 3, 256;" ::: "memory"); }
 // Bytes in a row, a multiple of 16.
 __device__ __forceinline__ void bring_line(u32 to, const float *from, int bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -487,10 +490,11 @@ __device__ __forceinline__ void update_far(const Map &dy, const Map &x, const Ma
 
     int at = 0, parity = 0; // of the next stage
     if (group == 2) {
-        registers_fewer<24>();
+        registers_fewer<32>();
         if (warp == 8 && lane == 0) {
             for (int tile = first; tile < tiles; tile += step) {
                 place(tile);
+#pragma unroll 1
                 for (int i = 0; i < count; i++) {
                     const u32 to = start + at * STEP, barrier = full + 8 * at;
                     await(empty + 8 * at, parity ^ 1);
@@ -521,6 +525,9 @@ __device__ __forceinline__ void update_far(const Map &dy, const Map &x, const Ma
                 if (HIGH == 2) arrive_at(empty + 8 * stage, below ^ 1);
             }
         };
+        // One group's products run beside what the other does with its own.
+        int late = group == 0 && first < tiles ? min(a.late, STEPS) : 0;
+        if (group == 1 && a.late && first < tiles) second_waits();
         for (int tile = first; tile < tiles; tile += step) {
             place(tile);
             const int row = row0 + group * 64 + top;
@@ -546,6 +553,7 @@ __device__ __forceinline__ void update_far(const Map &dy, const Map &x, const Ma
                         products_wait<1>();
                         release(before);
                     }
+                    if (late && (i + 1 == late || i + 1 == count)) second_goes(), late = 0;
                     before = at;
                     if (++at == STEPS) at = 0, parity ^= 1;
                 }
