@@ -34,11 +34,13 @@ def ok(code):
 
 class Module:
     def __init__(self, name):
-        self.handle = P()
-        ok(cuda.cuModuleLoadData(ctypes.byref(self.handle), (KERNELS / f"{name}.ptx").read_bytes() + b"\0"))
-        self.functions = {}
+        self.name, self.handle, self.functions = name, None, {}
 
     def __call__(self, name, grid, block, *args, shared=0):
+        if self.handle is None:
+            # Of what is not asked for nothing is assembled.
+            self.handle = P()
+            ok(cuda.cuModuleLoadData(ctypes.byref(self.handle), (KERNELS / f"{self.name}.ptx").read_bytes() + b"\0"))
         if name not in self.functions:
             f = P()
             ok(cuda.cuModuleGetFunction(ctypes.byref(f), self.handle, name.encode()))
@@ -1198,8 +1200,7 @@ MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count
 
 
 # Blocks that share tiles, by kernel.
-UPDATES = {"update_far_one": (1, 32), "update_far_pair": (2, 32), "update_far_deep": (2, 64),
-           "update_product": (1, 1), "update_product_pair": (2, 1), "update_product_four": (2, 2)}
+UPDATES = {"update_far_one": (1, 32), "update_product": (1, 1), "update_product_pair": (2, 1), "update_product_four": (2, 2)}
 
 
 def launch_update(name, dy, x, w, factors, by, gain, keep, random_bits, stream, verdict, halted, late=None):

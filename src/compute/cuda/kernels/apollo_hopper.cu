@@ -490,7 +490,7 @@ __device__ __forceinline__ void update_far(const Map &dy, const Map &x, const Ma
 
     int at = 0, parity = 0; // of the next stage
     if (group == 2) {
-        registers_fewer<32>();
+        registers_fewer<24>();
         if (warp == 8 && lane == 0) {
             for (int tile = first; tile < tiles; tile += step) {
                 place(tile);
@@ -606,16 +606,6 @@ extern "C" {
 __global__ void __launch_bounds__(384, 1) update_far_one(const __grid_constant__ Map dy, const __grid_constant__ Map x,
                                                          const __grid_constant__ Map weights, const __grid_constant__ Update a) {
     update_far<1, 32>(dy, x, weights, a);
-}
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
-update_far_pair(const __grid_constant__ Map dy, const __grid_constant__ Map x, const __grid_constant__ Map weights,
-                const __grid_constant__ Update a) {
-    update_far<2, 32>(dy, x, weights, a);
-}
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
-update_far_deep(const __grid_constant__ Map dy, const __grid_constant__ Map x, const __grid_constant__ Map weights,
-                const __grid_constant__ Update a) {
-    update_far<2, 64>(dy, x, weights, a);
 }
 }
 
