@@ -237,10 +237,15 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
             keep.append(launch("forward", spans, arm=arm, q=q, k=k, v=v, out=out2, log_sums=logs2, q_shift=0))
             if not timed and not (torch.equal(out, out2) and torch.equal(logs, logs2)):
                 failures.append(f"arm {arm}")
-        dk2, dv2 = poison(trained, heads * d), poison(trained, heads * d)
-        keep.append(launch("kv", own, arm="turns", dk=dk2, dv=dv2, **back))
-        if not timed and not (torch.equal(dk, dk2) and torch.equal(dv, dv2)):
-            failures.append("arm turns")
+        for arm in ("turns", "early"):
+            dk2, dv2 = poison(trained, heads * d), poison(trained, heads * d)
+            keep.append(launch("kv", own, arm=arm, dk=dk2, dv=dv2, **back))
+            if not timed and not (torch.equal(dk, dk2) and torch.equal(dv, dv2)):
+                failures.append(f"arm {arm} of keys")
+        dq2 = poison(trained, heads * d)
+        keep.append(launch("q", own, arm="turns", dq=dq2, **back))
+        if not timed and not torch.equal(dq, dq2):
+            failures.append("arm turns of queries")
     if own_way:
         dq_split = poison(trained, heads * d)
         keep.append(launch("q", own, arm="split", dq=dq_split, **back))

@@ -549,7 +549,7 @@ template <int D, bool TURNS = true, bool HELD = false, int STAGES = 2> __device_
 // stay in registers: products would else wait for shared memory, which has as much to give as they take. Not of 64: ptxas 12.8
 // to 13.0 then puts dS, a left operand of as many registers, into those of dO, which the next tile wants. SPLIT: of 64 queries, to which
 // the two groups take every other tile of keys, for when tiles are fewer than multiprocessors.
-template <int D, bool SPLIT = false> __device__ __forceinline__ void backward_q(const Attention &a, const Maps &maps, int heads, int tiles) {
+template <int D, bool SPLIT = false, bool TURNS = false> __device__ __forceinline__ void backward_q(const Attention &a, const Maps &maps, int heads, int tiles) {
     const int BN = 64, STAGES = 4, BYTES = BN * D * 2, ROWS = SPLIT ? 64 : BM;
     const bool HELD = D > 64;
     const u32 sq = shared_start(), so = sq + ROWS * D * 2, parts = so + ROWS * D * 2, sk = sq + 2 * BM * D * 2,
@@ -593,6 +593,7 @@ template <int D, bool SPLIT = false> __device__ __forceinline__ void backward_q(
     registers_more<240>();
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group = warp >> 2, mine = (SPLIT ? warp & 3 : warp) * 16;
     const float c = a.scale * LOG2E;
+    if (TURNS && group == 1) turn_give(0);
     while (true) {
         int head;
         queries.await_full();
@@ -626,6 +627,7 @@ template <int D, bool SPLIT = false> __device__ __forceinline__ void backward_q(
         for (int j = see.first + (SPLIT ? group : 0); j < end; j += SPLIT ? 2 : 1) {
             const int stage = ring.stage;
             ring.await_full();
+            if (TURNS) turn_wait(group);
             products_begin();
             if (HELD) scores<D, BN>(s, q, sk + stage * BYTES);
             else scores<D, ROWS, BN>(s, sq, mine & ~63, sk + stage * BYTES);
@@ -633,6 +635,7 @@ template <int D, bool SPLIT = false> __device__ __forceinline__ void backward_q(
             if (HELD) scores<D, BN>(dp, dout, sv + stage * BYTES);
             else scores<D, ROWS, BN>(dp, so, mine & ~63, sv + stage * BYTES);
             products_end();
+            if (TURNS) turn_give(1 - group);
             products_wait<1>();
             arrived(s);
             // What the tile before adds to dq is made, too.
@@ -691,6 +694,7 @@ template <int D, bool SPLIT = false> __device__ __forceinline__ void backward_q(
                 keys.await_full();
                 keys.release();
                 keys.next();
+                if (TURNS) turn_wait(group), turn_give(1 - group);
             }
         }
 #pragma unroll
@@ -699,11 +703,13 @@ template <int D, bool SPLIT = false> __device__ __forceinline__ void backward_q(
             write<D>(a.dq + (i64)(r - a.q_shift) * a.lddq + (i64)head * a.d, dq, half, a.scale, a.d, r < t.end);
         }
     }
+    // The last turn that the other group gave.
+    if (TURNS && group == 0) turn_wait(0);
 }
 
 // dk and dv of 128 keys from one query head, 64 queries at a time. Keys are the rows, so that P and dS stay in registers as
 // the left operand.
-template <int D, bool TURNS = false> __device__ __forceinline__ void backward_kv(const Attention &a, const Maps &maps, int heads, int tiles) {
+template <int D, int TURNS = 0> __device__ __forceinline__ void backward_kv(const Attention &a, const Maps &maps, int heads, int tiles) {
     const int BN = 64, STAGES = 4, BYTES = BN * D * 2;
     // The 16 numbers of queries that one lane of four wants lie together, and apart from the next lane's by so much that the four
     // read from different banks.
@@ -797,6 +803,7 @@ template <int D, bool TURNS = false> __device__ __forceinline__ void backward_kv
             products_begin();
             scores<D, BM, BN>(dp, sv, group * 64, so + stage * BYTES);
             products_end();
+            if (TURNS == 2) turn_give(1 - group);
             products_wait<1>();
             arrived(s);
             const u32 logs = slog + stage * NUMBERS + (lane & 3) * LANE, deltas = sdelta + stage * NUMBERS + (lane & 3) * LANE;
@@ -820,7 +827,7 @@ template <int D, bool TURNS = false> __device__ __forceinline__ void backward_kv
             products_begin();
             weigh<D, BN>(dv, p, so + stage * BYTES);
             products_end();
-            if (TURNS) turn_give(1 - group);
+            if (TURNS == 1) turn_give(1 - group);
             products_wait<1>();
             arrived(dp);
 #pragma unroll
@@ -873,5 +880,7 @@ KERNEL(hopper_backward_kv_128, backward_kv<128>)
 KERNEL(free_forward_128, (forward<128, false, false>))
 KERNEL(deep_forward_128, (forward<128, true, false, 3>))
 KERNEL(held_forward_128, (forward<128, true, true>))
-KERNEL(turns_backward_kv_128, (backward_kv<128, true>))
+KERNEL(turns_backward_kv_128, (backward_kv<128, 1>))
+KERNEL(early_backward_kv_128, (backward_kv<128, 2>))
+KERNEL(turns_backward_q_128, (backward_q<128, false, true>))
 }
