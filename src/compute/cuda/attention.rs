@@ -105,6 +105,8 @@ mod hopper {
 
     /// Shared memory of barriers and what lies behind them.
     pub const BARRIERS: usize = 256;
+    /// Of what the backward pass for keys has of a tile of queries: a number each, in four parts apart.
+    pub const NUMBERS: usize = 4 * 80;
 
     /// Over `tiles` tiles of every head, as many blocks as the device has multiprocessors: each does many.
     pub fn launch(
@@ -121,30 +123,9 @@ mod hopper {
         let q = of(a.q, heads, q_rows, a.ldq);
         let dout = if a.dout == 0 { q } else { of(a.dout, heads, q_rows, a.ldo) };
         let (k, v) = (of(a.k, kv_heads, kv_rows, a.ldk), of(a.v, kv_heads, kv_rows, a.ldv));
-        let maps = Maps::new(gpu, [q, k, v, dout, dout])?;
+        let maps = Maps::new(gpu, [q, k, v, dout])?;
         let blocks = (heads * tiles).min(gpu.device.multiprocessors as usize) as u32;
         launch!(gpu, name, (blocks, 1, 1), (384, 1, 1), shared; a, maps, heads as i32, tiles as i32);
-        Ok(())
-    }
-}
-
-/// Whether the kernels before are asked for.
-fn before() -> bool {
-    std::env::var_os("ATTENTION_BEFORE").is_some()
-}
-
-/// The kernels of `attention_before.cu`: an experiment's other arm, to be gone.
-mod before {
-    use super::{Arguments, Gpu, Result, launch};
-
-    static KERNELS: crate::memory::cuda::Ptx = crate::memory::cuda::Ptx {
-        name: "compute/attention_before",
-        baseline: (90, include_str!("kernels/attention_before.ptx")),
-        exact: &[],
-    };
-
-    pub fn launch(gpu: &Gpu, name: &str, grid: (u32, u32, u32), shared: u32, arguments: Arguments) -> Result<()> {
-        launch!(gpu, name, grid, (256, 1, 1), shared; arguments);
         Ok(())
     }
 }
@@ -177,9 +158,6 @@ impl Class {
     ) -> Result<()> {
         let (grid, shared) = ((heads as u32, tiles as u32, parts), shared as u32);
         let name = match self {
-            Class::Hopper(d) if before() => {
-                return before::launch(gpu, &format!("hopper_{of}_{d}"), grid, shared, arguments);
-            }
             Class::Hopper(d) => {
                 let name = format!("hopper_{of}_{d}");
                 return hopper::launch(gpu, &name, tiles, shared, arguments, (heads, q_rows, kv_rows));
@@ -236,7 +214,7 @@ impl Class {
                 let rows = if d < 256 { 64 } else { 32 };
                 ((2 * TILE + 4 * rows) * 2 * d + 4 * rows * 4, if d < 256 { 1 } else { 2 })
             }
-            Class::Hopper(d) => ((2 * HOPPER + 8 * TILE) * 2 * d + 8 * TILE * 4 + hopper::BARRIERS + ALIGN, 1),
+            Class::Hopper(d) => ((2 * HOPPER + 8 * TILE) * 2 * d + 8 * hopper::NUMBERS + hopper::BARRIERS + ALIGN, 1),
             Class::Hopper256 => (hopper_256::BACKWARD_KV, 2),
         }
     }
@@ -285,7 +263,6 @@ impl Tiles {
             class,
             forward: upload(tiles(spans, per, false))?,
             backward_q_split: match class {
-                Class::Hopper(_) if before() => None,
                 Class::Hopper(_) => Some(upload(tiles(&own, HOPPER / 2, false))?),
                 _ => None,
             },
