@@ -215,7 +215,9 @@ fn check_goldens(device: &Arc<Device>, folder: &Path, report: &mut Report) -> Ou
                 "{name} {run}: loss off by {off:.4} (peer {:.4}), gradients by {:.4} at most ({}; peer {:.4}), {median:.4} in the median (peer {:.4})",
                 peer[0], worst.0, worst.1, peer[1], peer[2]
             );
-            report.expect(&what, worst.0 < 1.25 * peer[1] && median < 1.25 * peer[2]);
+            // Both errors are of rounding, and of few numbers: over 400 drawings of weights and rows at these sizes, ours of a k_proj
+            // was 0.71 of bf16's in the mean, 0.16 their deviation and 1.34 the largest.
+            report.expect(&what, worst.0 < 1.5 * peer[1] && median < 1.5 * peer[2]);
             println!("{what}");
             for dtype in [Dtype::F32, Dtype::F16] {
                 let (other, others) = of(dtype)?;

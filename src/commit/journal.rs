@@ -30,6 +30,16 @@ const PIECE: u64 = 256 << 10;
 /// Pieces of a large tensor compared at the same time, for each core.
 const PIECES: usize = 4;
 
+/// What a core's encoders take: their windows, tables and what waits between them (zstd, level of `container`).
+const ENCODERS: u64 = 8 << 20;
+
+/// Bytes of memory that it takes to encode changes of `all` bytes of tensors, at most; staged blocks not included.
+pub fn working_bytes(all: u64) -> u64 {
+    let deltas = 2 * LARGE.min(all);
+    let pieces = PIECES as u64 * 3 * PIECE.min(all);
+    rayon::current_num_threads() as u64 * (deltas + pieces + ENCODERS)
+}
+
 /// Where the new bytes of changed blocks come from.
 pub enum NewBytes<'a> {
     Staged(&'a Staged),

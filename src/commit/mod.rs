@@ -161,6 +161,11 @@ impl Committer {
         self.options.staging_memory.min(all)
     }
 
+    /// Bytes of memory that a commit encodes them in, at most.
+    pub fn encoding_bytes(&self) -> u64 {
+        journal::working_bytes(self.shared.layout.shards.iter().map(|s| s.bytes).sum())
+    }
+
     /// Takes the memory that commits of `live` stage in, where that takes long (a GPU's driver pins it, and does nothing else
     /// for this process meanwhile).
     pub fn prepare(&self, live: &dyn ShardBytes) -> Result<(), CommitError> {

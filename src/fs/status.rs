@@ -76,6 +76,8 @@ pub struct HostMemoryFacts {
     pub view: u64,
     /// Changed blocks on their way to the log.
     pub staging: u64,
+    /// What a commit makes of them before it is written.
+    pub encoding: u64,
     /// Hashes of blocks: as the view has them, and as the newest commit has.
     pub hashes: u64,
     /// Buffers of copies from a GPU.
@@ -92,10 +94,10 @@ pub struct GpuMemoryFacts {
 impl MemoryFacts {
     fn host_line(&self) -> String {
         let h = &self.host;
-        let total = h.weights + h.view + h.staging + h.hashes + h.buffers;
+        let total = h.weights + h.view + h.staging + h.encoding + h.hashes + h.buffers;
         format!(
-            "{total} at most (weights {}, view {}, staging {}, hashes {}, buffers {})",
-            h.weights, h.view, h.staging, h.hashes, h.buffers
+            "{total} at most (weights {}, view {}, staging {}, encoding {}, hashes {}, buffers {})",
+            h.weights, h.view, h.staging, h.encoding, h.hashes, h.buffers
         )
     }
 

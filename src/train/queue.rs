@@ -271,6 +271,13 @@ impl Queue {
         self.shared.inner.lock().paused = true;
     }
 
+    /// Nothing more is begun. A running step that fails from here on, with the process or its device going away around it, is
+    /// not the job's failure: the job is cut.
+    pub fn stop(&self) {
+        self.shared.inner.lock().stopping = true;
+        self.shared.changed.notify_all();
+    }
+
     pub fn resume(&self) {
         self.shared.inner.lock().paused = false;
         self.shared.changed.notify_all();
@@ -370,6 +377,7 @@ impl Shared {
             }));
             let report = match result {
                 Ok(Ok(report)) => report,
+                Ok(Err(_)) | Err(_) if self.inner.lock().stopping => return,
                 Ok(Err(e)) => return self.end(JobState::Failed, Some(failure(&e, step))),
                 Err(_) => {
                     return self.end(JobState::Failed, Some(format!("step {} met a fault in weightfs", step + 1)));

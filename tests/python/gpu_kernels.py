@@ -34,11 +34,13 @@ def ok(code):
 
 class Module:
     def __init__(self, name):
-        self.handle = P()
-        ok(cuda.cuModuleLoadData(ctypes.byref(self.handle), (KERNELS / f"{name}.ptx").read_bytes() + b"\0"))
-        self.functions = {}
+        self.name, self.handle, self.functions = name, None, {}
 
     def __call__(self, name, grid, block, *args, shared=0):
+        if self.handle is None:
+            # Of what is not asked for nothing is assembled.
+            self.handle = P()
+            ok(cuda.cuModuleLoadData(ctypes.byref(self.handle), (KERNELS / f"{self.name}.ptx").read_bytes() + b"\0"))
         if name not in self.functions:
             f = P()
             ok(cuda.cuModuleGetFunction(ctypes.byref(f), self.handle, name.encode()))
@@ -87,24 +89,24 @@ class Attention(ctypes.Structure):
         [(n, I) for n in "log_rows log_shift q_shift group d window".split()] + [("scale", F)]
 
 
-attention, hopper, before = Module("attention"), None, None
+attention, hopper = Module("attention"), None
 if torch.cuda.get_device_capability() == (9, 0):
-    hopper, before = Module("attention_hopper"), Module("attention_before")
+    hopper = Module("attention_hopper")
 
 
-def head_map(x, heads, d):
-    """How Hopper's copy engine finds boxes of 64 rows and 64 columns of a head in rows of heads x d."""
+def head_map(x, heads, d, rows=64):
+    """How Hopper's copy engine finds boxes of so many rows and 64 columns of a head in rows of heads x d."""
     room = (ctypes.c_uint64 * 32)()
     at = (ctypes.addressof(room) + 127) & ~127
     dims, strides = (ctypes.c_uint64 * 3)(d, heads, x.shape[0]), (ctypes.c_uint64 * 2)(2 * d, 2 * x.stride(0))
-    box, steps = (ctypes.c_uint32 * 3)(64, 1, 64), (ctypes.c_uint32 * 3)(1, 1, 1)
+    box, steps = (ctypes.c_uint32 * 3)(64, 1, rows), (ctypes.c_uint32 * 3)(1, 1, 1)
     # bf16, three dimensions, as they lie, swizzle of 128 bytes, 256 bytes at a time into the second cache, zeros outside.
     ok(cuda.cuTensorMapEncodeTiled(P(at), I(9), I(3), P(x.data_ptr()), dims, strides, box, steps, I(0), I(3), I(3), I(0)))
     return bytes((ctypes.c_char * 128).from_address(at))
 
 
 class Maps(ctypes.Structure):
-    _fields_ = [("maps", ctypes.c_char * 640)]
+    _fields_ = [("maps", ctypes.c_char * 512)]
 
     def __init__(self, *maps):
         super().__init__()
@@ -123,12 +125,7 @@ def attention_bytes(which, d):
     if isinstance(d, str) and d.startswith("hopper"):
         d = int(d.split("_")[1])
         rows = 5 * 128 if which == "forward" else 2 * 128 + 8 * 64
-        return rows * d * 2 + (8 * 64 * 4 if which == "kv" else 0) + 1024 + 256, 128
-    if isinstance(d, str):
-        d = int(d.split("_")[1])
-        if which == "forward":
-            return 5 * 128 * 2 * d + 1024, 128
-        return (2 * 128 + 6 * 64) * d * 2 + (6 * 64 * 4 if which == "kv" else 0) + 1024, 128
+        return rows * d * 2 + (8 * 4 * 80 if which == "kv" else 0) + 1024 + 256, 128
     if which == "forward":
         rows = 128 if d < 256 else 64
         return (rows + 4 * 64) * d * 2, rows
@@ -180,30 +177,26 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
     dq, dk, dv = (poison(trained, heads * d) for _ in range(3))
     scale = d ** -0.5
     kind = kind or size_class(d)
-    own_way = str(kind).startswith(("hopper", "before"))
+    own_way = str(kind).startswith("hopper")
     what = f"attention d={d} {kind} heads={heads}/{kv} window={window} spans={spans}"
 
     def launch(which, spans, grid_z=1, arm=None, **fields):
         shared, rows = attention_bytes(which, kind)
         rows = 64 if "split" in (arm or "") else rows
-        shared += 2 * 128 * d * 2 if arm == "deep" else 128 * d * 2 if "whole" in (arm or "") else 0
+        shared += 2 * 128 * 128 * 2 if arm == "deep" else 0
         t, count = tiles(spans, rows, which)
         a = Attention(tiles=t.data_ptr(), ldq=width_q, ldk=width_kv, ldv=width_kv, ldo=heads * d, lddq=heads * d,
                       lddk=heads * d, log_rows=trained, log_shift=frozen, group=heads // kv, d=d, window=window,
                       scale=scale, **{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in fields.items()})
         name = "forward" if which == "forward" else f"backward_{which}"
-        if own_way and kind.startswith("hopper"):
+        if own_way:
             name = f"{kind.replace('_', f'_{name}_')}"
             for part in (arm or "").split():
                 name = name.replace("q_", "q_split_") if part == "split" else name.replace("hopper", part)
             x = fields["q"]
-            maps = Maps(head_map(x, heads, d), head_map(k, kv, d), head_map(v, kv, d), head_map(fields.get("dout", x), heads, d),
-                        head_map(fields.get("out", x), heads, d))
+            maps = Maps(head_map(x, heads, d), head_map(k, kv, d), head_map(v, kv, d), head_map(fields.get("dout", x), heads, d))
             blocks = min(heads * count, torch.cuda.get_device_properties(0).multi_processor_count)
             run = lambda: hopper(name, (blocks,), 384, a, maps, I(heads), I(count), shared=shared)
-        elif own_way:
-            name = f"{kind.replace('before_', f'hopper_{name}_')}"
-            run = lambda: before(name, (heads, count, grid_z), 256, a, shared=shared)
         else:
             name = f"attention_{name}_{kind}"
             run = lambda: attention(name, (heads, count, grid_z), 128, a, shared=shared)
@@ -241,24 +234,24 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
     keep.append(launch("q", own, dq=dq, **back))
     keep.append(launch("kv", own, grid_z=2 if kind == 256 else 1, dk=dk, dv=dv, **back))
     if own_way and kind == "hopper_128":
-        for arm in ("free", "deep", "held", "heldfree"):
+        for arm in ("free", "deep", "held"):
             out2, logs2 = poison(total, heads * d), poison(heads, trained, dtype=torch.float32)
             keep.append(launch("forward", spans, arm=arm, q=q, k=k, v=v, out=out2, log_sums=logs2, q_shift=0))
             if not timed and not (torch.equal(out, out2) and torch.equal(logs, logs2)):
                 failures.append(f"arm {arm}")
-        for arm in ("whole", "whole split"):
-            dq2, delta2 = poison(trained, heads * d), poison(heads, trained, dtype=torch.float32)
-            keep.append(launch("q", own, arm=arm, dq=dq2, **{**back, "delta": delta2, "out": out[frozen:]}))
-            check(f"delta {arm}", delta2, delta, 1e-3)
-            check(f"arm {arm}", dq2, dq, 1e-2)
+        for arm in ("turns", "early"):
+            dk2, dv2 = poison(trained, heads * d), poison(trained, heads * d)
+            keep.append(launch("kv", own, arm=arm, dk=dk2, dv=dv2, **back))
+            if not timed and not (torch.equal(dk, dk2) and torch.equal(dv, dv2)):
+                failures.append(f"arm {arm} of keys")
         dq2 = poison(trained, heads * d)
-        keep.append(launch("q", own, arm="loose", dq=dq2, **back))
+        keep.append(launch("q", own, arm="turns", dq=dq2, **back))
         if not timed and not torch.equal(dq, dq2):
-            failures.append("arm loose")
-    if own_way and kind.startswith("hopper"):
+            failures.append("arm turns of queries")
+    if own_way:
         dq_split = poison(trained, heads * d)
         keep.append(launch("q", own, arm="split", dq=dq_split, **back))
-    if own_way and kind.startswith("hopper") and not timed:
+    if own_way and not timed:
         # The same bits again, and for rows that train alone.
         out2, logs2 = poison(total, heads * d), poison(heads, trained, dtype=torch.float32)
         keep.append(launch("forward", own, q=q[frozen:], k=k, v=v, out=out2[frozen:], log_sums=logs2, q_shift=frozen))
@@ -283,7 +276,7 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
     # A row that sees itself alone has no gradient: what is left of dP - delta is measured by dP.
     least = 1e-2 * float(dout.float().norm())
     check(what + " dq", dq, qf.grad[frozen:].reshape(trained, -1), 1.5e-2, least)
-    if own_way and kind.startswith("hopper"):
+    if own_way:
         check(what + " dq split", dq_split, qf.grad[frozen:].reshape(trained, -1), 1.5e-2, least)
     check(what + " dk", gathered(dk), kf.grad[frozen:], 1.5e-2, least)
     check(what + " dv", gathered(dv), vf.grad[frozen:], 1.5e-2)
@@ -312,66 +305,37 @@ def attentions():
 
 # ---- attention of heads of 129 to 256 on Hopper
 
-if hopper:
-    hopper_256, hopper_256_beside = Module("attention_hopper_256"), Module("attention_hopper_256_beside")
+hopper_256 = Module("attention_hopper_256") if hopper else None
 
 
-def boxes(x, heads, d, rows):
-    """How Hopper's copy engine finds boxes of so many rows and 64 columns of a head in rows of heads x d."""
-    room = (ctypes.c_uint64 * 32)()
-    at = (ctypes.addressof(room) + 127) & ~127
-    dims, strides = (ctypes.c_uint64 * 3)(d, heads, x.shape[0]), (ctypes.c_uint64 * 2)(2 * d, 2 * x.stride(0))
-    box, steps = (ctypes.c_uint32 * 3)(64, 1, rows), (ctypes.c_uint32 * 3)(1, 1, 1)
-    # bf16, three dimensions, as they lie, swizzle of 128 bytes, 256 bytes at a time into the second cache, zeros outside.
-    ok(cuda.cuTensorMapEncodeTiled(P(at), I(9), I(3), P(x.data_ptr()), dims, strides, box, steps, I(0), I(3), I(3), I(0)))
-    return bytes((ctypes.c_char * 128).from_address(at))
-
-
-class Boxes(ctypes.Structure):
-    _fields_ = [("maps", ctypes.c_char * 512)]
-
-    def __init__(self, *maps):
-        super().__init__()
-        ctypes.memmove(ctypes.addressof(self), b"".join(maps), 128 * len(maps))
-
-
-def attention_256_case(spans, heads, kv, d, window=0, frozen=0, timed=False, ways=("", "", "")):
-    """`attention_hopper_256.cu`; `ways` are the ends of its kernels' names: forward, of queries, of keys and values."""
+def attention_256_case(spans, heads, kv, d, window=0, frozen=0, timed=False):
+    """`attention_hopper_256.cu`."""
     total, group, scale = max(s[1] for s in spans), heads // kv, d ** -0.5
     trained, width_q, width_kv = total - frozen, heads * d + 8, 2 * kv * d + 8
-    if group % 2:
-        ways = (ways[0].replace("_mapped_pair", "_mapped"), *ways[1:])
     q, kvs, dout = random(total, width_q), random(total, width_kv), random(trained, heads * d)
     k, v = kvs[:, : kv * d], kvs[:, kv * d : 2 * kv * d]
     out, logs = poison(total, heads * d), poison(heads, trained, dtype=torch.float32)
     delta = poison(heads, trained, dtype=torch.float32)
-    dq, dk, dv = (poison(trained, heads * d) for _ in range(3))
-    what = f"attention256 d={d} {ways} heads={heads}/{kv} window={window} spans={spans}"
+    dq, dq_pair, dk, dv = (poison(trained, heads * d) for _ in range(4))
+    what = f"attention256 d={d} heads={heads}/{kv} window={window} spans={spans}"
 
-    def launch(which, spans, **fields):
-        t = [[i, min(end, i + 128), prefix, length, first, end]
-             for first, end, prefix, length in spans for i in range(first, end, 128)]
-        t.sort(key=lambda t: t[4] - t[3] - t[1])
-        count, t = len(t), torch.tensor(t, dtype=torch.int32, device=DEV)
+    def launch(name, spans, **fields):
+        of_keys = "kv" in name
+        t, count = tiles(spans, 128, "kv" if of_keys else "q")
         a = Attention(tiles=t.data_ptr(), ldq=width_q, ldk=width_kv, ldv=width_kv, ldo=heads * d, lddq=heads * d,
                       lddk=heads * d, log_rows=trained, log_shift=frozen, group=group, d=d, window=window, scale=scale,
                       **{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in fields.items()})
-        blocks = 2 * count if which == "backward_kv" else count
-        # Rows of 512 bytes, numbers and barriers, and what aligns.
-        rows, rest = {"forward": (128 + 4 * 80, 80), "backward_q": (2 * 128 + 3 * 64, 64),
-                      "backward_kv": (2 * 64 + 6 * 48, 64 * 48 * 4 + 6 * 48 * 4 + 112)}[which]
-        suffix = dict(zip(("forward", "backward_q", "backward_kv"), ways))[which]
-        if "wide" in suffix:
-            rows, rest = 2 * 64 + 4 * 64, 64 * 64 * 4 + 4 * 64 * 4 + 64
-        name, parts = f"hopper_{which}_256{suffix}", 2 if "pair" in suffix else 1
-        maps = []
-        if "mapped" in suffix:
-            q_rows, rows_kv = {"forward": (64, 40), "backward_q": (64, 64), "backward_kv": (24, 64)}[which]
-            parts = parts if which == "backward_q" else 1
-            maps = [Boxes(boxes(fields["q"], heads, d, q_rows), boxes(k, kv, d, rows_kv), boxes(v, kv, d, rows_kv),
-                                *([boxes(dout, heads, d, q_rows)] if which != "forward" else []))]
-        module = hopper_256 if suffix in ("", "_pair") else hopper_256_beside
-        run = lambda: module(name, (heads, blocks, parts), 384, a, *maps, shared=rows * 512 + rest + 1024)
+        # Rows of 512 bytes, numbers and barriers, and what aligns; rows of the maps' boxes.
+        if name == "forward_256":
+            rows, rest, maps = 128 + 4 * 80, 5 * 16, [(fields["q"], heads, 128), (k, kv, 80), (v, kv, 80)]
+        elif of_keys:
+            rows, rest = 2 * 64 + 6 * 48, 64 * 48 * 4 + 6 * 48 * 4 + 7 * 16
+            maps = [(fields["q"], heads, 48), (k, kv, 64), (v, kv, 64), (dout, heads, 48)]
+        else:
+            rows, rest, maps = 2 * 128 + 3 * 64, 3 * 16, []
+        maps = [Maps(*(head_map(x, of, d, box) for x, of, box in maps))] if maps else []
+        grid = heads, 2 * count if of_keys else count, 2 if "pair" in name else 1
+        run = lambda: hopper_256(f"hopper_{name}", grid, 384, a, *maps, shared=rows * 512 + rest + 1024)
         run()
         if not timed:
             return t
@@ -382,25 +346,26 @@ def attention_256_case(spans, heads, kv, d, window=0, frozen=0, timed=False, way
             run()
         end.record()
         torch.cuda.synchronize()
-        pairs = sum((e - f) * (l if which != "backward_kv" else 0) + (e - f) * (e - f + 1) // 2 for f, e, _, l in spans)
+        pairs = sum((e - f) * (0 if of_keys else l) + (e - f) * (e - f + 1) // 2 for f, e, _, l in spans)
         ms = start.elapsed_time(end) / 10
-        flops = {"forward": 4, "backward_q": 6, "backward_kv": 8}[which] * pairs * d * heads
+        flops = (4 if name == "forward_256" else 8 if of_keys else 6) * pairs * d * heads
         print(f"time {name} d={d} {[(e - f, l) for f, e, _, l in spans]}: {ms:.3f} ms, {flops / ms / 1e9:.0f} TFLOP/s")
         return t
 
-    keep = [launch("forward", spans, q=q, k=k, v=v, out=out, log_sums=logs, q_shift=0)]
+    keep = [launch("forward_256", spans, q=q, k=k, v=v, out=out, log_sums=logs, q_shift=0)]
     attention("attention_delta", ((trained * heads + 3) // 4,), 128, dout, out[frozen:], L(heads * d), I(trained), I(heads),
               I(d), delta)
     own = [s for s in spans if s[0] >= frozen]
     back = dict(q=q[frozen:], k=k, v=v, log_sums=logs, dout=dout, delta=delta, q_shift=frozen)
-    keep.append(launch("backward_q", own, dq=dq, **back))
-    keep.append(launch("backward_kv", own, dk=dk, dv=dv, **back))
+    keep.append(launch("backward_q_256", own, dq=dq, **back))
+    keep.append(launch("backward_q_256_pair", own, dq=dq_pair, **back))
+    keep.append(launch("backward_kv_256", own, dk=dk, dv=dv, **back))
     torch.cuda.synchronize()
     if timed:
         return
     # The rows that train alone, whose bits are the same.
     again, logs_again = poison(trained, heads * d), poison(heads, trained, dtype=torch.float32)
-    keep.append(launch("forward", own, q=q[frozen:], k=k, v=v, out=again, log_sums=logs_again, q_shift=frozen))
+    keep.append(launch("forward_256", own, q=q[frozen:], k=k, v=v, out=again, log_sums=logs_again, q_shift=frozen))
     check(what + " again", again, out[frozen:], 0)
     check(what + " log_sums again", logs_again, logs, 0)
     qf = q[:, : heads * d].float().reshape(total, heads, d).requires_grad_()
@@ -412,25 +377,23 @@ def attention_256_case(spans, heads, kv, d, window=0, frozen=0, timed=False, way
     gathered = lambda x: x.float().reshape(trained, kv, group, d).sum(2)
     # A row that sees itself alone has no gradient: what is left of dP - delta is measured by dP.
     least = 1e-2 * float(dout.float().norm())
-    check(what + " dq", dq, qf.grad[frozen:].reshape(trained, -1), 1.5e-2, least)
+    for name, x in (("dq", dq), ("dq pair", dq_pair)):
+        check(f"{what} {name}", x, qf.grad[frozen:].reshape(trained, -1), 1.5e-2, least)
     check(what + " dk", gathered(dk), kf.grad[frozen:], 1.5e-2, least)
     check(what + " dv", gathered(dv), vf.grad[frozen:], 1.5e-2)
 
 
-WAYS = [("", "", ""), ("_self", "_self", "_self"), ("_mapped", "_mapped", "_mapped"), ("_mapped_pair", "_mapped_pair", "_mapped_pair"),
-        ("", "_pair", "_wide")]
-
-
 def attentions_256():
+    if not hopper:
+        return
     packed = [(0, 70, 0, 0), (70, 75, 0, 0), (75, 240, 0, 70), (240, 241, 70, 5), (241, 400, 70, 5), (400, 463, 0, 0)]
-    for ways in WAYS if hopper else ():
-        for d in (256, 136, 200):
-            for window in (0, 3, 100):
-                attention_256_case(packed, 4, 2, d, window, frozen=75, ways=ways)
-        attention_256_case([(0, 1, 0, 0)], 2, 1, 256, ways=ways)
-        attention_256_case([(0, 64, 0, 0)], 2, 2, 256, ways=ways)
-        attention_256_case([(0, 129, 0, 0)], 8, 1, 256, ways=ways)
-        attention_256_case([(0, 700, 0, 0), (700, 1577, 0, 700)], 6, 2, 256, frozen=700, ways=ways)
+    for d in (256, 136, 200):
+        for window in (0, 3, 100):
+            attention_256_case(packed, 4, 2, d, window, frozen=75)
+    attention_256_case([(0, 1, 0, 0)], 2, 1, 256)
+    attention_256_case([(0, 64, 0, 0)], 2, 2, 256)
+    attention_256_case([(0, 129, 0, 0)], 8, 1, 256)
+    attention_256_case([(0, 700, 0, 0), (700, 1577, 0, 700)], 6, 2, 256, frozen=700)
 
 
 # ---- norms, rope, swiglu, loss
@@ -1186,6 +1149,10 @@ class Norms(ctypes.Structure):
     _fields_ = [("side", Map * 8), ("of", Norm * 8)]
 
 
+class EvenNorms(ctypes.Structure):
+    _fields_ = [("side", Map * 8), ("of", Norm * 8), ("first", I * 9)]
+
+
 def tile_map(x, high):
     """A bf16 matrix in tiles of `high` rows and 64 columns, 128 bytes swizzled, for the copy engine."""
     raw = (ctypes.c_uint8 * 192)()
@@ -1203,22 +1170,43 @@ MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count
 
 
 # Blocks that share tiles, by kernel.
-UPDATES = {"update_product": (1, 1), "update_product_pair": (2, 1), "update_product_four": (2, 2)}
+UPDATES = {"update_far_one": (1, 32), "update_product": (1, 1), "update_product_pair": (2, 1), "update_product_four": (2, 2)}
 
 
 def launch_update(name, dy, x, w, factors, by, gain, keep, random_bits, stream, verdict, halted, late=None):
     m, n, t = w.shape[0], w.shape[1], dy.shape[0]
     late = MULTIPROCESSORS if late is None else late
     high, wide = UPDATES[name]
-    blocks = -(-m // (128 * high)) * high * -(-n // (128 * wide)) * wide
+    far = "far" in name
+    blocks = -(-m // (128 * high)) * high * -(-n // 256) if far else -(-m // (128 * high)) * high * -(-n // (128 * wide)) * wide
     a = struct(Update, m=m, n=n, tokens=t, late=late, factors=factors, by=by, gain=gain, keep=keep, stochastic=random_bits, s=stream,
                verdict=verdict, halted=halted)
-    apollo_hopper(name, (blocks,), 256, tile_map(dy, 64), tile_map(x, 64), tile_map(w, 128), a, shared=SHARED)
+    if far:
+        apollo_hopper(name, (min(blocks, MULTIPROCESSORS // high * high),), 384, tile_map(dy, wide), tile_map(x, wide), tile_map(w, 64), a,
+                      shared=6 * 24576 + 65536 + 2048 + 1024)
+    else:
+        apollo_hopper(name, (blocks,), 256, tile_map(dy, 64), tile_map(x, 64), tile_map(w, 128), a, shared=SHARED)
 
 
-def launch_norms(sides, grams, tokens, factors, lasts, gains, sums, counters, verdicts, halted, growth=1.01, rate=0.25):
+def launch_norms(sides, grams, tokens, factors, lasts, gains, sums, counters, verdicts, halted, growth=1.01, rate=0.25, even=False):
     low = -(-tokens // 128)
     pairs = low * (low + 1) // 2
+    if even:
+        chunks = [-(-c.shape[1] // 64) for c in sides]
+        each = min(32, max(8, -(-sum(chunks) * pairs // (4 * MULTIPROCESSORS))))
+        norms, at = EvenNorms(), 0
+        for i in range(8):
+            norms.first[i] = at
+            if i >= len(sides):
+                continue
+            norms.side[i] = tile_map(sides[i], 128)
+            norms.of[i] = struct(Norm, gram=grams[i], factors=factors[i], last=lasts[i:], gain=gains[i:], verdict=verdicts[i:],
+                                 channels=sides[i].shape[1], rate=rate * (i + 1))
+            at += -(-chunks[i] // each)
+        norms.first[8] = at
+        apollo_hopper("gram_norms_even", (pairs, at), 256, norms, I(grams[0].stride(0)), I(tokens), F(growth), sums, halted, counters,
+                      shared=SHARED + 768)
+        return
     least = min(-(-c.shape[1] // 64) for c in sides)
     parts = max(1, min(-(-2 * MULTIPROCESSORS // (pairs * len(sides))), -(-least // 4)))
     norms = Norms()
@@ -1295,9 +1283,9 @@ def factored():
         for gram, other in zip(grams, others):
             gram[:, :t] = other.float() @ other.float().T
         verdicts = torch.tensor([0, 0, 1], device=DEV, dtype=torch.int32)
-        for before in (-1.0, 0.5):
+        for before, even in ((-1.0, 0), (0.5, 0), (-1.0, 1), (0.5, 1)):
             lasts, gains = torch.full((3,), before, device=DEV), poison(3, dtype=f32)
-            launch_norms(sides, grams, t, factors, lasts, gains, sums, counters, verdicts, halted)
+            launch_norms(sides, grams, t, factors, lasts, gains, sums, counters, verdicts, halted, even=even)
             for i in range(2):
                 length = (want_g * (factors[i].double()[:, None] if i == 0 else factors[i].double()[None])).norm()
                 shrink = 1 if before < 0 else max(float(length) / (before + 1e-8), 1.01) / 1.01
@@ -1315,7 +1303,7 @@ def factored():
                 for bits in (0, 1):
                     w, gain = random(m + 1, n + 8, scale=0.02), torch.tensor([1e-3], device=DEV)
                     old = w.clone()
-                    launch_update(name, dy, x, w[:m, :n], f, by, gain, 0.999, bits, STREAM, verdict, halted)
+                    launch_update(name, dy, x, w[:m, :n], f, by, gain, 0.999, bits, STREAM, verdict, halted, 2 * by if "far" in name else None)
                     z = (old[:m, :n].float() - (factor * gain) * g) * torch.tensor(0.999, device=DEV)
                     got = w[:m, :n]
                     check(f"update {name} {m} {n} {t} {by}", got, z, 5e-3)
@@ -1330,7 +1318,7 @@ def factored():
                     check("update beside", w[:m, n:], old[:m, n:], 0)
             for held in (verdict, halted):
                 held.fill_(1)
-                launch_update(name, dy, x, w[:m, :n], f, 2, gain, 0.999, 1, STREAM, verdict, halted)
+                launch_update(name, dy, x, w[:m, :n], f, 2, gain, 0.999, 1, STREAM, verdict, halted, 0)
                 check("update held", w[:m, :n], got, 0)
                 held.fill_(0)
         torch.cuda.synchronize()
@@ -1358,6 +1346,16 @@ def replayed(f, repeat=5, each=5):
 
 def time_factored():
     f32 = torch.float32
+    # A layer's norms.
+    for t, shapes in ((1023, (17408, 17408, 10240, 6144, 6144, 17408)), (256, (17408, 17408, 10240, 6144, 6144, 17408)),
+                      (1024, (4096, 4096, 12288, 12288, 12288))):
+        sides, fs = [random(t, c) for c in shapes], [random(c, dtype=f32) for c in shapes]
+        k = len(shapes)
+        grams = [torch.zeros(t, -(-t // 8) * 8, device=DEV) for _ in shapes]
+        lasts, gains = torch.full((k,), -1.0, device=DEV), torch.ones(k, device=DEV)
+        sums, counters, none = poison(1 << 16, dtype=torch.float64), torch.zeros(8, device=DEV, dtype=torch.int32), torch.zeros(8, device=DEV, dtype=torch.int32)
+        us = [1e3 * replayed(lambda: launch_norms(sides, grams, t, fs, lasts, gains, sums, counters, none, none, even=e)) for e in (0, 1)]
+        print(f"time norms of a layer, {t} tokens, {shapes}: {us[0]:.0f} us, even {us[1]:.0f} us, {t * t * sum(shapes) / us[1] / 1e6:.0f} TFLOP/s of half")
     zero, counter, one = torch.zeros(1, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32), torch.ones(1, device=DEV)
     sums, keep = poison(1 << 16, dtype=torch.float64), []
     for m, n, t in [(17408, 5120, 1023), (5120, 17408, 1023), (12288, 4096, 1024), (17408, 5120, 256), (4096, 4096, 256), (5120, 6144, 1023)]:
@@ -1365,7 +1363,7 @@ def time_factored():
         c, s, by = (dy, x, 1) if m >= n else (x, dy, 2)
         f, channels = random(max(m, n), dtype=f32).abs(), max(m, n)
         for name in UPDATES:
-            for bits, late in ((1, 0), (1, None), (0, None)):
+            for bits, late in ((1, 0), (1, 2), (1, 5), (0, 0), (0, 5)) if "far" in name else ((1, None),):
                 ms = replayed(lambda: launch_update(name, dy, x, w, f, by, one, 0.999, bits, STREAM, zero, zero, late))
                 print(f"time {name} {m} {n} {t} random {bits} late {late}: {ms * 1e3:.0f} us, {2 * m * n * t / ms / 1e9:.0f} TFLOP/s, {4 * m * n / ms / 1e9:.2f} TB/s")
         gram = torch.zeros(t, -(-t // 8) * 8, device=DEV)
@@ -1529,18 +1527,16 @@ if __name__ == "__main__":
         for d, heads, kv in ((128, 32, 8), (64, 32, 8)):
             attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True)
             attention_case([(0, 1024, 0, 0), (1024, 2048, 0, 1024)], heads, kv, d, frozen=1024, timed=True)
-            for kind in ("before", "hopper") if hopper and d <= 128 else ():
-                attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True, kind=f"{kind}_{d}")
-                attention_case([(0, 1024, 0, 0), (1024, 2048, 0, 1024)], heads, kv, d, frozen=1024, timed=True, kind=f"{kind}_{d}")
-                attention_case([(0, 2048, 0, 0), (2048, 2304, 0, 2048)], heads, kv, d, frozen=2048, timed=True, kind=f"{kind}_{d}")
-    if wanted("attentions_256"):
-        if hopper:
-            # Of Qwen3.5-27B's heads: the spans of 0 + 1024, 4096 + 256 and 32768 + 1024.
-            for own, context in ((1024, 0), (4096, 0), (256, 4096), (1024, 32768)):
-                spans = [(0, context, 0, 0), (context, context + own, 0, context)] if context else [(0, own, 0, 0)]
-                if context <= 4096:
-                    attention_case(spans, 24, 4, 256, frozen=context, timed=True)
-                for ways in WAYS:
-                    attention_256_case(spans, 24, 4, 256, frozen=context, timed=True, ways=ways)
+            if hopper:
+                attention_case([(0, 4096, 0, 0)], heads, kv, d, timed=True, kind=f"hopper_{d}")
+                attention_case([(0, 1024, 0, 0), (1024, 2048, 0, 1024)], heads, kv, d, frozen=1024, timed=True, kind=f"hopper_{d}")
+                attention_case([(0, 2048, 0, 0), (2048, 2304, 0, 2048)], heads, kv, d, frozen=2048, timed=True, kind=f"hopper_{d}")
+    if wanted("attentions_256") and hopper:
+        # Of Qwen3.5-27B's heads: the spans of 0 + 1024, 4096 + 256 and 32768 + 1024.
+        for own, context in ((1024, 0), (4096, 0), (256, 4096), (1024, 32768)):
+            spans = [(0, context, 0, 0), (context, context + own, 0, context)] if context else [(0, own, 0, 0)]
+            if context <= 4096:
+                attention_case(spans, 24, 4, 256, frozen=context, timed=True)
+            attention_256_case(spans, 24, 4, 256, frozen=context, timed=True)
     print("all agree" if not failures else f"{len(failures)} FAILED: {sorted(set(failures))[:20]}")
     raise SystemExit(bool(failures))

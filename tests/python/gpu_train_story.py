@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import time
 
 import harness
@@ -49,6 +50,7 @@ def main():
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--tokens", type=int, default=1024)
     p.add_argument("--lr", type=float, default=1e-5)
+    p.add_argument("--log", help="another directory for the commits' log, bound over the model's: where SCRATCH has no room for it")
     p.add_argument("--cpu", action="store_true")
     a = p.parse_args()
     os.makedirs(a.scratch, exist_ok=True)
@@ -58,6 +60,11 @@ def main():
     clock = Clock()
     vocabulary = model_of(model, a.layers, a.cpu)
     size = sum(os.path.getsize(os.path.join(model, f)) for f in harness.shards(model))
+    if a.log:
+        state = os.path.join(model, ".weightfs")
+        for directory in (a.log, state):
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+        subprocess.run(["mount", "--bind", a.log, state], check=True)
     clock.says(f"a checkpoint of {size / 1e9:.2f} GB, {a.layers} layers")
     if a.cpu:
         owner = harness.EngineProcess(model, a.scratch)
@@ -112,6 +119,8 @@ def main():
             if not a.cpu:
                 check("as the engine has it", content_digest(model) == owner.tell("digest")["digest"])
     owner.stop()
+    if a.log:
+        subprocess.run(["umount", os.path.join(model, ".weightfs")], check=True)
     print(f"{time.time() - clock.start:6.2f} s in all", flush=True)
 
 

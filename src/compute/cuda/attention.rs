@@ -62,7 +62,10 @@ const ALIGN: usize = 1024;
 
 /// The kernels of `attention_hopper_256.cu`.
 mod hopper_256 {
-    use super::{ALIGN, Arguments, Gpu, Result, launch};
+    use super::super::tensor_map::{Heads, Maps};
+    use super::{ALIGN, Arguments, Gpu, HOPPER, Result, launch};
+    use std::cmp::Reverse;
+    use std::collections::BinaryHeap;
 
     static KERNELS: crate::memory::cuda::Ptx = crate::memory::cuda::Ptx {
         name: "compute/attention_hopper_256",
@@ -80,14 +83,92 @@ mod hopper_256 {
     /// Two barriers for every tile that is copied.
     const BARRIERS: usize = 16;
 
-    pub const FORWARD: usize = (super::HOPPER + 4 * KEYS.0) * ROW + 4 * BARRIERS + ALIGN;
-    pub const BACKWARD_Q: usize = (2 * super::HOPPER + 3 * KEYS.1) * ROW + 3 * BARRIERS + ALIGN;
+    pub const FORWARD: usize = (HOPPER + 4 * KEYS.0) * ROW + 5 * BARRIERS + ALIGN;
+    pub const BACKWARD_Q: usize = (2 * HOPPER + 3 * KEYS.1) * ROW + 3 * BARRIERS + ALIGN;
     pub const BACKWARD_KV: usize =
-        (2 * OWN + 6 * QUERIES) * ROW + OWN * QUERIES * 4 + 6 * QUERIES * 4 + 6 * BARRIERS + ALIGN;
+        (2 * OWN + 6 * QUERIES) * ROW + OWN * QUERIES * 4 + 6 * QUERIES * 4 + 7 * BARRIERS + ALIGN;
 
-    pub fn launch(gpu: &Gpu, name: &str, grid: (u32, u32, u32), shared: u32, arguments: Arguments) -> Result<()> {
-        launch!(gpu, name, grid, (384, 1, 1), shared; arguments);
+    const THREADS: (u32, u32, u32) = (384, 1, 1);
+
+    /// In two `parts`, blocks of queries have half of the keys each; those of keys have half of a tile.
+    pub fn launch(
+        gpu: &Gpu,
+        of: &str,
+        tiles: usize,
+        (shared, parts): (u32, u32),
+        a: Arguments,
+        sizes: (usize, usize, usize),
+    ) -> Result<()> {
+        let (heads, tiles) = (sizes.0 as u32, tiles as u32);
+        match of {
+            "forward" => {
+                let maps = maps(gpu, &a, sizes, (HOPPER, KEYS.0))?;
+                launch!(gpu, "hopper_forward_256", (heads, tiles, 1), THREADS, shared; a, maps);
+            }
+            "backward_q" => {
+                let name = if parts == 2 { "hopper_backward_q_256_pair" } else { "hopper_backward_q_256" };
+                launch!(gpu, name, (heads, tiles, parts), THREADS, shared; a);
+            }
+            _ => {
+                let maps = maps(gpu, &a, sizes, (QUERIES, OWN))?;
+                // Halves of a tile one after the other, so that the longest still begin first.
+                launch!(gpu, "hopper_backward_kv_256", (heads, tiles * parts, 1), THREADS, shared; a, maps);
+            }
+        }
         Ok(())
+    }
+
+    /// Of q, k, v and dout, with the rows of a tile of queries and of keys.
+    fn maps(
+        gpu: &Gpu,
+        a: &Arguments,
+        (heads, q_rows, kv_rows): (usize, usize, usize),
+        (queries, keys): (usize, usize),
+    ) -> Result<Maps<4>> {
+        let head_dim = a.d as usize;
+        let of = |address, heads, rows, stride| Heads { address, rows, heads, head_dim, stride: stride as usize };
+        let kv_heads = heads / a.group as usize;
+        let q = of(a.q, heads, q_rows, a.ldq);
+        let dout = if a.dout == 0 { q } else { of(a.dout, heads, q_rows, a.ldo) };
+        let (k, v) = (of(a.k, kv_heads, kv_rows, a.ldk), of(a.v, kv_heads, kv_rows, a.ldv));
+        Maps::of_rows(gpu, [(q, queries), (k, keys), (v, keys), (dout, queries)])
+    }
+
+    /// Whether tiles of queries are done sooner where two blocks have half of a tile's keys each: where blocks are few, or
+    /// fill the device a second time by half. `seen` begins with the most.
+    pub fn pays_to_halve(seen: &[usize], heads: usize, multiprocessors: usize) -> bool {
+        // What a block takes besides, in keys: as measured on an H200.
+        const BESIDES: usize = 384;
+        // Where tiles are many, nothing is idle for long.
+        if seen.len() * heads >= 4 * multiprocessors {
+            return false;
+        }
+        // When the last is done, each going to the multiprocessor that is free first.
+        let end = |parts: usize| {
+            let mut free: BinaryHeap<Reverse<usize>> = (0..multiprocessors).map(|_| Reverse(0)).collect();
+            for keys in seen.iter().flat_map(|&keys| std::iter::repeat_n(keys / parts + BESIDES, heads * parts)) {
+                let Reverse(at) = free.pop().expect("a device has multiprocessors");
+                free.push(Reverse(at + keys));
+            }
+            free.into_iter().map(|Reverse(at)| at).max()
+        };
+        end(2) < end(1)
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::pays_to_halve;
+
+        /// What was faster on an H200, of 132 multiprocessors, for 24 heads.
+        #[test]
+        fn halves_as_measured() {
+            let halves = |own: usize, context: usize| {
+                let seen: Vec<usize> = (1..=own.div_ceil(128)).rev().map(|t| context + own.min(128 * t)).collect();
+                pays_to_halve(&seen, 24, 132)
+            };
+            assert!(!halves(1024, 0) && !halves(4096, 0));
+            assert!(halves(256, 4096) && halves(1024, 32768));
+        }
     }
 }
 
@@ -105,6 +186,8 @@ mod hopper {
 
     /// Shared memory of barriers and what lies behind them.
     pub const BARRIERS: usize = 256;
+    /// Of what the backward pass for keys has of a tile of queries: a number each, in four parts apart.
+    pub const NUMBERS: usize = 4 * 80;
 
     /// Over `tiles` tiles of every head, as many blocks as the device has multiprocessors: each does many.
     pub fn launch(
@@ -121,30 +204,9 @@ mod hopper {
         let q = of(a.q, heads, q_rows, a.ldq);
         let dout = if a.dout == 0 { q } else { of(a.dout, heads, q_rows, a.ldo) };
         let (k, v) = (of(a.k, kv_heads, kv_rows, a.ldk), of(a.v, kv_heads, kv_rows, a.ldv));
-        let maps = Maps::new(gpu, [q, k, v, dout, dout])?;
+        let maps = Maps::new(gpu, [q, k, v, dout])?;
         let blocks = (heads * tiles).min(gpu.device.multiprocessors as usize) as u32;
         launch!(gpu, name, (blocks, 1, 1), (384, 1, 1), shared; a, maps, heads as i32, tiles as i32);
-        Ok(())
-    }
-}
-
-/// Whether the kernels before are asked for.
-fn before() -> bool {
-    std::env::var_os("ATTENTION_BEFORE").is_some()
-}
-
-/// The kernels of `attention_before.cu`: an experiment's other arm, to be gone.
-mod before {
-    use super::{Arguments, Gpu, Result, launch};
-
-    static KERNELS: crate::memory::cuda::Ptx = crate::memory::cuda::Ptx {
-        name: "compute/attention_before",
-        baseline: (90, include_str!("kernels/attention_before.ptx")),
-        exact: &[],
-    };
-
-    pub fn launch(gpu: &Gpu, name: &str, grid: (u32, u32, u32), shared: u32, arguments: Arguments) -> Result<()> {
-        launch!(gpu, name, grid, (256, 1, 1), shared; arguments);
         Ok(())
     }
 }
@@ -177,22 +239,13 @@ impl Class {
     ) -> Result<()> {
         let (grid, shared) = ((heads as u32, tiles as u32, parts), shared as u32);
         let name = match self {
-            Class::Hopper(d) if before() => {
-                return before::launch(gpu, &format!("hopper_{of}_{d}"), grid, shared, arguments);
-            }
             Class::Hopper(d) => {
                 let name = format!("hopper_{of}_{d}");
                 return hopper::launch(gpu, &name, tiles, shared, arguments, (heads, q_rows, kv_rows));
             }
             Class::Hopper256 => {
-                let few = heads * tiles < gpu.device.multiprocessors as usize;
-                let (name, grid) = match of {
-                    // Two blocks share the keys where there are too few for the device.
-                    "backward_q" if few => ("hopper_backward_q_256_pair".to_owned(), (grid.0, grid.1, 2)),
-                    // Parts of a tile one after the other, so that the longest still begin first.
-                    _ => (format!("hopper_{of}_256"), (grid.0, grid.1 * parts, 1)),
-                };
-                return hopper_256::launch(gpu, &name, grid, shared, arguments);
+                let sizes = (heads, q_rows, kv_rows);
+                return hopper_256::launch(gpu, of, tiles, (shared, parts), arguments, sizes);
             }
             Class::Plain => format!("attention_{of}_plain"),
             Class::Tensor(d) => format!("attention_{of}_{d}"),
@@ -219,12 +272,17 @@ impl Class {
         if matches!(self, Class::Hopper(_) | Class::Hopper256) { HOPPER } else { TILE }
     }
 
-    fn backward_q(self) -> (usize, u32) {
+    /// Shared memory, and in how many parts the keys are done, of which tiles of `heads` heads have `seen` to see, the most
+    /// first.
+    fn backward_q(self, gpu: &Gpu, seen: &[usize], heads: usize) -> (usize, u32) {
         match self {
             Class::Plain => (0, 1),
             Class::Tensor(d) => (6 * TILE * 2 * d, 1),
             Class::Hopper(d) => ((2 * HOPPER + 8 * TILE) * 2 * d + hopper::BARRIERS + ALIGN, 1),
-            Class::Hopper256 => (hopper_256::BACKWARD_Q, 1),
+            Class::Hopper256 => {
+                let halved = hopper_256::pays_to_halve(seen, heads, gpu.device.multiprocessors as usize);
+                (hopper_256::BACKWARD_Q, if halved { 2 } else { 1 })
+            }
         }
     }
 
@@ -236,7 +294,7 @@ impl Class {
                 let rows = if d < 256 { 64 } else { 32 };
                 ((2 * TILE + 4 * rows) * 2 * d + 4 * rows * 4, if d < 256 { 1 } else { 2 })
             }
-            Class::Hopper(d) => ((2 * HOPPER + 8 * TILE) * 2 * d + 8 * TILE * 4 + hopper::BARRIERS + ALIGN, 1),
+            Class::Hopper(d) => ((2 * HOPPER + 8 * TILE) * 2 * d + 8 * hopper::NUMBERS + hopper::BARRIERS + ALIGN, 1),
             Class::Hopper256 => (hopper_256::BACKWARD_KV, 2),
         }
     }
@@ -251,15 +309,17 @@ pub struct Tiles {
     /// The queries in smaller tiles, each of which all of a block works on: for when tiles are few.
     backward_q_split: Option<(Buffer, usize)>,
     backward_kv: (Buffer, usize),
+    /// Keys that each tile of queries in the backward pass sees where there is no window, the most first.
+    seen: Vec<usize>,
     /// Those of rows that train, for a forward pass over them alone.
     again: (Buffer, usize),
     rows: usize,
     frozen: usize,
 }
 
-/// Tiles of `rows` rows, the longest first: queries that see the most keys, or keys that the most queries see. Late blocks of
-/// a grid should be short ones.
-fn tiles(spans: &[Span], rows: usize, of_keys: bool) -> Vec<i32> {
+/// Tiles of `rows` rows as the kernels have them, the longest first: queries that see the most keys, or keys that the most
+/// queries see. Late blocks of a grid should be short ones.
+fn tiles(spans: &[Span], rows: usize, of_keys: bool) -> Vec<[i32; 6]> {
     let mut all: Vec<[usize; 6]> = Vec::new();
     for s in spans {
         let tile = |first: usize| {
@@ -268,7 +328,7 @@ fn tiles(spans: &[Span], rows: usize, of_keys: bool) -> Vec<i32> {
         all.extend(s.rows.clone().step_by(rows).map(tile));
     }
     all.sort_by_key(|t| std::cmp::Reverse(if of_keys { t[5] - t[0] } else { t[3] + t[1] - t[4] }));
-    all.into_iter().flatten().map(|x| x as i32).collect()
+    all.into_iter().map(|tile| tile.map(|x| x as i32)).collect()
 }
 
 impl Tiles {
@@ -278,17 +338,17 @@ impl Tiles {
             assert!(s.rows.end <= rows && s.prefix.end <= s.rows.start.max(s.prefix.start));
         }
         let own: Vec<Span> = spans.iter().filter(|s| s.rows.start >= frozen).cloned().collect();
-        let upload = |tiles: Vec<i32>| Ok::<_, super::GpuError>((gpu.upload(&tiles)?, tiles.len() / 6));
+        let upload = |tiles: Vec<[i32; 6]>| Ok::<_, super::GpuError>((gpu.upload(tiles.as_flattened())?, tiles.len()));
         let class = Class::of(gpu, head_dim);
         let per = class.forward().0;
         Ok(Tiles {
             class,
             forward: upload(tiles(spans, per, false))?,
             backward_q_split: match class {
-                Class::Hopper(_) if before() => None,
                 Class::Hopper(_) => Some(upload(tiles(&own, HOPPER / 2, false))?),
                 _ => None,
             },
+            seen: tiles(&own, class.backward(), false).iter().map(|t| (t[3] + t[1] - t[4]) as usize).collect(),
             backward_q: upload(tiles(&own, class.backward(), false))?,
             backward_kv: upload(tiles(&own, class.backward(), true))?,
             again: upload(tiles(&own, per, false))?,
@@ -380,7 +440,9 @@ pub fn backward(
         ..shape.arguments(q, rows, kv, log_sums)
     };
     let sizes = (h.heads, rows, t.rows);
-    t.class.launch(gpu, of_q, *q_count, t.class.backward_q(), arguments, sizes)?;
+    let most = shape.window.map_or(usize::MAX, |w| w + t.class.backward());
+    let seen: Vec<usize> = t.seen.iter().map(|&keys| keys.min(most)).collect();
+    t.class.launch(gpu, of_q, *q_count, t.class.backward_q(gpu, &seen, h.heads), arguments, sizes)?;
     let arguments = Arguments { tiles: kv_list.part().holds(6 * kv_count, 4), ..arguments };
     t.class.launch(gpu, "backward_kv", *kv_count, t.class.backward_kv(), arguments, sizes)
 }

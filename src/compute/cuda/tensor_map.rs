@@ -33,11 +33,16 @@ impl<const N: usize> Maps<N> {
     /// Boxes of 64 columns of one head and 64 rows, at any column, head and row; what lies outside reads as zero. The address
     /// and the rows' distance in bytes are multiples of 16.
     pub fn new(gpu: &Gpu, of: [Heads; N]) -> Result<Maps<N>> {
+        Maps::of_rows(gpu, of.map(|x| (x, BOX as usize)))
+    }
+
+    /// The same with boxes of so many rows each, 256 at most.
+    pub fn of_rows(gpu: &Gpu, of: [(Heads, usize); N]) -> Result<Maps<N>> {
         let mut maps = Maps([CUtensorMap { opaque: [0; 16] }; N]);
-        for (map, x) in maps.0.iter_mut().zip(of) {
+        for (map, (x, rows)) in maps.0.iter_mut().zip(of) {
             let sizes = [x.head_dim as u64, x.heads as u64, x.rows as u64];
             let strides = [2 * x.head_dim as u64, 2 * x.stride as u64];
-            let (shape, steps) = ([BOX, 1, BOX], [1; 3]);
+            let (shape, steps) = ([BOX, 1, rows as u32], [1; 3]);
             // SAFETY: the map and the arrays are there and as long as three dimensions want; the driver reads no matrix here,
             // and the copy engine stays inside the sizes.
             let code = unsafe {

@@ -102,6 +102,7 @@ impl Mounted {
                 weights: own(false),
                 view,
                 staging: self.committer.as_ref().map_or(0, |c| c.staging_bytes()),
+                encoding: self.committer.as_ref().map_or(0, |c| c.encoding_bytes()),
                 hashes: tables * blocks * size_of::<Hash>() as u64,
                 buffers: working.iter().map(|w| w.host).sum(),
             },

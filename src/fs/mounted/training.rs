@@ -138,6 +138,9 @@ impl Mounted {
     pub fn finish_steps(&self) {
         // A freeze is over with the mount; a step that waits for its end would keep us.
         drop(self.frozen.lock().take());
+        if let Some(queue) = self.training.queue.get() {
+            queue.stop();
+        }
         std::mem::forget(self.image.source().boundary.step());
     }
 

@@ -53,9 +53,9 @@ impl Source<'_> {
     }
 }
 
-/// Is the gradient made for more than a third of a matrix's smaller side's tokens, it is cheaper to have it in memory: what the
+/// Is the gradient made for more tokens than an eighth of a matrix's smaller side, it is cheaper to have it in memory: what the
 /// norm takes grows with their square.
-pub(super) const FEW: usize = 3;
+pub(super) const FEW: usize = 8;
 
 /// Who takes gradients.
 pub(super) trait Sink {

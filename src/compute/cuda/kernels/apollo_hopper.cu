@@ -91,6 +91,32 @@ __device__ __forceinline__ void load4(u32 (&x)[4], u32 at) {
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at) : "memory");
 }
 
+template <int N> __device__ __forceinline__ void registers_fewer() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> __device__ __forceinline__ void registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+// The warps of a group wait for each other.
+__device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+// The second group begins when the first says so.
+__device__ __forceinline__ void second_waits() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
+__device__ __forceinline__ void second_goes() { asm volatile("bar.arrive 3, 256;" ::: "memory"); }
+// Bytes in a row, a multiple of 16.
+__device__ __forceinline__ void bring_line(u32 to, const float *from, int bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void take_away_end() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// What was to be taken away has been read: its place may be written to.
+__device__ __forceinline__ void taken_away_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ float2 load_two(u32 at) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at) : "memory");
+    return x;
+}
+__device__ __forceinline__ u32 max_halves(u32 x, u32 y) {
+    u32 z;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+
 // ---- Products
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -111,7 +137,19 @@ template <int N> __device__ __forceinline__ void arrived(float (&c)[N]) {
     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
     "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define OPERANDS_128(c) F16(c, 0), F16(c, 16), F16(c, 32), F16(c, 48)
+#define REGISTERS_256 REGISTERS_128 "," \
+    "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
+    "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
+    "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
+    "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define OPERANDS_256(c) OPERANDS_128(c), F16(c, 64), F16(c, 80), F16(c, 96), F16(c, 112)
 
+// c (64 x 256) = or += a^T (16 x 64, turned) b (16 x 256), both in shared memory in rows of k.
+__device__ __forceinline__ void product_turned(float (&c)[128], u64 a, u64 b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %130, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" REGISTERS_256 "}, %128, %129, p, 1, 1, 1, 1;}"
+                 : OPERANDS_256(c) : "l"(a), "l"(b), "r"(add));
+}
 // c (64 x 128) = or += a^T (16 x 64, turned) b (16 x 128), both in shared memory in rows of k.
 __device__ __forceinline__ void product_turned(float (&c)[64], u64 a, u64 b, int add) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0;"
@@ -363,6 +401,214 @@ update_product_four(const __grid_constant__ Map dy, const __grid_constant__ Map 
 }
 
 
+// Tiles of 128 x 256, three warp groups: two with 64 rows each of the tile, and a warp of the third that has what they need
+// brought. A block goes from tile to tile, so that the operands of the next come while this one goes into the weights; the
+// random bits are made, and the weights come, while products run.
+static const int WIDTH = 256, OLD = 6 * 24576, LINES = OLD + 65536;
+
+// A warp group's 64 x 256 of the weights: `at` is where the thread's first word lies, `line` where its first columns' factors.
+template <int BY, int BITS>
+__device__ __forceinline__ void move(const float (&c)[128], const u32 (&random)[16][4], u32 at, u32 line, const float (&by_row)[2],
+                                     float all, float keep) {
+    u32 next[8];
+    float2 factor[4];
+    auto load = [&](int four) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) next[i] = load_word((at ^ ((4 * four + (i & 3)) & 7) << 4) + (four >> 1) * 8192 + (i >> 2) * 1024);
+        if (BY == 2) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) factor[k] = load_two(line + 128 * four + 32 * k);
+        }
+    };
+    load(0);
+#pragma unroll
+    for (int four = 0; four < 8; four++) {
+        u32 old[8];
+        float f[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) old[i] = next[i];
+        if (BY == 2) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) f[2 * k] = MUL(factor[k].x, all), f[2 * k + 1] = MUL(factor[k].y, all);
+        }
+        if (four < 7) load(four + 1);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            u32 most = 0, w[4];
+            float y[8];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const int j = 4 * four + k;
+                const u32 o = old[4 * half + k], r = random[2 * four + half][k];
+                const float f0 = BY == 2 ? f[2 * k] : by_row[half], f1 = BY == 2 ? f[2 * k + 1] : by_row[half];
+                y[2 * k] = MUL(ADD(__uint_as_float(o << 16), -MUL(f0, c[4 * j + 2 * half])), keep);
+                y[2 * k + 1] = MUL(ADD(__uint_as_float(o & 0xffff0000), -MUL(f1, c[4 * j + 2 * half + 1])), keep);
+                if (BITS) {
+                    w[k] = __byte_perm(__float_as_uint(y[2 * k]) + (r & 0xffff), __float_as_uint(y[2 * k + 1]) + (r >> 16), 0x7632);
+                    most = max_halves(most, w[k] & 0x7fff7fff);
+                } else w[k] = pack(y[2 * k], y[2 * k + 1]);
+            }
+            // What would round to infinity rounds down, and what is no number stays none.
+            if (BITS && ((most & 0xffff) >= 0x7f80 || most >> 16 >= 0x7f80)) {
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    const u32 r = random[2 * four + half][k];
+                    w[k] = stochastic_bf16(y[2 * k], r & 0xffff) | stochastic_bf16(y[2 * k + 1], r >> 16) << 16;
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                store_word((at ^ ((4 * four + k) & 7) << 4) + (four >> 1) * 8192 + half * 1024, w[k]);
+        }
+    }
+}
+
+template <int HIGH, int DEEP>
+__device__ __forceinline__ void update_far(const Map &dy, const Map &x, const Map &weights, const Update &a) {
+    const int PIECE = DEEP * 128, STEP = 6 * PIECE, STEPS = OLD / STEP;
+    __shared__ __align__(8) u64 barriers[2 * STEPS + 2];
+    if (*a.verdict || *a.halted) return;
+    const int m = a.m, n = a.n, below = HIGH == 2 ? blockIdx.x & 1 : 0;
+    const int BAND = 16 / HIGH, tiles_m = (m + TILE * HIGH - 1) / (TILE * HIGH), tiles_n = (n + WIDTH - 1) / WIDTH;
+    const int tiles = tiles_m * tiles_n, first = blockIdx.x / HIGH, step = gridDim.x / HIGH, count = (a.tokens + DEEP - 1) / DEEP;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = warp >> 2;
+    const u32 start = shared_start();
+    const u32 full = (u32)__cvta_generic_to_shared(barriers), empty = full + 8 * STEPS, ready = empty + 8 * STEPS;
+    int row0, column0;
+    // Tiles that run at the same time lie in a square, so that their operands come from the L2 cache.
+    auto place = [&](int tile) {
+        const int band = tile / (BAND * tiles_n), inside = tile - band * BAND * tiles_n, high = min(tiles_m - band * BAND, BAND);
+        row0 = ((band * BAND + inside % high) * HIGH + below) * TILE, column0 = inside / high * WIDTH;
+    };
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STEPS; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, HIGH * 8);
+        barrier_init(ready, 1), barrier_init(ready + 8, 1);
+        barriers_made();
+    }
+    if (HIGH == 2) cluster_sync();
+    else __syncthreads();
+
+    int at = 0, parity = 0; // of the next stage
+    if (group == 2) {
+        registers_fewer<24>();
+        if (warp == 8 && lane == 0) {
+            for (int tile = first; tile < tiles; tile += step) {
+                place(tile);
+#pragma unroll 1
+                for (int i = 0; i < count; i++) {
+                    const u32 to = start + at * STEP, barrier = full + 8 * at;
+                    await(empty + 8 * at, parity ^ 1);
+                    expect(barrier, STEP);
+                    bring(to, dy, row0, DEEP * i, barrier);
+                    bring(to + PIECE, dy, row0 + 64, DEEP * i, barrier);
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        if (HIGH == 1) bring(to + (2 + k) * PIECE, x, column0 + 64 * k, DEEP * i, barrier);
+                        else if (k >> 1 == below) bring_to(3, to + (2 + k) * PIECE, x, column0 + 64 * k, DEEP * i, barrier);
+                    }
+                    if (++at == STEPS) at = 0, parity ^= 1;
+                }
+            }
+        }
+        __syncwarp();
+    } else {
+        registers_more<240>();
+        const u32 own = start + OLD + group * 32768, line = start + LINES + group * 1024, came = ready + 8 * group;
+        const int q = lane & 3, top = (warp & 3) * 16 + (lane >> 2);
+        const u32 word = own + top * 128 + ((lane >> 2) << 4) + 4 * q;
+        const bool one = (threadIdx.x & 127) == 0;
+        const float all = *a.gain;
+        int turns = 0;
+        auto release = [&](int stage) {
+            if (lane == 0) {
+                arrive(empty + 8 * stage);
+                if (HIGH == 2) arrive_at(empty + 8 * stage, below ^ 1);
+            }
+        };
+        // One group's products run beside what the other does with its own.
+        int late = group == 0 && first < tiles ? min(a.late, STEPS) : 0;
+        if (group == 1 && a.late && first < tiles) second_waits();
+        for (int tile = first; tile < tiles; tile += step) {
+            place(tile);
+            const int row = row0 + group * 64 + top;
+            float by_row[2] = {0, 0};
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                if (a.by == 1 && row + 8 * half < m) by_row[half] = MUL(a.factors[row + 8 * half], all);
+            float c[128];
+            u32 random[16][4];
+            int i = 0, before = 0;
+#pragma unroll
+            for (int quarter = 0; quarter < 4; quarter++) {
+                for (const int end = count * (quarter + 1) / 4; i < end; i++) {
+                    const u32 stage = start + at * STEP;
+                    await(full + 8 * at, parity);
+                    products_begin();
+#pragma unroll
+                    for (int k = 0; k < DEEP / 16; k++)
+                        product_turned(c, describe(stage + group * PIECE + k * 2048, PIECE, 1024), describe(stage + 2 * PIECE + k * 2048, PIECE, 1024),
+                                       i > 0 || k > 0);
+                    products_end();
+                    if (i > 0) {
+                        products_wait<1>();
+                        release(before);
+                    }
+                    if (late && (i + 1 == late || i + 1 == count)) second_goes(), late = 0;
+                    before = at;
+                    if (++at == STEPS) at = 0, parity ^= 1;
+                }
+                if (quarter == 0 && one) {
+                    // The weights of the tile before have left.
+                    taken_away_read();
+                    const int columns = min(n - column0, WIDTH);
+                    expect(came, 32768 + (a.by == 2 ? 4 * columns : 0));
+#pragma unroll
+                    for (int k = 0; k < 4; k++) bring(own + 8192 * k, weights, column0 + 64 * k, row0 + group * 64, came);
+                    if (a.by == 2) bring_line(line, a.factors + column0, 4 * columns, came);
+                }
+                if (a.stochastic) {
+#pragma unroll
+                    for (int k = 4 * quarter; k < 4 * quarter + 4; k++) {
+                        const uint4 b = philox(a.s, (u32)(row + 8 * (k & 1)) * (u32)(n / 8) + (u32)(column0 / 8 + 4 * (k >> 1) + q));
+                        random[k][0] = b.x, random[k][1] = b.y, random[k][2] = b.z, random[k][3] = b.w;
+                        turn(random[k]);
+                    }
+                }
+            }
+            products_wait<0>();
+            arrived(c);
+            release(before);
+            await(came, turns++ & 1);
+            const u32 factors = line + 8 * q;
+            if (a.by == 1) {
+                if (a.stochastic) move<1, 1>(c, random, word, factors, by_row, all, a.keep);
+                else move<1, 0>(c, random, word, factors, by_row, all, a.keep);
+            } else {
+                if (a.stochastic) move<2, 1>(c, random, word, factors, by_row, all, a.keep);
+                else move<2, 0>(c, random, word, factors, by_row, all, a.keep);
+            }
+            show();
+            group_sync(group);
+            if (one) {
+#pragma unroll
+                for (int k = 0; k < 4; k++) take_away(own + 8192 * k, weights, column0 + 64 * k, row0 + group * 64);
+                take_away_end();
+            }
+        }
+        if (one) taken_away();
+        __syncwarp();
+    }
+    // None is gone while another may still reach into its memory.
+    if (HIGH == 2) cluster_sync();
+}
+
+extern "C" {
+__global__ void __launch_bounds__(384, 1) update_far_one(const __grid_constant__ Map dy, const __grid_constant__ Map x,
+                                                         const __grid_constant__ Map weights, const __grid_constant__ Update a) {
+    update_far<1, 32>(dy, x, weights, a);
+}
+}
+
 // A matrix of several whose norms are made together.
 struct Norm {
     const float *gram, *factors;
@@ -472,6 +718,130 @@ gram_norms(const __grid_constant__ Norms all, int ld, int tokens, float growth, 
     double *own = sums + blockIdx.z * blocks;
     if (threadIdx.x == 0) own[blockIdx.y * gridDim.x + blockIdx.x] = square_sum;
     if (!last_of(blocks, counters + blockIdx.z)) return;
+    square_sum = 0;
+    for (int i = threadIdx.x; i < blocks; i += blockDim.x) square_sum += number(own + i);
+    square_sum = block_sum(square_sum, scratch);
+    if (threadIdx.x) return;
+    // The projection was finite, and so is this, but for a gradient just below what is too large: nothing moves by that.
+    const double most = 3e38;
+    const double norm = square_sum <= 0 ? 0 : square_sum < most * most ? fmin(sqrt(square_sum), most) : most;
+    double shrink = 1;
+    if (growth > 0) {
+        if (*f.last >= 0) shrink = fmax(norm / ((double)*f.last + TINY), (double)growth) / (double)growth;
+        *f.last = (float)(norm / shrink);
+    }
+    *f.gain = (float)(f.rate / shrink);
+}
+
+struct EvenNorms {
+    Map side[8];
+    Norm of[8];
+    int first[9]; // parts of the matrices before
+};
+
+// The norm of F dW (see above), and from it the gain: the rate over what the limiter takes, as in apollo.cu. `side`: C, rows of
+// tokens, channels wide; `gram` (tokens x ld, f32): S S^T, of which what lies on or below the diagonal is read. Block (pair, part,
+// matrix): a tile of 128 x 128 of C F^2 C^T on or below the diagonal, of the channels 64 first .. that are the part's. `sums`: one of
+// every block.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+gram_norms_even(const __grid_constant__ EvenNorms all, int ld, int tokens, float growth, double *sums, const int *halted, int *counters) {
+    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    __shared__ double scratch[32];
+    int which = 0;
+    while (which < 7 && blockIdx.y >= all.first[which + 1]) which++;
+    const Norm &f = all.of[which];
+    if (*f.verdict || *halted) return;
+    const Map &side = all.side[which];
+    const float *factors = f.factors;
+    const int channels = f.channels;
+    int low = 0, pair = blockIdx.x;
+    while (pair > low) pair -= ++low;
+    const int a0 = low * TILE, b0 = pair * TILE;
+    const bool square = low == pair;
+    const int chunks = (channels + 63) / 64, parts = all.first[which + 1] - all.first[which], part = blockIdx.y - all.first[which];
+    const int from = chunks * part / parts, count = chunks * (part + 1) / parts - from;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, q = lane & 3;
+    const u32 stages = shared_start();
+    const u32 full = (u32)__cvta_generic_to_shared(barriers), empty = full + 8 * STAGES;
+    auto ask = [&](int i) {
+        const u32 to = stages + i % STAGES * STAGE, barrier = full + i % STAGES * 8;
+        const int column = 64 * (from + i), bytes = 4 * min(64, (channels - column + 3) & ~3);
+        expect(barrier, (square ? STAGE / 2 : STAGE) + bytes);
+        bring_line(stages + STAGES * STAGE + i % STAGES * 256, factors + column, bytes, barrier);
+        bring(to, side, 64 * (from + i), a0, barrier);
+        if (!square) bring(to + 16384, side, 64 * (from + i), b0, barrier);
+    };
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, THREADS / 32);
+        barriers_made();
+        for (int i = 0; i < min(STAGES, count); i++) ask(i);
+    }
+    __syncthreads();
+
+    float c[64];
+#pragma unroll
+    for (int i = 0; i < 64; i++) c[i] = 0;
+    const int row = (warp >> 2) * 64 + (warp & 3) * 16 + (lane & 15);
+    for (int i = 0; i < count; i++) {
+        const u32 stage = stages + i % STAGES * STAGE;
+        await(full + i % STAGES * 8, i / STAGES & 1);
+        // Squares of the factors of the columns that the thread has: 2 q, 2 q + 1, and 8 more on, of every 16.
+        float2 f2[8];
+        const bool whole = 64 * (from + i + 1) <= channels;
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            const int column = 8 * k + 2 * q;
+            f2[k] = load_two(stages + STAGES * STAGE + i % STAGES * 256 + 4 * column);
+            f2[k].x *= f2[k].x, f2[k].y *= f2[k].y;
+            if (!whole) {
+                if (64 * (from + i) + column >= channels) f2[k].x = 0;
+                if (64 * (from + i) + column + 1 >= channels) f2[k].y = 0;
+            }
+        }
+        u32 a[4][4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            load4(a[k], stage + row * 128 + (((2 * k + (lane >> 4)) ^ (row & 7)) << 4));
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                // Rounded once, by itself: over all tokens and channels that comes to nothing.
+                const float2 f = f2[2 * k + (e >> 1)];
+                a[k][e] = pack(__uint_as_float(a[k][e] << 16) * f.x, __uint_as_float(a[k][e] & 0xffff0000) * f.y);
+            }
+        }
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            product_along(c, a[k], describe(stage + (square ? 0 : 16384) + k * 32, 16, 1024), 1);
+        products_end();
+        products_wait<0>();
+        if (lane == 0) arrive(empty + i % STAGES * 8);
+        if (threadIdx.x == 0 && i + STAGES < count) {
+            await(empty + i % STAGES * 8, i / STAGES & 1);
+            ask(i + STAGES);
+        }
+    }
+    arrived(c);
+    float sum = 0;
+    const int top = a0 + (warp >> 2) * 64 + (warp & 3) * 16 + (lane >> 2);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (top + 8 * half >= tokens) continue;
+        const float *other = f.gram + (i64)(top + 8 * half) * ld + b0 + 2 * q;
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+            // Rows of `gram` are whole pairs: there is a number beside the last.
+            if (b0 + 8 * j + 2 * q >= tokens) continue;
+            const float2 g = *(const float2 *)(other + 8 * j);
+            sum += c[4 * j + 2 * half] * g.x;
+            if (b0 + 8 * j + 2 * q + 1 < tokens) sum += c[4 * j + 2 * half + 1] * g.y;
+        }
+    }
+    double square_sum = block_sum(square ? sum : 2. * sum, scratch);
+    const int blocks = gridDim.x * parts;
+    double *own = sums + all.first[which] * gridDim.x;
+    if (threadIdx.x == 0) own[part * gridDim.x + blockIdx.x] = square_sum;
+    if (!last_of(blocks, counters + which)) return;
     square_sum = 0;
     for (int i = threadIdx.x; i < blocks; i += blockDim.x) square_sum += number(own + i);
     square_sum = block_sum(square_sum, scratch);

@@ -28,10 +28,9 @@ struct Attention {
     float scale;
 };
 
-// How the copy engine finds q, k, v, dout and, in the backward pass, out: columns of a head, heads, rows; 64 columns of 64 rows at a time, zeros for what
-// is outside.
+// How the copy engine finds them: columns of a head, heads, rows; 64 columns of 64 rows at a time, zeros for what is outside.
 struct __align__(64) Map { u64 opaque[16]; };
-struct Maps { Map q, k, v, dout, out; };
+struct Maps { Map q, k, v, dout; };
 
 struct Tile { int first, end, prefix, length, start, stop; };
 
@@ -172,13 +171,10 @@ __device__ __forceinline__ void load4(u32 (&r)[4], u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
-// Two numbers side by side in shared memory.
-__device__ __forceinline__ float2 pair(u32 at) {
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at) : "memory");
-    return x;
+// Four numbers side by side in shared memory.
+__device__ __forceinline__ void load_floats(float (&x)[4], u32 at) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(at) : "memory");
 }
-
 __device__ __forceinline__ int4 load_int4(u32 at) {
     int4 x;
     asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at) : "memory");
@@ -549,15 +545,15 @@ template <int D, bool TURNS = true, bool HELD = false, int STAGES = 2> __device_
 
 // ---- backward
 
-// dq of 128 queries of one head, 64 keys at a time. dS = P * (dO V^T - delta), dQ = dS K * scale. Queries and dO stay in
-// registers: products would else wait for shared memory, which has as much to give as they take. SPLIT: of 64 queries, to which
+// dq of 128 queries of one head, 64 keys at a time. dS = P * (dO V^T - delta), dQ = dS K * scale. Queries and dO of 128 columns
+// stay in registers: products would else wait for shared memory, which has as much to give as they take. Not of 64: ptxas 12.8
+// to 13.0 then puts dS, a left operand of as many registers, into those of dO, which the next tile wants. SPLIT: of 64 queries, to which
 // the two groups take every other tile of keys, for when tiles are fewer than multiprocessors.
-template <int D, bool HELD = true, bool SPLIT = false, bool DELTA = false> __device__ __forceinline__ void backward_q(const Attention &a, const Maps &maps, int heads, int tiles) {
+template <int D, bool SPLIT = false, bool TURNS = false> __device__ __forceinline__ void backward_q(const Attention &a, const Maps &maps, int heads, int tiles) {
     const int BN = 64, STAGES = 4, BYTES = BN * D * 2, ROWS = SPLIT ? 64 : BM;
-    const int OWN = DELTA ? 3 : 2;
-    const u32 sq = shared_start(), so = sq + ROWS * D * 2, sout = so + ROWS * D * 2, parts = sq + OWN * ROWS * D * 2,
-              sk = sq + OWN * BM * D * 2, sv = sk + STAGES * BYTES,
-              barriers = sv + STAGES * BYTES;
+    const bool HELD = D > 64;
+    const u32 sq = shared_start(), so = sq + ROWS * D * 2, parts = so + ROWS * D * 2, sk = sq + 2 * BM * D * 2,
+              sv = sk + STAGES * BYTES, barriers = sv + STAGES * BYTES;
     if (threadIdx.x == 0) {
         Ring<1>::make(barriers, 1, WARPS);
         Ring<STAGES>::make(barriers + 16, 1, SPLIT ? WARPS / 2 : WARPS);
@@ -576,10 +572,9 @@ template <int D, bool HELD = true, bool SPLIT = false, bool DELTA = false> __dev
             const int kv_head = work.head / a.group;
             queries.await_empty();
             work.leave(barriers);
-            arrive_expecting(queries.full(), OWN * ROWS * D * 2);
+            arrive_expecting(queries.full(), 2 * ROWS * D * 2);
             copy_tile<D, ROWS>(sq, maps.q, queries.full(), work.head, t.first - a.q_shift);
             copy_tile<D, ROWS>(so, maps.dout, queries.full(), work.head, t.first - a.q_shift);
-            if (DELTA) copy_tile<D, ROWS>(sout, maps.out, queries.full(), work.head, t.first - a.q_shift);
             queries.next();
 #pragma unroll 1
             for (int j = see.first; j < see.end; j++) {
@@ -598,6 +593,7 @@ template <int D, bool HELD = true, bool SPLIT = false, bool DELTA = false> __dev
     registers_more<240>();
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group = warp >> 2, mine = (SPLIT ? warp & 3 : warp) * 16;
     const float c = a.scale * LOG2E;
+    if (TURNS && group == 1) turn_give(0);
     while (true) {
         int head;
         queries.await_full();
@@ -611,7 +607,7 @@ template <int D, bool HELD = true, bool SPLIT = false, bool DELTA = false> __dev
             const int r = t.first + mine + (lane >> 2) + 8 * half;
             const i64 i = (i64)head * a.log_rows + r - a.log_shift;
             log_sum[half] = r < t.end ? a.log_sums[i] * LOG2E : 0;
-            delta[half] = !DELTA && r < t.end ? a.delta[i] : 0;
+            delta[half] = r < t.end ? a.delta[i] : 0;
         }
         float dq[D / 2], s[BN / 2], dp[BN / 2];
         u32 q[D / 16][4], dout[D / 16][4], ds[BN / 16][4];
@@ -620,21 +616,6 @@ template <int D, bool HELD = true, bool SPLIT = false, bool DELTA = false> __dev
         if (HELD) {
             load_rows<D, ROWS>(q, sq, mine);
             load_rows<D, ROWS>(dout, so, mine);
-            if (DELTA) {
-                u32 out[D / 16][4];
-                load_rows<D, ROWS>(out, sout, mine);
-#pragma unroll
-                for (int x = 0; x < D / 16; x++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        delta[e & 1] += low(dout[x][e]) * low(out[x][e]) + high(dout[x][e]) * high(out[x][e]);
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    delta[half] = quad_sum(delta[half]);
-                    const int r = t.first + mine + (lane >> 2) + 8 * half;
-                    if ((lane & 3) == 0 && r < t.end) a.delta[(i64)head * a.log_rows + r - a.log_shift] = delta[half];
-                }
-            }
             queries.release();
             queries.next();
         }
@@ -646,13 +627,15 @@ template <int D, bool HELD = true, bool SPLIT = false, bool DELTA = false> __dev
         for (int j = see.first + (SPLIT ? group : 0); j < end; j += SPLIT ? 2 : 1) {
             const int stage = ring.stage;
             ring.await_full();
+            if (TURNS) turn_wait(group);
             products_begin();
             if (HELD) scores<D, BN>(s, q, sk + stage * BYTES);
-            else scores<D, BM, BN>(s, sq, group * 64, sk + stage * BYTES);
+            else scores<D, ROWS, BN>(s, sq, mine & ~63, sk + stage * BYTES);
             products_end();
             if (HELD) scores<D, BN>(dp, dout, sv + stage * BYTES);
-            else scores<D, BM, BN>(dp, so, group * 64, sv + stage * BYTES);
+            else scores<D, ROWS, BN>(dp, so, mine & ~63, sv + stage * BYTES);
             products_end();
+            if (TURNS) turn_give(1 - group);
             products_wait<1>();
             arrived(s);
             // What the tile before adds to dq is made, too.
@@ -711,6 +694,7 @@ template <int D, bool HELD = true, bool SPLIT = false, bool DELTA = false> __dev
                 keys.await_full();
                 keys.release();
                 keys.next();
+                if (TURNS) turn_wait(group), turn_give(1 - group);
             }
         }
 #pragma unroll
@@ -719,14 +703,19 @@ template <int D, bool HELD = true, bool SPLIT = false, bool DELTA = false> __dev
             write<D>(a.dq + (i64)(r - a.q_shift) * a.lddq + (i64)head * a.d, dq, half, a.scale, a.d, r < t.end);
         }
     }
+    // The last turn that the other group gave.
+    if (TURNS && group == 0) turn_wait(0);
 }
 
 // dk and dv of 128 keys from one query head, 64 queries at a time. Keys are the rows, so that P and dS stay in registers as
 // the left operand.
-template <int D> __device__ __forceinline__ void backward_kv(const Attention &a, const Maps &maps, int heads, int tiles) {
+template <int D, int TURNS = 0> __device__ __forceinline__ void backward_kv(const Attention &a, const Maps &maps, int heads, int tiles) {
     const int BN = 64, STAGES = 4, BYTES = BN * D * 2;
+    // The 16 numbers of queries that one lane of four wants lie together, and apart from the next lane's by so much that the four
+    // read from different banks.
+    const int LANE = 20 * 4, NUMBERS = 4 * LANE;
     const u32 sk = shared_start(), sv = sk + BM * D * 2, sq = sv + BM * D * 2, so = sq + STAGES * BYTES, slog = so + STAGES * BYTES,
-              sdelta = slog + STAGES * BN * 4, barriers = sdelta + STAGES * BN * 4;
+              sdelta = slog + STAGES * NUMBERS, barriers = sdelta + STAGES * NUMBERS;
     if (threadIdx.x == 0) {
         Ring<1>::make(barriers, 1, WARPS);
         Ring<STAGES>::make(barriers + 16, 33, WARPS);
@@ -763,7 +752,7 @@ template <int D> __device__ __forceinline__ void backward_kv(const Attention &a,
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int i = half * 32 + lane, r = first + i;
-                    const u32 to = (queries.stage * BN + i) * 4;
+                    const u32 to = queries.stage * NUMBERS + (i >> 1 & 3) * LANE + ((i >> 3) * 2 + (i & 1)) * 4;
                     const i64 from = r < stop ? row + r : 0;
                     copy4(slog + to, a.log_sums + from, r < stop);
                     copy4(sdelta + to, a.delta + from, r < stop);
@@ -782,6 +771,7 @@ template <int D> __device__ __forceinline__ void backward_kv(const Attention &a,
     registers_more<240>();
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group = warp >> 2;
     const float c = a.scale * LOG2E;
+    if (TURNS && group == 1) turn_give(0);
     while (true) {
         int head;
         keys.await_full();
@@ -797,11 +787,13 @@ template <int D> __device__ __forceinline__ void backward_kv(const Attention &a,
             queries.await_full();
             queries.release();
             queries.next();
+            if (TURNS) turn_wait(1), turn_give(0);
         }
         int before = -1;
         for (int first = t.first + 64 * group; first < stop; first += BN) {
             const int stage = queries.stage;
             queries.await_full();
+            if (TURNS) turn_wait(group);
             products_begin();
             scores<D, BM, BN>(s, sk, group * 64, sq + stage * BYTES);
             products_end();
@@ -811,15 +803,18 @@ template <int D> __device__ __forceinline__ void backward_kv(const Attention &a,
             products_begin();
             scores<D, BM, BN>(dp, sv, group * 64, so + stage * BYTES);
             products_end();
+            if (TURNS == 2) turn_give(1 - group);
             products_wait<1>();
             arrived(s);
-            const u32 logs = slog + (stage * BN + 2 * (lane & 3)) * 4, deltas = sdelta + (stage * BN + 2 * (lane & 3)) * 4;
+            const u32 logs = slog + stage * NUMBERS + (lane & 3) * LANE, deltas = sdelta + stage * NUMBERS + (lane & 3) * LANE;
 #pragma unroll
-            for (int n = 0; n < BN / 8; n++) {
-                const float2 log_sum = pair(logs + n * 32);
-                const float low = log_sum.x * LOG2E, high = log_sum.y * LOG2E;
+            for (int n = 0; n < BN / 8; n += 2) {
+                float log_sum[4];
+                load_floats(log_sum, logs + n * 8);
 #pragma unroll
-                for (int e = 0; e < 4; e++) s[4 * n + e] = exp2_(s[4 * n + e] * c - (e & 1 ? high : low));
+                for (int e = 0; e < 4; e++) log_sum[e] *= LOG2E;
+#pragma unroll
+                for (int e = 0; e < 8; e++) s[4 * n + e] = exp2_(s[4 * n + e] * c - log_sum[(e >> 2) * 2 + (e & 1)]);
             }
             if (first < t.first + 64 * group + 64 || first + BN > stop || a.window) {
 #pragma unroll
@@ -832,13 +827,15 @@ template <int D> __device__ __forceinline__ void backward_kv(const Attention &a,
             products_begin();
             weigh<D, BN>(dv, p, so + stage * BYTES);
             products_end();
+            if (TURNS == 1) turn_give(1 - group);
             products_wait<1>();
             arrived(dp);
 #pragma unroll
-            for (int n = 0; n < BN / 8; n++) {
-                const float2 delta = pair(deltas + n * 32);
+            for (int n = 0; n < BN / 8; n += 2) {
+                float delta[4];
+                load_floats(delta, deltas + n * 8);
 #pragma unroll
-                for (int e = 0; e < 4; e++) dp[4 * n + e] = s[4 * n + e] * (dp[4 * n + e] - (e & 1 ? delta.y : delta.x));
+                for (int e = 0; e < 8; e++) dp[4 * n + e] = s[4 * n + e] * (dp[4 * n + e] - delta[(e >> 2) * 2 + (e & 1)]);
             }
             as_left<BN>(ds, dp);
             products_begin();
@@ -862,6 +859,8 @@ template <int D> __device__ __forceinline__ void backward_kv(const Attention &a,
             write<D>(a.dv + to, dv, half, 1, a.d, r < t.end);
         }
     }
+    // The last turn that the other group gave.
+    if (TURNS && group == 0) turn_wait(0);
 }
 
 #define KERNEL(NAME, OF) \
@@ -873,16 +872,15 @@ KERNEL(hopper_forward_64, forward<64>)
 KERNEL(hopper_forward_128, forward<128>)
 KERNEL(hopper_backward_q_64, backward_q<64>)
 KERNEL(hopper_backward_q_128, backward_q<128>)
-KERNEL(hopper_backward_q_split_64, (backward_q<64, true, true>))
-KERNEL(hopper_backward_q_split_128, (backward_q<128, true, true>))
+KERNEL(hopper_backward_q_split_64, (backward_q<64, true>))
+KERNEL(hopper_backward_q_split_128, (backward_q<128, true>))
 KERNEL(hopper_backward_kv_64, backward_kv<64>)
 KERNEL(hopper_backward_kv_128, backward_kv<128>)
 // Other arms of an experiment, to be gone.
 KERNEL(free_forward_128, (forward<128, false, false>))
-KERNEL(whole_backward_q_128, (backward_q<128, true, false, true>))
-KERNEL(whole_backward_q_split_128, (backward_q<128, true, true, true>))
 KERNEL(deep_forward_128, (forward<128, true, false, 3>))
 KERNEL(held_forward_128, (forward<128, true, true>))
-KERNEL(heldfree_forward_128, (forward<128, false, true>))
-KERNEL(loose_backward_q_128, (backward_q<128, false>))
+KERNEL(turns_backward_kv_128, (backward_kv<128, 1>))
+KERNEL(early_backward_kv_128, (backward_kv<128, 2>))
+KERNEL(turns_backward_q_128, (backward_q<128, false, true>))
 }

@@ -3,9 +3,11 @@
 // The same as attention.cu for head dimensions of 129 to 256, with Hopper's products of whole warp groups (wgmma). See there
 // for the arguments and the arithmetic, and Shah et al., FlashAttention-3 (arXiv 2407.08608), for what runs while what.
 //
-// A block is three groups of four warps. The first copies tiles into shared memory and hands registers to the others, which
-// make products; barriers in shared memory say when a tile is there ("full") and when nobody reads it any more ("free"), so
-// that the two groups of products need not keep step: what one does beside its products runs while the other's are made.
+// A block is three groups of four warps. The first has tiles copied into shared memory and hands registers to the others,
+// which make products; barriers in shared memory say when a tile is there ("full") and when nobody reads it any more ("free"),
+// so that the two groups of products need not keep step: what one does beside its products runs while the other's are made.
+// The copy engine (TMA) copies for the forward pass and for the gradients of keys and values; for those of queries, which have
+// room for one tile of values alone, four warps copy, which was faster.
 
 typedef unsigned short bf16;
 typedef unsigned int u32;
@@ -27,7 +29,7 @@ struct Attention {
     float scale;
 };
 
-// How the copy engine finds q, k, v and dout: columns of a head, heads, rows.
+// How the copy engine finds q, k, v and dout: 64 columns of a head, a head, as many rows as a tile has.
 struct __align__(64) Map { u64 opaque[16]; };
 struct Maps { Map q, k, v, dout; };
 
@@ -77,8 +79,6 @@ template <int N> __device__ __forceinline__ void copies_wait() {
 __device__ __forceinline__ void copies_arrive(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
-// Shows copies that a barrier has waited for to products.
-__device__ __forceinline__ void copies_show() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void barrier_begin(u32 at, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
 }
@@ -105,25 +105,12 @@ __device__ __forceinline__ void meet_wait(int barrier) { asm volatile("bar.sync 
 __device__ __forceinline__ void barrier_expect(u32 at, int bytes) {
     asm volatile("{.reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;}" ::"r"(at), "r"(bytes) : "memory");
 }
-// Arrives at the barriers of both blocks of a cluster.
-__device__ __forceinline__ void barrier_arrive_both(u32 at) {
-#pragma unroll
-    for (int block = 0; block < 2; block++)
-        asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
-                     "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(at), "r"(block) : "memory");
-}
-// Barriers that were begun are there for the copy engine and for other blocks.
+// Barriers that were begun are there for the copy engine.
 __device__ __forceinline__ void barriers_show() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Has the copy engine copy 64 columns of a map's rows.
 __device__ __forceinline__ void copy_box(u32 to, const Map &map, u32 barrier, int column, int head, int row) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
                  ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(head), "r"(row) : "memory");
-}
-// The same to both blocks of a cluster.
-__device__ __forceinline__ void copy_box_both(u32 to, const Map &map, u32 barrier, int column, int head, int row) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1, {%3, %4, %5}], [%2], %6;"
-                 ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(head), "r"(row), "h"((unsigned short)3) : "memory");
 }
 // All warps that make products meet.
 __device__ __forceinline__ void workers_meet() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
@@ -291,16 +278,11 @@ template <int N> __device__ __forceinline__ void as_left(u32 (&p)[N / 16][4], co
 
 // ---- full and free
 
-// How tiles are copied: by four warps, which say themselves when they are there (WARPS), or whose copies do (SELF); by the
-// copy engine (MAPPED), or by those of two blocks of a cluster for both (PAIRED).
-static const int WARPS = 0, SELF = 1, MAPPED = 2, PAIRED = 3;
-
-// N tiles of one kind in turn, with a barrier for "full" (the four warps that copy arrive) and one for "free" (the eight that
-// make products) each.
-template <int N, int MODE> struct Ring {
+// N tiles of one kind in turn, with a barrier for "full" and one for "free" (the eight warps that make products arrive) each.
+template <int N> struct Ring {
     u32 barriers;
-    __device__ __forceinline__ void begin(int mapped = 1) const {
-        for (int i = 0; i < N; i++) barrier_begin(full(i), MODE == WARPS ? 4 : MODE == SELF ? 128 : mapped), barrier_begin(free(i), MODE == PAIRED ? 16 : 8);
+    __device__ __forceinline__ void begin(int copying) const {
+        for (int i = 0; i < N; i++) barrier_begin(full(i), copying), barrier_begin(free(i), 8);
     }
     __device__ __forceinline__ u32 full(int slot) const { return barriers + slot * 16; }
     __device__ __forceinline__ u32 free(int slot) const { return barriers + slot * 16 + 8; }
@@ -309,47 +291,46 @@ template <int N, int MODE> struct Ring {
 // The how manieth tile, its slot, and the parity of the slot's phase.
 template <int N> struct Turn {
     int i, slot, parity;
-    __device__ __forceinline__ Turn(int i = 0) : i(i), slot(i % N), parity(i / N & 1) {}
+    __device__ __forceinline__ Turn(int i = 0) : i(i), slot((u32)i % N), parity((u32)i / N & 1) {}
     __device__ __forceinline__ void next() {
         i++, slot++;
         if (slot == N) slot = 0, parity ^= 1;
     }
 };
 
-template <int N, int MODE> __device__ __forceinline__ void wait_full(const Ring<N, MODE> &ring, const Turn<N> &turn) {
-    while (!barrier_over_soon(ring.full(turn.slot), turn.parity));
-    if (MODE == SELF) copies_show();
+__device__ __forceinline__ void wait_for(u32 barrier, int parity) {
+    while (!barrier_over_soon(barrier, parity));
+}
+template <int N> __device__ __forceinline__ void wait_full(const Ring<N> &ring, const Turn<N> &turn) {
+    wait_for(ring.full(turn.slot), turn.parity);
+}
+// A slot never filled is free.
+template <int N> __device__ __forceinline__ void wait_free(const Ring<N> &ring, const Turn<N> &turn) {
+    wait_for(ring.free(turn.slot), turn.parity ^ 1);
 }
 // The warp reads the tile no more.
-template <int N, int MODE> __device__ __forceinline__ void release(const Ring<N, MODE> &ring, const Turn<N> &turn) {
+template <int N> __device__ __forceinline__ void release(const Ring<N> &ring, const Turn<N> &turn) {
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) {
-        if (MODE == PAIRED) barrier_arrive_both(ring.free(turn.slot));
-        else barrier_arrive(ring.free(turn.slot));
-    }
+    if ((threadIdx.x & 31) == 0) barrier_arrive(ring.free(turn.slot));
 }
 
-// What the warps that copy do: tiles are said to be full one tile later, so that copies of two are under way.
-template <int MODE> struct Copies {
+// What warps do that copy themselves: tiles are said to be full one tile later, so that copies of two are under way.
+struct Copies {
     u32 under_way = 0;
     __device__ __forceinline__ void say() {
         __syncwarp();
         if ((threadIdx.x & 31) == 0) barrier_arrive(under_way);
     }
     // Waits until the slot may be filled. What is under way is said to be there first, if there is a wait: the wait may be for it.
-    template <int N> __device__ __forceinline__ void wait_free(const Ring<N, MODE> &ring, const Turn<N> &turn) {
+    template <int N> __device__ __forceinline__ void before(const Ring<N> &ring, const Turn<N> &turn) {
         if (turn.i < N) return;
         const u32 barrier = ring.free(turn.slot);
         const int parity = turn.parity ^ 1;
-        if (MODE != SELF && __all_sync(0xffffffff, barrier_over(barrier, parity))) return;
-        if (MODE != SELF) finish();
-        while (!barrier_over_soon(barrier, parity));
+        if (__all_sync(0xffffffff, barrier_over(barrier, parity))) return;
+        finish();
+        wait_for(barrier, parity);
     }
-    template <int N> __device__ __forceinline__ void begun(const Ring<N, MODE> &ring, const Turn<N> &turn) {
-        if (MODE == SELF) {
-            copies_arrive(ring.full(turn.slot));
-            return;
-        }
+    template <int N> __device__ __forceinline__ void begun(const Ring<N> &ring, const Turn<N> &turn) {
         copies_end();
         if (under_way) {
             copies_wait<1>();
@@ -358,11 +339,6 @@ template <int MODE> struct Copies {
         under_way = ring.full(turn.slot);
     }
     __device__ __forceinline__ void finish() {
-        if (MODE == SELF) {
-            copies_end();
-            copies_wait<0>();
-            return;
-        }
         if (!under_way) return;
         copies_wait<0>();
         say();
@@ -374,6 +350,7 @@ template <int MODE> struct Copies {
 template <int N> struct Seen {
     int prefix, length, start, split, first, end;
 
+    __device__ __forceinline__ Seen() {}
     __device__ __forceinline__ Seen(const Tile &t, int window)
         : prefix(t.prefix), length(t.length), start(t.start), split((t.length + N - 1) / N) {
         const int position = length + t.first - start, from = window ? max(0, position + 1 - window) : 0;
@@ -426,201 +403,45 @@ __device__ __forceinline__ void softmax(float (&s)[N / 2], float (&m)[2], float 
 }
 
 // 128 queries of one head; tiles of 80 keys and of 80 values, two of each.
-static const int FORWARD_M = 128, FORWARD_N = 80;
-
-template <int MODE> struct Forward {
-    static const int BM = FORWARD_M, BN = FORWARD_N, STAGE = BN * ROW;
+struct Forward {
+    static const int BM = 128, BN = 80, STAGE = BN * ROW;
     Tile t;
-    u32 sq, sk, sv;
-    Ring<2, MODE> keys, values;
-    int head, rows, position, last, j0, j1;
+    Seen<BN> seen;
+    u32 sq, sk, sv, queries;
+    Ring<2> keys, values;
+    int head;
 
     __device__ __forceinline__ Forward() {
         sq = shared_start(), sk = sq + BM * ROW, sv = sk + 2 * STAGE;
-        keys.barriers = sv + 2 * STAGE, values.barriers = keys.barriers + 32;
+        keys.barriers = sv + 2 * STAGE, values.barriers = keys.barriers + 32, queries = values.barriers + 32;
     }
     __device__ __forceinline__ static void begin() {
         const Forward f;
-        f.keys.begin(), f.values.begin();
-    }
-    __device__ __forceinline__ Forward(const Attention &a) : Forward() {
-        t = tile_at(a, blockIdx.y);
-        head = blockIdx.x;
-        rows = t.end - t.first, position = t.length + t.first - t.start, last = position + rows - 1;
-        j0 = (a.window ? max(0, position + 1 - a.window) : 0) / BN, j1 = last / BN + 1;
-    }
-
-    __device__ __forceinline__ void copy(const Attention &a) const {
-        const int kv_head = head / a.group;
-        const bf16 *k = a.k + (i64)kv_head * a.d, *v = a.v + (i64)kv_head * a.d;
-        Copies<MODE> copies;
-        Turn<2> key, value;
-        auto tile = [&](const bf16 *x, i64 ld, u32 to, int j) {
-            fetch<BN>(to, x, ld, a.d, [&](int r, bool &real) { return real = j * BN + r <= last, row_of(t, j * BN + r); });
-        };
-        fetch<BM>(sq, a.q + (i64)head * a.d, a.ldq, a.d, [&](int r, bool &real) { return real = r < rows, t.first + r - a.q_shift; });
-        // In the order in which they are wanted: keys of the tile after next before values of the next.
-        for (int j = j0; j <= j1; j++) {
-            if (j < j1) {
-                copies.wait_free(keys, key);
-                tile(k, a.ldk, sk + key.slot * STAGE, j);
-                copies.begun(keys, key);
-                key.next();
-            }
-            if (j > j0) {
-                copies.wait_free(values, value);
-                tile(v, a.ldv, sv + value.slot * STAGE, j - 1);
-                copies.begun(values, value);
-                value.next();
-            }
-        }
-        copies.finish();
-    }
-
-    __device__ __forceinline__ void work(const Attention &a) const {
-        const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group_row = (warp >> 2) * 64;
-        float o[D / 2], s[BN / 2], m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, shrink[2];
-        u32 p[BN / 16][4];
-#pragma unroll
-        for (int i = 0; i < D / 2; i++) o[i] = 0;
-        const float c = a.scale * LOG2E;
-        // Of the thread's first row; the other is eight below.
-        const int own = position + warp * 16 + (lane >> 2);
-        auto mask = [&](int j) {
-            if (j * BN + BN - 1 <= position + warp * 16 && !(a.window && j * BN <= last - a.window)) return;
-#pragma unroll
-            for (int i = 0; i < BN / 2; i++) {
-                const int key = j * BN + (i >> 2) * 8 + 2 * (lane & 3) + (i & 1), at_row = own + 8 * ((i >> 1) & 1);
-                if (key > at_row || (a.window && key <= at_row - a.window)) s[i] = -INFINITY;
-            }
-        };
-        Turn<2> key, value;
-        wait_full(keys, key);
-        products_begin();
-        scores<BM, BN>(s, sq, group_row, sk);
-        products_end();
-        products_wait<0>();
-        arrived(s);
-        release(keys, key);
-        mask(j0);
-        softmax<BN>(s, m, l, shrink, c);
-        as_left<BN>(p, s);
-        // The group's own end: below it, the other group's keys alone.
-        const int end = min(j1, (position + group_row + 63) / BN + 1);
-        int j = j0 + 1;
-        for (; j < end; j++) {
-            key.next();
-            wait_full(keys, key);
-            products_begin();
-            scores<BM, BN>(s, sq, group_row, sk + key.slot * STAGE);
-            products_end();
-            wait_full(values, value);
-            products_begin();
-            weigh<BN>(o, p, sv + value.slot * STAGE);
-            products_end();
-            products_wait<1>();
-            arrived(s);
-            release(keys, key);
-            mask(j);
-            softmax<BN>(s, m, l, shrink, c);
-            before_wait(l[0] + l[1]);
-            products_wait<0>();
-            arrived(o);
-            release(values, value);
-            value.next();
-            // Once the largest have been seen, nothing shrinks.
-            if (__any_sync(0xffffffff, shrink[0] != 1.f || shrink[1] != 1.f)) {
-#pragma unroll
-                for (int i = 0; i < D / 2; i++) o[i] *= shrink[(i >> 1) & 1];
-            }
-            as_left<BN>(p, s);
-        }
-        wait_full(values, value);
-        products_begin();
-        weigh<BN>(o, p, sv + value.slot * STAGE);
-        products_end();
-        products_wait<0>();
-        arrived(o);
-        release(values, value);
-        for (; j < j1; j++) {
-            key.next(), value.next();
-            wait_full(keys, key);
-            release(keys, key);
-            wait_full(values, value);
-            release(values, value);
-        }
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float sum = quad_sum(l[half]);
-            const int r = t.first + warp * 16 + (lane >> 2) + 8 * half;
-            if (r >= t.end) continue;
-            const float inverse = 1.f / sum;
-            bf16 *out = a.out + (i64)(r - a.q_shift) * a.ldo + (i64)head * a.d;
-#pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                const int column = n * 8 + 2 * (lane & 3), i = 4 * n + 2 * half;
-                if (column < a.d) *(u32 *)(out + column) = pack(o[i] * inverse, o[i + 1] * inverse);
-            }
-            if ((lane & 3) == 0 && r >= a.log_shift)
-                a.log_sums[(i64)head * a.log_rows + r - a.log_shift] = m[half] * a.scale + logf(sum);
-        }
-    }
-};
-
-// The same with tiles by the copy engine. Of a PAIR, two heads of one key-value head are a cluster, and each asks for half of
-// the rows of every tile, for both.
-template <bool PAIR> struct ForwardMapped {
-    static const int BM = FORWARD_M, BN = FORWARD_N, STAGE = BN * ROW, HALF = BN / 2;
-    u32 sq, sk, sv, keys, values, queries;
-
-    __device__ __forceinline__ ForwardMapped() {
-        sq = shared_start(), sk = sq + BM * ROW, sv = sk + 2 * STAGE;
-        keys = sv + 2 * STAGE, values = keys + 32, queries = values + 32;
-    }
-    // Full: the one thread that asks. Free: all warps that make products, of both blocks.
-    __device__ __forceinline__ void begin() const {
-        for (int i = 0; i < 4; i++) barrier_begin(keys + 16 * i, 1), barrier_begin(keys + 16 * i + 8, PAIR ? 16 : 8);
-        barrier_begin(queries, 1);
+        f.keys.begin(1), f.values.begin(1);
+        barrier_begin(f.queries, 1);
         barriers_show();
     }
-    __device__ __forceinline__ static void wait(u32 barrier, int parity) {
-        while (!barrier_over_soon(barrier, parity));
+    __device__ __forceinline__ Forward(const Attention &a) : Forward() {
+        t = tile_at(a, blockIdx.y), seen = Seen<BN>(t, a.window), head = blockIdx.x;
     }
-    __device__ __forceinline__ static void free(u32 barriers, int i) {
-        __syncwarp();
-        if ((threadIdx.x & 31) == 0) {
-            if (PAIR) barrier_arrive_both(barriers + (i & 1) * 16 + 8);
-            else barrier_arrive(barriers + (i & 1) * 16 + 8);
-        }
-    }
-    __device__ __forceinline__ static void wait_full(u32 barriers, int i) { wait(barriers + (i & 1) * 16, (i >> 1) & 1); }
 
+    // By one thread.
     __device__ __forceinline__ void copy(const Attention &a, const Maps &maps) const {
         if (threadIdx.x) return;
-        const Tile t = tile_at(a, blockIdx.y);
-        const Seen<BN> seen(t, a.window);
-        const int head = blockIdx.x, kv_head = head / a.group, half = head & 1;
+        const int kv_head = head / a.group;
+        auto tile = [&](const Map &map, u32 to, const Ring<2> &ring, int j) {
+            const Turn<2> turn(j - seen.first);
+            const u32 full = ring.full(turn.slot);
+            wait_free(ring, turn);
+            barrier_expect(full, STAGE);
+            to += turn.slot * STAGE;
+            for (int panel = 0; panel < 4; panel++)
+                copy_box(to + panel * (BN * 128), map, full, panel * 64, kv_head, seen.row(j));
+        };
         barrier_expect(queries, BM * ROW);
         for (int panel = 0; panel < 4; panel++)
-            for (int i = 0; i < 2; i++)
-                copy_box(sq + panel * (BM * 128) + i * 8192, maps.q, queries, panel * 64, head, t.first - a.q_shift + i * 64);
-        auto tile = [&](const Map &map, u32 to, u32 barriers, int j) {
-            const int i = j - seen.first;
-            const u32 full = barriers + (i & 1) * 16;
-            // Of a slot never filled, too.
-            wait(full + 8, ((i >> 1) & 1) ^ 1);
-            barrier_expect(full, STAGE);
-            to += (i & 1) * STAGE;
-            const int row = seen.row(j);
-            for (int panel = 0; panel < 4; panel++) {
-                if (PAIR) {
-                    copy_box_both(to + panel * (BN * 128) + half * (HALF * 128), map, full, panel * 64, kv_head, row + half * HALF);
-                } else {
-                    copy_box(to + panel * (BN * 128), map, full, panel * 64, kv_head, row);
-                    copy_box(to + panel * (BN * 128) + HALF * 128, map, full, panel * 64, kv_head, row + HALF);
-                }
-            }
-        };
+            copy_box(sq + panel * (BM * 128), maps.q, queries, panel * 64, head, t.first - a.q_shift);
+        // In the order in which they are wanted: keys of the next tile before values of this one.
         for (int j = seen.first; j <= seen.end; j++) {
             if (j < seen.end) tile(maps.k, sk, keys, j);
             if (j > seen.first) tile(maps.v, sv, values, j - 1);
@@ -628,11 +449,10 @@ template <bool PAIR> struct ForwardMapped {
     }
 
     __device__ __forceinline__ void work(const Attention &a) const {
-        const Tile t = tile_at(a, blockIdx.y);
-        const Seen<BN> seen(t, a.window);
-        const int head = blockIdx.x, lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group_row = (warp >> 2) * 64;
-        // Where the warp's rows begin, and own rows' first tile, which the first own row begins.
+        const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group_row = (warp >> 2) * 64;
+        // Where the warp's rows begin.
         const int low = t.length + t.first - t.start + warp * 16, first = seen.first, split = seen.split, length = t.length;
+        // The group's own end: below it, the other group's keys alone.
         const int end = min(seen.end, seen.until(t.first + group_row + 63)) - first;
         float o[D / 2], s[BN / 2], m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, shrink[2];
         u32 p[BN / 16][4];
@@ -648,63 +468,64 @@ template <bool PAIR> struct ForwardMapped {
                 if (ahead > 0 || key >= real || (a.window && ahead <= -a.window)) s[i] = -INFINITY;
             }
         };
-        wait(queries, 0);
-        wait_full(keys, 0);
+        auto turn = [](int j) { return Turn<2>(j); };
+        wait_for(queries, 0);
+        wait_full(keys, turn(0));
         products_begin();
         scores<BM, BN>(s, sq, group_row, sk);
         products_end();
         products_wait<0>();
         arrived(s);
-        free(keys, 0);
+        release(keys, turn(0));
         mask(first);
         softmax<BN>(s, m, l, shrink, c);
         as_left<BN>(p, s);
         int j = 1;
         for (; j < end; j++) {
-            wait_full(keys, j);
+            wait_full(keys, turn(j));
             products_begin();
-            scores<BM, BN>(s, sq, group_row, sk + (j & 1) * STAGE);
+            scores<BM, BN>(s, sq, group_row, sk + turn(j).slot * STAGE);
             products_end();
-            wait_full(values, j - 1);
+            wait_full(values, turn(j - 1));
             products_begin();
-            weigh<BN>(o, p, sv + ((j - 1) & 1) * STAGE);
+            weigh<BN>(o, p, sv + turn(j - 1).slot * STAGE);
             products_end();
             products_wait<1>();
             arrived(s);
-            free(keys, j);
+            release(keys, turn(j));
             mask(first + j);
             softmax<BN>(s, m, l, shrink, c);
             before_wait(l[0] + l[1]);
             products_wait<0>();
             arrived(o);
-            free(values, j - 1);
+            release(values, turn(j - 1));
+            // Once the largest have been seen, nothing shrinks.
             if (__any_sync(0xffffffff, shrink[0] != 1.f || shrink[1] != 1.f)) {
 #pragma unroll
                 for (int i = 0; i < D / 2; i++) o[i] *= shrink[(i >> 1) & 1];
             }
             as_left<BN>(p, s);
         }
-        wait_full(values, j - 1);
+        wait_full(values, turn(j - 1));
         products_begin();
-        weigh<BN>(o, p, sv + ((j - 1) & 1) * STAGE);
+        weigh<BN>(o, p, sv + turn(j - 1).slot * STAGE);
         products_end();
         products_wait<0>();
         arrived(o);
-        free(values, j - 1);
+        release(values, turn(j - 1));
         // Read once more, rather than held all the while.
-        const Tile again = tile_at(a, blockIdx.y);
-        const Seen<BN> all(again, a.window);
-        for (; j < all.end - all.first; j++) {
-            wait_full(keys, j);
-            free(keys, j);
-            wait_full(values, j);
-            free(values, j);
+        const Forward again(a);
+        for (; j < again.seen.end - again.seen.first; j++) {
+            wait_full(keys, turn(j));
+            release(keys, turn(j));
+            wait_full(values, turn(j));
+            release(values, turn(j));
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const float sum = quad_sum(l[half]);
-            const int r = again.first + warp * 16 + (lane >> 2) + 8 * half;
-            if (r >= again.end) continue;
+            const int r = again.t.first + warp * 16 + (lane >> 2) + 8 * half;
+            if (r >= again.t.end) continue;
             const float inverse = 1.f / sum;
             bf16 *out = a.out + (i64)(r - a.q_shift) * a.ldo + (i64)head * a.d;
 #pragma unroll
@@ -717,25 +538,6 @@ template <bool PAIR> struct ForwardMapped {
         }
     }
 };
-
-template <bool PAIR> __device__ __forceinline__ void forward_mapped(const Attention &a, const Maps &maps) {
-    const ForwardMapped<PAIR> f;
-    if (threadIdx.x == 0) f.begin();
-    if (PAIR) blocks_meet();
-    else __syncthreads();
-    if (threadIdx.x < 128) {
-        registers_down<24>();
-        f.copy(a, maps);
-    } else {
-        registers_up<240>();
-        f.work(a);
-    }
-    // Neither block goes while the other's warps arrive at its barriers.
-    if (PAIR) {
-        __syncwarp();
-        blocks_meet();
-    }
-}
 
 // ---- backward
 
@@ -751,33 +553,27 @@ __device__ __forceinline__ void write_row(bf16 *to, const float (&x)[D / 2], int
 // dq of 128 queries of one head. dS = P * (dO V^T - delta) * scale, dQ = dS K. Tiles of 64 keys in two stages; of values in
 // one, which a tile's dP alone needs. Of PARTS blocks each has every PARTS-th tile; two are a cluster, and each adds what the
 // other has to half of the rows: few queries of many keys would else leave the device idle.
-template <int PARTS, int MODE> struct BackwardQ {
+template <int PARTS> struct BackwardQ {
     static const int BM = 128, BN = 64, STAGE = BN * ROW;
     Tile t;
     u32 sq, so, sk, sv;
-    Ring<2, MODE> keys;
-    Ring<1, MODE> values;
-    u32 own;
-    int head, part, rows, position, last, j0, tiles, split;
+    Ring<2> keys;
+    Ring<1> values;
+    int head, part, rows, position, last, j0, tiles;
 
     __device__ __forceinline__ BackwardQ() {
         sq = shared_start(), so = sq + BM * ROW, sk = so + BM * ROW, sv = sk + 2 * STAGE;
-        keys.barriers = sv + STAGE, values.barriers = keys.barriers + 32, own = values.barriers + 16;
+        keys.barriers = sv + STAGE, values.barriers = keys.barriers + 32;
     }
     __device__ __forceinline__ static void begin() {
         const BackwardQ b;
-        b.keys.begin(), b.values.begin();
-        if (MODE == MAPPED) barrier_begin(b.own, 1), barrier_begin(b.own + 8, 1), barriers_show();
+        b.keys.begin(4), b.values.begin(4);
     }
     __device__ __forceinline__ BackwardQ(const Attention &a) : BackwardQ() {
         t = tile_at(a, blockIdx.y);
         head = blockIdx.x, part = PARTS == 1 ? 0 : blockIdx.z;
         rows = t.end - t.first, position = t.length + t.first - t.start, last = position + rows - 1;
         j0 = (a.window ? max(0, position + 1 - a.window) : 0) / BN, tiles = mine(last / BN + 1 - j0);
-        if (MODE == MAPPED) {
-            const Seen<BN> seen(t, a.window);
-            j0 = seen.first, tiles = mine(seen.end - j0), split = mine(max(0, seen.split - j0));
-        }
     }
 
     // How many of this many tiles are the block's.
@@ -786,7 +582,7 @@ template <int PARTS, int MODE> struct BackwardQ {
     __device__ __forceinline__ void copy(const Attention &a) const {
         const int kv_head = head / a.group;
         const bf16 *k = a.k + (i64)kv_head * a.d, *v = a.v + (i64)kv_head * a.d;
-        Copies<MODE> copies;
+        Copies copies;
         Turn<2> key;
         Turn<1> value;
         auto query = [&](int r, bool &real) { return real = r < rows, t.first + r - a.q_shift; };
@@ -795,44 +591,18 @@ template <int PARTS, int MODE> struct BackwardQ {
         for (int j = 0; j < tiles; j++) {
             const int first = (j0 + j * PARTS + part) * BN;
             auto row = [&](int r, bool &real) { return real = first + r <= last, row_of(t, first + r); };
-            copies.wait_free(keys, key);
+            copies.before(keys, key);
             fetch<BN>(sk + key.slot * STAGE, k, a.ldk, a.d, row);
             copies.begun(keys, key);
             key.next();
             if (j == 0) fetch<BM>(so, a.dout + (i64)head * a.d, a.ldo, a.d, query);
-            copies.wait_free(values, value);
+            copies.before(values, value);
             fetch<BN>(sv, v, a.ldv, a.d, row);
             copies.begun(values, value);
             value.next();
         }
         copies.finish();
         if (PARTS > 1) blocks_meet(), blocks_meet();
-    }
-
-    __device__ __forceinline__ void copy_mapped(const Attention &a, const Map &q, const Map &k, const Map &v, const Map &dout) const {
-        if (threadIdx.x || tiles <= 0) return;
-        const int kv_head = head / a.group;
-        const Seen<BN> seen(t, a.window);
-        auto rows = [&](u32 to, const Map &map, u32 barrier) {
-            barrier_expect(barrier, BM * ROW);
-            for (int panel = 0; panel < 4; panel++)
-                for (int i = 0; i < 2; i++)
-                    copy_box(to + panel * (BM * 128) + i * 8192, map, barrier, panel * 64, head, t.first - a.q_shift + i * 64);
-        };
-        auto tile = [&](u32 full, u32 free, int parity, u32 to, const Map &map, int row) {
-            // Of a slot never filled, too.
-            while (!barrier_over_soon(free, parity ^ 1));
-            barrier_expect(full, STAGE);
-            for (int panel = 0; panel < 4; panel++) copy_box(to + panel * (BN * 128), map, full, panel * 64, kv_head, row);
-        };
-        rows(sq, q, own);
-        for (int j = 0; j < tiles; j++) {
-            const int row = seen.row(j0 + j * PARTS + part);
-            const Turn<2> key(j);
-            tile(keys.full(key.slot), keys.free(key.slot), key.parity, sk + key.slot * STAGE, k, row);
-            if (j == 0) rows(so, dout, own + 8);
-            tile(values.full(0), values.free(0), j & 1, sv, v, row);
-        }
     }
 
     __device__ __forceinline__ void work(const Attention &a) const {
@@ -852,14 +622,10 @@ template <int PARTS, int MODE> struct BackwardQ {
         const float c = a.scale * LOG2E;
         // Registers are scarce: tiles, keys and rows are counted from the block's first key. Where the warp's rows begin:
         const int STEP = PARTS * BN, low = position + warp * 16 - (j0 + part) * BN;
-        // Mapped, tiles of own rows begin where the prefix ends, in the middle of its last tile.
-        const int in_prefix = split, gap = MODE == MAPPED ? min(0, t.length - Seen<BN>(t, a.window).split * BN) : 0,
-                  prefix_end = t.length - (j0 + part) * BN;
         auto key = [](int j) { return Turn<2>(j); };
         auto value = [](int j) { return Turn<1>(j); };
         // dS of tile j, whose scores are in the making.
         auto rest = [&](int j) {
-            if (MODE == MAPPED && j == 0) while (!barrier_over_soon(own + 8, 0));
             wait_full(values, value(j));
             if (j) {
                 // What the tile before adds to dQ is done, so that its dS gives its registers back.
@@ -872,16 +638,16 @@ template <int PARTS, int MODE> struct BackwardQ {
             products_end();
             products_wait<1>();
             arrived(s);
-            const int here = j * STEP + (MODE == MAPPED && j >= in_prefix ? gap : 0);
-            const int real = MODE == MAPPED && j < in_prefix ? prefix_end - here : BN;
-            const bool masked = here + BN - 1 > low || real < BN || (a.window && here <= low + 15 - a.window);
+            const int here = j * STEP;
+            const bool masked = here + BN - 1 > low || (a.window && here <= low + 15 - a.window);
 #pragma unroll
-            for (int i = 0; i < BN / 2; i++) {
-                const int half = (i >> 1) & 1;
-                s[i] = exp2_(s[i] * c - log_sum[half]);
-                if (masked) {
-                    const int at_key = (i >> 2) * 8 + 2 * (lane & 3) + (i & 1), ahead = here + at_key - low - (lane >> 2) - 8 * half;
-                    if (ahead > 0 || (MODE == MAPPED && at_key >= real) || (a.window && ahead <= -a.window)) s[i] = 0;
+            for (int i = 0; i < BN / 2; i++) s[i] = exp2_(s[i] * c - log_sum[(i >> 1) & 1]);
+            if (masked) {
+#pragma unroll
+                for (int i = 0; i < BN / 2; i++) {
+                    const int at_key = (i >> 2) * 8 + 2 * (lane & 3) + (i & 1);
+                    const int ahead = here + at_key - low - (lane >> 2) - 8 * ((i >> 1) & 1);
+                    if (ahead > 0 || (a.window && ahead <= -a.window)) s[i] = 0;
                 }
             }
             before_wait(s);
@@ -892,11 +658,10 @@ template <int PARTS, int MODE> struct BackwardQ {
             for (int i = 0; i < BN / 2; i++) s[i] *= (dp[i] - delta[(i >> 1) & 1]) * a.scale;
             as_left<BN>(ds, s);
         };
-        const int seen_by_group = MODE == MAPPED ? Seen<BN>(t, a.window).until(t.first + group_row + 63) : (position + group_row + 63) / BN + 1;
-        const int end = min(tiles, mine(seen_by_group - j0));
+        // The group's own end: below it, the other group's keys alone.
+        const int end = min(tiles, mine((position + group_row + 63) / BN + 1 - j0));
         int j = 0;
         if (end > 0) {
-            if (MODE == MAPPED) while (!barrier_over_soon(own, 0));
             wait_full(keys, key(0));
             products_begin();
             scores<BM, BN>(s, sq, group_row, sk);
@@ -959,13 +724,13 @@ template <int PARTS, int MODE> struct BackwardQ {
 // first makes P and hands it to the second, thread by thread.
 //
 // A tile of `tiles` is 128 keys, two blocks. The last tiles, of the latest rows, are of the keys that the fewest queries see.
-template <int BN, int STAGES, int MODE> struct BackwardKV {
-    static const int BM = 64, STAGE = BN * ROW;
+struct BackwardKV {
+    static const int BM = 64, BN = 48, STAGES = 3, STAGE = BN * ROW;
     Tile t;
     u32 sk, sv, sq, so, slog, sdelta, sp;
-    Ring<STAGES, MODE> queries, outs;
+    Ring<STAGES> queries, outs;
     u32 own;
-    int head, first, stop, base, blocks;
+    int head, first, stop, blocks;
 
     __device__ __forceinline__ BackwardKV() {
         sk = shared_start(), sv = sk + BM * ROW, sq = sv + BM * ROW, so = sq + STAGES * STAGE, sp = so + STAGES * STAGE;
@@ -975,90 +740,53 @@ template <int BN, int STAGES, int MODE> struct BackwardKV {
     }
     __device__ __forceinline__ static void begin() {
         const BackwardKV b;
+        // A warp that copies numbers, and the thread of it that asks for the rest.
         b.queries.begin(33), b.outs.begin(33);
-        if (MODE >= MAPPED) barrier_begin(b.own, 1), barrier_begin(b.own + 8, 1), barriers_show();
+        barrier_begin(b.own, 1), barrier_begin(b.own + 8, 1), barriers_show();
     }
     __device__ __forceinline__ BackwardKV(const Attention &a) : BackwardKV() {
-        const int from_end = blockIdx.y;
-        t = tile_at(a, from_end >> 1);
-        head = blockIdx.x;
-        // Two that share their queries begin with those of the first.
-        base = t.first + (MODE == PAIRED ? 0 : (from_end & 1) * BM);
-        first = t.first + (from_end & 1) * BM;
+        t = tile_at(a, blockIdx.y >> 1);
+        head = blockIdx.x, first = t.first + (blockIdx.y & 1) * BM;
         t.end = min(t.end, first + BM);
-        const int last = MODE == PAIRED ? tile_at(a, from_end >> 1).end : t.end;
-        stop = a.window ? min(t.stop, last - 1 + a.window) : t.stop;
-        blocks = (stop - base + BN - 1) / BN;
-    }
-
-    __device__ __forceinline__ void copy(const Attention &a) const {
-        // Past the end of a tile that has a first half alone, nobody has work.
-        if (first >= t.end) return;
-        const int kv_head = head / a.group;
-        Copies<MODE> copies;
-        Turn<STAGES> query, out;
-        auto own = [&](int r, bool &real) { return real = first + r < t.end, first + r; };
-        fetch<BM>(sk, a.k + (i64)kv_head * a.d, a.ldk, a.d, own);
-        for (int j = 0; j < blocks; j++) {
-            auto row = [&](int r, bool &real) { return real = base + j * BN + r < stop, base + j * BN + r - a.q_shift; };
-            const int r = base + j * BN + threadIdx.x;
-            auto numbers = [&](u32 to, const float *x) {
-                x += (i64)head * a.log_rows;
-                if (threadIdx.x < BN) copy4(to + threadIdx.x * 4, r < stop ? x + r - a.log_shift : x, r < stop);
-            };
-            copies.wait_free(queries, query);
-            fetch<BN>(sq + query.slot * STAGE, a.q + (i64)head * a.d, a.ldq, a.d, row);
-            numbers(slog + query.slot * BN * 4, a.log_sums);
-            copies.begun(queries, query);
-            query.next();
-            if (j == 0) fetch<BM>(sv, a.v + (i64)kv_head * a.d, a.ldv, a.d, own);
-            copies.wait_free(outs, out);
-            fetch<BN>(so + out.slot * STAGE, a.dout + (i64)head * a.d, a.ldo, a.d, row);
-            numbers(sdelta + out.slot * BN * 4, a.delta);
-            copies.begun(outs, out);
-            out.next();
-        }
-        copies.finish();
+        stop = a.window ? min(t.stop, t.end - 1 + a.window) : t.stop;
+        blocks = (stop - first + BN - 1) / BN;
     }
 
     // By one warp, which copies numbers itself.
-    __device__ __forceinline__ void copy_mapped(const Attention &a, const Map &q, const Map &k, const Map &v, const Map &dout) const {
-        if (threadIdx.x >= 32 || (MODE != PAIRED && first >= t.end)) return;
-        const int kv_head = head / a.group, half = (first - t.first) / BM, lane = threadIdx.x;
+    __device__ __forceinline__ void copy(const Attention &a, const Maps &maps) const {
+        // Past the end of a tile that has a first half alone, nobody has work.
+        if (threadIdx.x >= 32 || first >= t.end) return;
+        const int lane = threadIdx.x;
         Turn<STAGES> turn;
         auto rows = [&](u32 to, const Map &map, u32 barrier) {
             if (lane) return;
             barrier_expect(barrier, BM * ROW);
-            for (int panel = 0; panel < 4; panel++) copy_box(to + panel * (BM * 128), map, barrier, panel * 64, kv_head, first);
+            for (int panel = 0; panel < 4; panel++)
+                copy_box(to + panel * (BM * 128), map, barrier, panel * 64, head / a.group, first);
         };
-        auto tile = [&](const Ring<STAGES, MODE> &ring, u32 to, const Map &map, u32 to_numbers, const float *x, int j) {
+        auto tile = [&](const Ring<STAGES> &ring, u32 to, const Map &map, u32 to_numbers, const float *x, int j) {
             const u32 full = ring.full(turn.slot);
-            // Of a slot never filled, too.
-            while (!barrier_over_soon(ring.free(turn.slot), turn.parity ^ 1));
+            const int row = first + j * BN;
+            wait_free(ring, turn);
             if (lane == 0) {
                 barrier_expect(full, STAGE);
-                const int row = base + j * BN - a.q_shift;
                 to += turn.slot * STAGE;
                 for (int panel = 0; panel < 4; panel++)
-                    for (int i = 0; i < 2; i++) {
-                        const u32 there = to + panel * (BN * 128) + i * (BN / 2 * 128);
-                        if (MODE != PAIRED) copy_box(there, map, full, panel * 64, head, row + i * (BN / 2));
-                        else if (i == half) copy_box_both(there, map, full, panel * 64, head, row + i * (BN / 2));
-                    }
+                    copy_box(to + panel * (BN * 128), map, full, panel * 64, head, row - a.q_shift);
             }
             x += (i64)head * a.log_rows;
 #pragma unroll
             for (int i = lane; i < BN; i += 32) {
-                const int r = base + j * BN + i;
+                const int r = row + i;
                 copy4(to_numbers + (turn.slot * BN + i) * 4, r < stop ? x + r - a.log_shift : x, r < stop);
             }
             copies_arrive(full);
         };
         for (int j = 0; j < blocks; j++) {
-            if (j == 0) rows(sk, k, own);
-            tile(queries, sq, q, slog, a.log_sums, j);
-            if (j == 0) rows(sv, v, own + 8);
-            tile(outs, so, dout, sdelta, a.delta, j);
+            if (j == 0) rows(sk, maps.k, own);
+            tile(queries, sq, maps.q, slog, a.log_sums, j);
+            if (j == 0) rows(sv, maps.v, own + 8);
+            tile(outs, so, maps.dout, sdelta, a.delta, j);
             turn.next();
         }
         copies_end();
@@ -1069,20 +797,20 @@ template <int BN, int STAGES, int MODE> struct BackwardKV {
     __device__ __forceinline__ void weights(const Attention &a, float (&s)[BN / 2], int j, int slot) const {
         const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
         const float c = a.scale * LOG2E;
-        const int own = first + warp * 16 + (lane >> 2), start = base + j * BN;
+        const int own = first + warp * 16 + (lane >> 2), start = first + j * BN;
         const bool masked = start < first + BM || start + BN > stop || a.window;
 #pragma unroll
         for (int n = 0; n < BN / 8; n++) {
             const float2 log_sum = pair(slog + (slot * BN + n * 8 + 2 * (lane & 3)) * 4);
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                float x = exp2_(s[4 * n + e] * c - (e & 1 ? log_sum.y : log_sum.x) * LOG2E);
-                if (masked) {
-                    const int query = start + n * 8 + 2 * (lane & 3) + (e & 1), at_row = own + 8 * (e >> 1);
-                    if (at_row > query || query >= stop || (a.window && at_row <= query - a.window)) x = 0;
-                }
-                s[4 * n + e] = x;
-            }
+            for (int e = 0; e < 4; e++)
+                s[4 * n + e] = exp2_(s[4 * n + e] * c - (e & 1 ? log_sum.y : log_sum.x) * LOG2E);
+        }
+        if (!masked) return;
+#pragma unroll
+        for (int i = 0; i < BN / 2; i++) {
+            const int query = start + (i >> 2) * 8 + 2 * (lane & 3) + (i & 1), at_row = own + 8 * ((i >> 1) & 1);
+            if (at_row > query || query >= stop || (a.window && at_row <= query - a.window)) s[i] = 0;
         }
     }
 
@@ -1123,7 +851,7 @@ template <int BN, int STAGES, int MODE> struct BackwardKV {
     // A group's gradient, with tiles of `near` for its scores and of `far` for what it sums: queries and outputs' gradients, or
     // the other way round.
     template <typename F>
-    __device__ __forceinline__ void go_over(const Ring<STAGES, MODE> &near, const Ring<STAGES, MODE> &far, u32 rows, u32 snear, u32 sfar,
+    __device__ __forceinline__ void go_over(const Ring<STAGES> &near, const Ring<STAGES> &far, u32 rows, u32 snear, u32 sfar,
                                             float (&sum)[D / 2], F make) const {
         float s[BN / 2];
         u32 p[BN / 16][4];
@@ -1168,13 +896,13 @@ template <int BN, int STAGES, int MODE> struct BackwardKV {
     }
 
     __device__ __forceinline__ void work(const Attention &a) const {
-        if (MODE != PAIRED && first >= t.end) return;
+        if (first >= t.end) return;
         if (threadIdx.x < 256) work_values(a);
         else work_keys(a);
     }
     __device__ __forceinline__ void work_values(const Attention &a) const {
         float dv[D / 2];
-        if (MODE >= MAPPED) while (!barrier_over_soon(own, 0));
+        wait_for(own, 0);
         go_over(queries, outs, sk, sq, so, dv, [&](float (&s)[BN / 2], int j, int slot) {
             weights(a, s, j, slot);
             hand_over(s, j);
@@ -1183,7 +911,7 @@ template <int BN, int STAGES, int MODE> struct BackwardKV {
     }
     __device__ __forceinline__ void work_keys(const Attention &a) const {
         float dk[D / 2];
-        if (MODE >= MAPPED) while (!barrier_over_soon(own + 8, 0));
+        wait_for(own + 8, 0);
         go_over(outs, queries, sv, so, sq, dk, [&](float (&dp)[BN / 2], int j, int slot) { differences(a, dp, j, slot); });
         write(a.dk, a, dk);
     }
@@ -1191,58 +919,28 @@ template <int BN, int STAGES, int MODE> struct BackwardKV {
 
 // The roles of a block's warps, which read where they are for themselves: what all knew would take registers from those
 // that copy.
-template <typename Work, int COPY, int WORK> __device__ __forceinline__ void roles(const Attention &a) {
+template <typename Work, int COPY, int WORK, typename... MAPS>
+__device__ __forceinline__ void roles(const Attention &a, const MAPS &...maps) {
     if (threadIdx.x == 0) Work::begin();
     __syncthreads();
     if (threadIdx.x < 128) {
         registers_down<COPY>();
-        Work(a).copy(a);
+        Work(a).copy(a, maps...);
     } else {
         registers_up<WORK>();
         Work(a).work(a);
     }
 }
 
-template <int PARTS> __device__ __forceinline__ void backward_q_mapped(const Attention &a, const Maps &maps) {
-    typedef BackwardQ<PARTS, MAPPED> Work;
-    if (threadIdx.x == 0) Work::begin();
-    __syncthreads();
-    if (threadIdx.x < 128) {
-        registers_down<24>();
-        Work(a).copy_mapped(a, maps.q, maps.k, maps.v, maps.dout);
-        if (PARTS > 1) {
-            __syncwarp();
-            blocks_meet(), blocks_meet();
-        }
-    } else {
-        registers_up<240>();
-        Work(a).work(a);
-    }
-}
-
-template <int MODE> __device__ __forceinline__ void backward_kv_mapped(const Attention &a, const Maps &maps) {
-    typedef BackwardKV<48, 3, MODE> Work;
-    if (threadIdx.x == 0) Work::begin();
-    if (MODE == PAIRED) blocks_meet();
-    else __syncthreads();
-    if (threadIdx.x < 128) {
-        registers_down<40>();
-        Work(a).copy_mapped(a, maps.q, maps.k, maps.v, maps.dout);
-    } else {
-        registers_up<232>();
-        Work(a).work(a);
-    }
-    if (MODE == PAIRED) {
-        __syncwarp();
-        blocks_meet();
-    }
-}
-
 extern "C" {
-__global__ void __launch_bounds__(THREADS, 1) hopper_forward_256(Attention a) { roles<Forward<WARPS>, 40, 232>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_q_256(Attention a) { roles<BackwardQ<1, WARPS>, 40, 232>(a); }
-__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256(Attention a) { roles<BackwardKV<48, 3, WARPS>, 56, 224>(a); }
+__global__ void __launch_bounds__(THREADS, 1) hopper_forward_256(Attention a, const __grid_constant__ Maps maps) {
+    roles<Forward, 24, 240>(a, maps);
+}
+__global__ void __launch_bounds__(THREADS, 1) hopper_backward_q_256(Attention a) { roles<BackwardQ<1>, 40, 232>(a); }
 __global__ void __cluster_dims__(1, 1, 2) __launch_bounds__(THREADS, 1) hopper_backward_q_256_pair(Attention a) {
-    roles<BackwardQ<2, WARPS>, 40, 232>(a);
+    roles<BackwardQ<2>, 40, 232>(a);
+}
+__global__ void __launch_bounds__(THREADS, 1) hopper_backward_kv_256(Attention a, const __grid_constant__ Maps maps) {
+    roles<BackwardKV, 40, 232>(a, maps);
 }
 }
