@@ -1124,7 +1124,7 @@ def optimizer():
 # ---- the update from a gradient's factors
 
 class Update(ctypes.Structure):
-    _fields_ = [(n, I) for n in "m n tokens late".split()] + \
+    _fields_ = [(n, I) for n in "m n tokens".split()] + \
         [("factors", P), ("by", I), ("gain", P), ("keep", F), ("stochastic", I), ("s", Stream), ("verdict", P), ("halted", P)]
 
 
@@ -1146,10 +1146,6 @@ class Norm(ctypes.Structure):
 
 
 class Norms(ctypes.Structure):
-    _fields_ = [("side", Map * 8), ("of", Norm * 8)]
-
-
-class EvenNorms(ctypes.Structure):
     _fields_ = [("side", Map * 8), ("of", Norm * 8), ("first", I * 9)]
 
 
@@ -1165,57 +1161,34 @@ def tile_map(x, high):
     return Map.from_buffer_copy(ctypes.string_at(at, 128))
 
 
-SHARED = 3 * 32768 + 1024
 MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count
 
 
-# Blocks that share tiles, by kernel.
-UPDATES = {"update_far_one": (1, 32), "update_product": (1, 1), "update_product_pair": (2, 1), "update_product_four": (2, 2)}
-
-
-def launch_update(name, dy, x, w, factors, by, gain, keep, random_bits, stream, verdict, halted, late=None):
+def launch_update(dy, x, w, factors, by, gain, keep, random_bits, stream, verdict, halted):
     m, n, t = w.shape[0], w.shape[1], dy.shape[0]
-    late = MULTIPROCESSORS if late is None else late
-    high, wide = UPDATES[name]
-    far = "far" in name
-    blocks = -(-m // (128 * high)) * high * -(-n // 256) if far else -(-m // (128 * high)) * high * -(-n // (128 * wide)) * wide
-    a = struct(Update, m=m, n=n, tokens=t, late=late, factors=factors, by=by, gain=gain, keep=keep, stochastic=random_bits, s=stream,
+    a = struct(Update, m=m, n=n, tokens=t, factors=factors, by=by, gain=gain, keep=keep, stochastic=random_bits, s=stream,
                verdict=verdict, halted=halted)
-    if far:
-        apollo_hopper(name, (min(blocks, MULTIPROCESSORS // high * high),), 384, tile_map(dy, wide), tile_map(x, wide), tile_map(w, 64), a,
-                      shared=6 * 24576 + 65536 + 2048 + 1024)
-    else:
-        apollo_hopper(name, (blocks,), 256, tile_map(dy, 64), tile_map(x, 64), tile_map(w, 128), a, shared=SHARED)
+    apollo_hopper("update_product", (min(-(-m // 128) * -(-n // 256), MULTIPROCESSORS),), 384, tile_map(dy, 32), tile_map(x, 32),
+                  tile_map(w, 64), a, shared=6 * 24576 + 65536 + 2048 + 1024)
 
 
-def launch_norms(sides, grams, tokens, factors, lasts, gains, sums, counters, verdicts, halted, growth=1.01, rate=0.25, even=False):
+def launch_norms(sides, grams, tokens, factors, lasts, gains, sums, counters, verdicts, halted, growth=1.01, rate=0.25):
     low = -(-tokens // 128)
     pairs = low * (low + 1) // 2
-    if even:
-        chunks = [-(-c.shape[1] // 64) for c in sides]
-        each = min(32, max(8, -(-sum(chunks) * pairs // (4 * MULTIPROCESSORS))))
-        norms, at = EvenNorms(), 0
-        for i in range(8):
-            norms.first[i] = at
-            if i >= len(sides):
-                continue
-            norms.side[i] = tile_map(sides[i], 128)
-            norms.of[i] = struct(Norm, gram=grams[i], factors=factors[i], last=lasts[i:], gain=gains[i:], verdict=verdicts[i:],
-                                 channels=sides[i].shape[1], rate=rate * (i + 1))
-            at += -(-chunks[i] // each)
-        norms.first[8] = at
-        apollo_hopper("gram_norms_even", (pairs, at), 256, norms, I(grams[0].stride(0)), I(tokens), F(growth), sums, halted, counters,
-                      shared=SHARED + 768)
-        return
-    least = min(-(-c.shape[1] // 64) for c in sides)
-    parts = max(1, min(-(-2 * MULTIPROCESSORS // (pairs * len(sides))), -(-least // 4)))
-    norms = Norms()
-    for i, (c, gram) in enumerate(zip(sides, grams)):
-        norms.side[i] = tile_map(c, 128)
-        norms.of[i] = struct(Norm, gram=gram, factors=factors[i], last=lasts[i:], gain=gains[i:], verdict=verdicts[i:], channels=c.shape[1],
-                             rate=rate * (i + 1))
-    apollo_hopper("gram_norms", (pairs, parts, len(sides)), 256, norms, I(grams[0].stride(0)), I(tokens), F(growth), sums, halted,
-                  counters, shared=SHARED)
+    chunks = [-(-c.shape[1] // 64) for c in sides]
+    each = min(32, max(8, -(-sum(chunks) * pairs // (4 * MULTIPROCESSORS))))
+    norms, at = Norms(), 0
+    for i in range(8):
+        norms.first[i] = at
+        if i >= len(sides):
+            continue
+        norms.side[i] = tile_map(sides[i], 128)
+        norms.of[i] = struct(Norm, gram=grams[i], factors=factors[i], last=lasts[i:], gain=gains[i:], verdict=verdicts[i:],
+                             channels=sides[i].shape[1], rate=rate * (i + 1))
+        at += -(-chunks[i] // each)
+    norms.first[8] = at
+    apollo_hopper("gram_norms", (pairs, at), 256, norms, I(grams[0].stride(0)), I(tokens), F(growth), sums, halted, counters,
+                  shared=3 * (32768 + 256) + 1024)
 
 
 def factored():
@@ -1283,9 +1256,9 @@ def factored():
         for gram, other in zip(grams, others):
             gram[:, :t] = other.float() @ other.float().T
         verdicts = torch.tensor([0, 0, 1], device=DEV, dtype=torch.int32)
-        for before, even in ((-1.0, 0), (0.5, 0), (-1.0, 1), (0.5, 1)):
+        for before in (-1.0, 0.5):
             lasts, gains = torch.full((3,), before, device=DEV), poison(3, dtype=f32)
-            launch_norms(sides, grams, t, factors, lasts, gains, sums, counters, verdicts, halted, even=even)
+            launch_norms(sides, grams, t, factors, lasts, gains, sums, counters, verdicts, halted)
             for i in range(2):
                 length = (want_g * (factors[i].double()[:, None] if i == 0 else factors[i].double()[None])).norm()
                 shrink = 1 if before < 0 else max(float(length) / (before + 1e-8), 1.01) / 1.01
@@ -1293,35 +1266,34 @@ def factored():
                 check("norm gain", gains[i : i + 1], torch.tensor([0.25 * (i + 1) / shrink], device=DEV), 1e-4 if t > 3 else 1e-3)
             if counters.any() or lasts[2] != before or not torch.isnan(gains[2]):
                 failures.append("norm beside")
-    for name in UPDATES:
-        for m, n, t in sizes:
-            dy, x = random(t, (m + 31) // 8 * 8)[:, 8 : 8 + m], random(t, (n + 31) // 8 * 8)[:, 16 : 16 + n]
-            g = (dy.double().T @ x.double()).float()
-            for by in (1, 2):
-                f = random([m, n][by - 1], dtype=f32)
-                factor = f[:, None] if by == 1 else f[None]
-                for bits in (0, 1):
-                    w, gain = random(m + 1, n + 8, scale=0.02), torch.tensor([1e-3], device=DEV)
-                    old = w.clone()
-                    launch_update(name, dy, x, w[:m, :n], f, by, gain, 0.999, bits, STREAM, verdict, halted, 2 * by if "far" in name else None)
-                    z = (old[:m, :n].float() - (factor * gain) * g) * torch.tensor(0.999, device=DEV)
-                    got = w[:m, :n]
-                    check(f"update {name} {m} {n} {t} {by}", got, z, 5e-3)
-                    if bits:
-                        want = stochastic(z.cpu().numpy(), random16(m * n).reshape(m, n)).view(np.int16)
-                        differ = float((got.cpu().view(torch.int16).numpy() != want).mean())
-                        check.worst["update_bits"] = max(check.worst.get("update_bits", 0), differ)
-                        if not differ < 2e-3:
-                            failures.append(f"{name} bits")
-                            print(f"FAIL {name} {m} {n} {t} by {by}: {differ:.2e} of the bits differ")
-                    check("update beside", w[m:], old[m:], 0)
-                    check("update beside", w[:m, n:], old[:m, n:], 0)
-            for held in (verdict, halted):
-                held.fill_(1)
-                launch_update(name, dy, x, w[:m, :n], f, 2, gain, 0.999, 1, STREAM, verdict, halted, 0)
-                check("update held", w[:m, :n], got, 0)
-                held.fill_(0)
-        torch.cuda.synchronize()
+    for m, n, t in sizes:
+        dy, x = random(t, (m + 31) // 8 * 8)[:, 8 : 8 + m], random(t, (n + 31) // 8 * 8)[:, 16 : 16 + n]
+        g = (dy.double().T @ x.double()).float()
+        for by in (1, 2):
+            f = random([m, n][by - 1], dtype=f32)
+            factor = f[:, None] if by == 1 else f[None]
+            for bits in (0, 1):
+                w, gain = random(m + 1, n + 8, scale=0.02), torch.tensor([1e-3], device=DEV)
+                old = w.clone()
+                launch_update(dy, x, w[:m, :n], f, by, gain, 0.999, bits, STREAM, verdict, halted)
+                z = (old[:m, :n].float() - (factor * gain) * g) * torch.tensor(0.999, device=DEV)
+                got = w[:m, :n]
+                check(f"update {m} {n} {t} {by}", got, z, 5e-3)
+                if bits:
+                    want = stochastic(z.cpu().numpy(), random16(m * n).reshape(m, n)).view(np.int16)
+                    differ = float((got.cpu().view(torch.int16).numpy() != want).mean())
+                    check.worst["update_bits"] = max(check.worst.get("update_bits", 0), differ)
+                    if not differ < 2e-3:
+                        failures.append("update bits")
+                        print(f"FAIL update {m} {n} {t} by {by}: {differ:.2e} of the bits differ")
+                check("update beside", w[m:], old[m:], 0)
+                check("update beside", w[:m, n:], old[:m, n:], 0)
+        for held in (verdict, halted):
+            held.fill_(1)
+            launch_update(dy, x, w[:m, :n], f, 2, gain, 0.999, 1, STREAM, verdict, halted)
+            check("update held", w[:m, :n], got, 0)
+            held.fill_(0)
+    torch.cuda.synchronize()
 
 
 def replayed(f, repeat=5, each=5):
@@ -1354,18 +1326,17 @@ def time_factored():
         grams = [torch.zeros(t, -(-t // 8) * 8, device=DEV) for _ in shapes]
         lasts, gains = torch.full((k,), -1.0, device=DEV), torch.ones(k, device=DEV)
         sums, counters, none = poison(1 << 16, dtype=torch.float64), torch.zeros(8, device=DEV, dtype=torch.int32), torch.zeros(8, device=DEV, dtype=torch.int32)
-        us = [1e3 * replayed(lambda: launch_norms(sides, grams, t, fs, lasts, gains, sums, counters, none, none, even=e)) for e in (0, 1)]
-        print(f"time norms of a layer, {t} tokens, {shapes}: {us[0]:.0f} us, even {us[1]:.0f} us, {t * t * sum(shapes) / us[1] / 1e6:.0f} TFLOP/s of half")
+        us = 1e3 * replayed(lambda: launch_norms(sides, grams, t, fs, lasts, gains, sums, counters, none, none))
+        print(f"time norms of a layer, {t} tokens, {shapes}: {us:.0f} us, {t * t * sum(shapes) / us / 1e6:.0f} TFLOP/s of half")
     zero, counter, one = torch.zeros(1, device=DEV, dtype=torch.int32), torch.zeros(1, device=DEV, dtype=torch.int32), torch.ones(1, device=DEV)
     sums, keep = poison(1 << 16, dtype=torch.float64), []
     for m, n, t in [(17408, 5120, 1023), (5120, 17408, 1023), (12288, 4096, 1024), (17408, 5120, 256), (4096, 4096, 256), (5120, 6144, 1023)]:
         dy, x, w, g = random(t, m), random(t, n), random(m, n, scale=0.02), random(m, n)
         c, s, by = (dy, x, 1) if m >= n else (x, dy, 2)
         f, channels = random(max(m, n), dtype=f32).abs(), max(m, n)
-        for name in UPDATES:
-            for bits, late in ((1, 0), (1, 2), (1, 5), (0, 0), (0, 5)) if "far" in name else ((1, None),):
-                ms = replayed(lambda: launch_update(name, dy, x, w, f, by, one, 0.999, bits, STREAM, zero, zero, late))
-                print(f"time {name} {m} {n} {t} random {bits} late {late}: {ms * 1e3:.0f} us, {2 * m * n * t / ms / 1e9:.0f} TFLOP/s, {4 * m * n / ms / 1e9:.2f} TB/s")
+        for bits in (1, 0):
+            ms = replayed(lambda: launch_update(dy, x, w, f, by, one, 0.999, bits, STREAM, zero, zero))
+            print(f"time update_product {m} {n} {t} random {bits}: {ms * 1e3:.0f} us, {2 * m * n * t / ms / 1e9:.0f} TFLOP/s, {4 * m * n / ms / 1e9:.2f} TB/s")
         gram = torch.zeros(t, -(-t // 8) * 8, device=DEV)
         last, gain = -one, one.clone()
         ms = replayed(lambda: launch_norms([c], [gram], t, [f], last, gain, sums, counter, zero, zero))

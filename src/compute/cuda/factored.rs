@@ -19,12 +19,19 @@ static KERNELS: crate::memory::cuda::Ptx = crate::memory::cuda::Ptx {
 };
 
 const THREADS: u32 = 256;
-/// Rows and columns of a block's tile.
+/// Rows and columns of a tile of products of tokens, and rows of an update's.
 const TILE: usize = 128;
+/// Columns of an update's tile.
+const WIDTH: usize = 256;
+/// Tokens of a stage of an update, and its warp groups: two that multiply, one that has things brought.
+const DEEP: usize = 32;
+const GROUPS: u32 = 3;
 /// Columns of a tile that lie side by side in shared memory.
 const PANEL: usize = 64;
-/// Shared memory: three stages of two tiles of 64 by 128, and what aligns them.
-const SHARED: u32 = 3 * 32768 + 1024;
+/// Shared memory of the norms: three stages of two tiles of 64 by 128 and of factors, and what aligns them.
+const SHARED: u32 = 3 * (32768 + 256) + 1024;
+/// Of an update: six stages, the tile of the weights, its columns' factors for either group, and what aligns them.
+const SHARED_UPDATE: u32 = (6 * DEEP * (TILE + WIDTH) * 2 + TILE * WIDTH * 2) as u32 + 2 * 1024 + 1024;
 
 /// `dW (rows x columns) = dy^T x`: dy (tokens x rows) and x (tokens x columns) in bf16, their rows `*_stride` elements apart.
 #[derive(Debug, Clone, Copy)]
@@ -91,6 +98,29 @@ pub fn fits(gpu: &Gpu, w: &Weight, g: &Product, rank: usize) -> bool {
         && g.tokens > 0
         && channels.fits()
         && other.fits()
+}
+
+/// Tokens up to this part of a matrix's smaller side may be few enough: see [`pays`].
+pub const FEW: usize = 4;
+
+/// Is a matrix cheaper updated like this than with its gradient in memory? By what either way took on an H200 (Qwen3-8B's and
+/// Qwen3.5-27B's matrices, 256 and 1024 tokens, rank 64), in microseconds. In memory: the library's product at 720 TFLOP/s;
+/// gradient and weights in and the weights out at 4.05 TB/s; the gradient's squares at 3.4; its product with the projection at
+/// 425 TFLOP/s. Without: 6.9 and 0.0106 a token for each tile of every multiprocessor; the norm and the products of every two
+/// tokens' rows at 290 and 300 TFLOP/s; one factor's product with the projected other at 2.5 TB/s. Short kernels take 20
+/// more where every matrix has its own.
+pub fn pays(gpu: &Gpu, tokens: usize, rows: usize, columns: usize) -> bool {
+    if FEW * tokens > rows.min(columns) {
+        return false;
+    }
+    let (t, size, channels, other) =
+        (tokens as f64, (rows * columns) as f64, rows.max(columns) as f64, rows.min(columns) as f64);
+    let dense = 2.0 * t * size / 720e6 + size * (6.0 / 4.05e6 + 2.0 / 3.4e6 + 256.0 / 425e6) + 20.0;
+    let waves = (rows.div_ceil(TILE) * columns.div_ceil(WIDTH)).div_ceil(gpu.device.multiprocessors as usize);
+    let factored = waves as f64 * (6.9 + 0.0106 * t)
+        + t * t * (channels / 290e6 + other / 300e6)
+        + channels * (2.0 * t + 512.0) / 2.5e6;
+    factored < dense
 }
 
 /// A matrix in tiles for the copy engine, as the driver describes it.
@@ -212,6 +242,8 @@ struct Norm {
 struct Norms {
     side: [Map; TASKS],
     of: [Norm; TASKS],
+    /// Parts of the channels of the tasks before.
+    first: [i32; TASKS + 1],
 }
 
 // SAFETY: as above.
@@ -320,6 +352,7 @@ pub fn update(gpu: &Gpu, tasks: &[Task], shared: &Shared) -> Result<()> {
     let mut norms = Norms {
         side: [Map([0; 16]); TASKS],
         of: [Norm { gram: 0, factors: 0, last: 0, gain: 0, verdict: 0, channels: 0, rate: 0.0 }; TASKS],
+        first: [0; TASKS + 1],
     };
     let mut grams = Vec::new();
     for run in &runs {
@@ -341,11 +374,16 @@ pub fn update(gpu: &Gpu, tasks: &[Task], shared: &Shared) -> Result<()> {
     }
     let low = tokens.div_ceil(TILE);
     let pairs = low * (low + 1) / 2;
-    let least = tasks.iter().map(|t| channels(&t.gradient).div_ceil(PANEL)).min().unwrap_or(1);
-    // Two blocks a multiprocessor, where a block has at least four panels to go through.
-    let parts = (2 * gpu.device.multiprocessors as usize).div_ceil(pairs * tasks.len()).clamp(1, least.div_ceil(4));
-    let sums = gpu.take(8 * (pairs * parts * tasks.len()) as u64)?;
-    launch!(gpu, "gram_norms", (pairs as u32, parts as u32, tasks.len() as u32), (THREADS, 1, 1), SHARED;
+    let panels = |t: &Task| channels(&t.gradient).div_ceil(PANEL);
+    // Parts of as many panels for all: some four blocks a multiprocessor, each with enough to do and none with too much.
+    let all: usize = tasks.iter().map(panels).sum();
+    let each = (all * pairs).div_ceil(4 * gpu.device.multiprocessors as usize).clamp(8, 32);
+    for i in 0..TASKS {
+        norms.first[i + 1] = norms.first[i] + tasks.get(i).map_or(0, |t| panels(t).div_ceil(each)) as i32;
+    }
+    let parts = norms.first[TASKS] as u32;
+    let sums = gpu.take(8 * pairs as u64 * parts as u64)?;
+    launch!(gpu, "gram_norms", (pairs as u32, parts, 1), (THREADS, 1, 1), SHARED;
         norms, padded(tokens) as i32, tokens as i32, shared.rates.growth, sums.part().address, halted, counters);
     drop((grams, sums));
     for (i, task) in tasks.iter().enumerate() {
@@ -374,7 +412,6 @@ struct Update {
     m: i32,
     n: i32,
     tokens: i32,
-    late: i32,
     factors: u64,
     by: i32,
     gain: u64,
@@ -392,14 +429,13 @@ unsafe impl DeviceRepr for Update {}
 fn apply(gpu: &Gpu, task: &Task, factors: u64, gain: Part, shared: &Shared) -> Result<()> {
     let (w, g) = (&task.weight, &task.gradient);
     assert_eq!((w.rows, w.columns), (g.rows, g.columns));
-    let side = |part, stride, width| Side { part, stride, width }.map(gpu, g.tokens, PANEL);
+    let side = |part, stride, width| Side { part, stride, width }.map(gpu, g.tokens, DEEP);
     let (dy, x) = (side(g.dy, g.dy_stride, g.rows)?, side(g.x, g.x_stride, g.columns)?);
-    let weights = Map::new(gpu, w.address, (w.rows, w.columns, w.stride), TILE)?;
+    let weights = Map::new(gpu, w.address, (w.rows, w.columns, w.stride), TILE / 2)?;
     let update = Update {
         m: w.rows as i32,
         n: w.columns as i32,
         tokens: g.tokens as i32,
-        late: gpu.device.multiprocessors as i32,
         factors,
         by: if g.tall() { 1 } else { 2 },
         gain: gain.f32(1),
@@ -409,8 +445,9 @@ fn apply(gpu: &Gpu, task: &Task, factors: u64, gain: Part, shared: &Shared) -> R
         verdict: task.verdict.holds(1, 4),
         halted: shared.halted.holds(1, 4),
     };
-    let tiles = w.rows.div_ceil(TILE) * w.columns.div_ceil(TILE);
-    launch!(gpu, "update_product", (u32::try_from(tiles).expect("a grid fits 32 bits"), 1, 1), (THREADS, 1, 1), SHARED;
-        dy, x, weights, update);
+    let tiles = u32::try_from(w.rows.div_ceil(TILE) * w.columns.div_ceil(WIDTH)).expect("a grid fits 32 bits");
+    // A block goes from tile to tile, one block a multiprocessor.
+    let blocks = tiles.min(gpu.device.multiprocessors);
+    launch!(gpu, "update_product", (blocks, 1, 1), (128 * GROUPS, 1, 1), SHARED_UPDATE; dy, x, weights, update);
     Ok(())
 }

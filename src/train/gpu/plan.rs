@@ -211,7 +211,7 @@ impl Sizes {
     /// of every two tokens' rows, and one more input.
     fn together(&self, rank: u64) -> u64 {
         let (n, mixer) = (self.trained, self.most(|m| m.widest).max(self.h));
-        if super::update::FEW as u64 * n > self.h {
+        if crate::compute::cuda::factored::FEW as u64 * n > self.h {
             return 0;
         }
         8 * rank * (3 * self.inner.max(self.h) + 4 * mixer)

@@ -53,10 +53,6 @@ impl Source<'_> {
     }
 }
 
-/// Is the gradient made for more tokens than an eighth of a matrix's smaller side, it is cheaper to have it in memory: what the
-/// norm takes grows with their square.
-pub(super) const FEW: usize = 8;
-
 /// Who takes gradients.
 pub(super) trait Sink {
     fn take(&mut self, name: &str, w: &Weight, source: Source) -> Result<()>;
@@ -117,7 +113,7 @@ impl Context<'_> {
             _ => unreachable!("a layer's gradients are its own mixer's"),
         }
         // The layer's matrices are updated together where they are few rows' products: both stay until then.
-        let normed_in = match FEW * n <= a.hidden {
+        let normed_in = match factored::FEW * n <= a.hidden {
             true => gpu.bf16(n * a.hidden)?,
             false => {
                 sink.done()?;
@@ -230,7 +226,7 @@ impl Context<'_> {
     fn by_factors(&self, w: &Weight, source: &Source) -> Option<usize> {
         let Source::Product { product: g, .. } = source else { return None };
         let Form::Channel { rank } = form(self.settings, &[w.rows as u64, w.columns as u64]) else { return None };
-        let pays = self.by_factors.unwrap_or(FEW * g.tokens <= g.rows.min(g.columns));
+        let pays = self.by_factors.unwrap_or_else(|| factored::pays(self.gpu, g.tokens, g.rows, g.columns));
         (pays && factored::fits(self.gpu, w, g, rank)).then_some(rank)
     }
 

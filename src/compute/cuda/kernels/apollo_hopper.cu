@@ -7,7 +7,6 @@
 // where C is the factor whose columns are dW's channels, F their factors, and S the other. Then every tile of dW is made
 // once, in f32, and goes into the weights from where it was made. The rounding of weights is apollo.cu's, to the bit.
 
-typedef unsigned short bf16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
@@ -49,21 +48,6 @@ __device__ __forceinline__ void bring(u32 to, const Map &map, int column, int ro
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
-// The same into the same place of those blocks of a cluster that have a bit in `who`, whose barriers at that place hear of it.
-__device__ __forceinline__ void bring_to(int who, u32 to, const Map &map, int column, int row, u32 barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1, {%2, %3}], [%4], %5;"
-                 ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)who) : "memory");
-}
-// Arrives at the barrier that the block `rank` of the cluster has at that place.
-__device__ __forceinline__ void arrive_at(u32 barrier, int rank) {
-    asm volatile("{.reg .u32 there;\n"
-                 "mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(barrier), "r"(rank) : "memory");
-}
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 __device__ __forceinline__ void take_away(u32 from, const Map &map, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
                  ::"l"(&map), "r"(column), "r"(row), "r"(from) : "memory");
@@ -95,9 +79,6 @@ template <int N> __device__ __forceinline__ void registers_fewer() { asm volatil
 template <int N> __device__ __forceinline__ void registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 // The warps of a group wait for each other.
 __device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
-// The second group begins when the first says so.
-__device__ __forceinline__ void second_waits() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
-__device__ __forceinline__ void second_goes() { asm volatile("bar.arrive 3, 256;" ::: "memory"); }
 // Bytes in a row, a multiple of 16.
 __device__ __forceinline__ void bring_line(u32 to, const float *from, int bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -150,12 +131,6 @@ __device__ __forceinline__ void product_turned(float (&c)[128], u64 a, u64 b, in
                  "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" REGISTERS_256 "}, %128, %129, p, 1, 1, 1, 1;}"
                  : OPERANDS_256(c) : "l"(a), "l"(b), "r"(add));
 }
-// c (64 x 128) = or += a^T (16 x 64, turned) b (16 x 128), both in shared memory in rows of k.
-__device__ __forceinline__ void product_turned(float (&c)[64], u64 a, u64 b, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0;"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_128 "}, %64, %65, p, 1, 1, 1, 1;}"
-                 : OPERANDS_128(c) : "l"(a), "l"(b), "r"(add));
-}
 // c (64 x 128) = or += a (64 x 16, in registers) b^T (128 x 16 in shared memory, k along rows).
 __device__ __forceinline__ void product_along(float (&c)[64], const u32 (&a)[4], u64 b, int add) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0;"
@@ -193,7 +168,6 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
-__device__ __forceinline__ float f32(bf16 x) { return __uint_as_float((u32)x << 16); }
 
 __device__ __forceinline__ double block_sum(double x, double *scratch) {
     const int lane = threadIdx.x & 31;
@@ -237,7 +211,6 @@ __device__ __forceinline__ void turn(u32 (&w)[4]) {
 
 struct Update {
     int m, n, tokens;
-    int late; // blocks from this to twice this begin later, where it is not 0
     const float *factors;
     int by;
     const float *gain;
@@ -248,163 +221,12 @@ struct Update {
 };
 
 // w (m x n, bf16) <- round((w - factor dW gain) keep), dW = dy^T x over `tokens` rows of dy (m wide) and x (n wide). Factors by
-// row (1) or by column (2). A block has a tile of 128 x 128 of w, a warp group 64 rows of it; two blocks share a
-// multiprocessor, so that one's products run beside what the other does with its own. Clusters of HIGH by WIDE blocks, two
-// by two at most, share their tiles of dy and x: where two have the same tile, each brings half of it to both.
-template <int HIGH, int WIDE>
-__device__ __forceinline__ void update(const Map &dy, const Map &x, const Map &weights, const Update &a) {
-    __shared__ __align__(8) u64 barriers[2 * STAGES];
-    if (*a.verdict || *a.halted) return;
-    const int m = a.m, n = a.n, SHARE = HIGH * WIDE;
-    const int rank = blockIdx.x % SHARE, below = rank % HIGH, beside = rank / HIGH;
-    // Tiles that run at the same time lie in a square, so that their operands come from the L2 cache.
-    const int BAND = 16 / HIGH, tiles_m = (m + TILE * HIGH - 1) / (TILE * HIGH), tiles_n = (n + TILE * WIDE - 1) / (TILE * WIDE);
-    const int cluster = blockIdx.x / SHARE, band = cluster / (BAND * tiles_n), inside = cluster - band * BAND * tiles_n;
-    const int high = min(tiles_m - band * BAND, BAND);
-    const int row0 = ((band * BAND + inside % high) * HIGH + below) * TILE, column0 = (inside / high * WIDE + beside) * TILE;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = warp >> 2;
-    const u32 stages = shared_start();
-    const u32 full = (u32)__cvta_generic_to_shared(barriers), empty = full + 8 * STAGES;
-    const int count = (a.tokens + 63) / 64; // and, in the end, the weights
-
-    auto ask = [&](int i) {
-        const u32 to = stages + i % STAGES * STAGE, barrier = full + i % STAGES * 8;
-        expect(barrier, STAGE);
-        if (i < count) {
-            if (WIDE == 2) bring_to(1 << below | 1 << (HIGH + below), to + beside * 8192, dy, row0 + 64 * beside, 64 * i, barrier);
-            else {
-                bring(to, dy, row0, 64 * i, barrier);
-                bring(to + 8192, dy, row0 + 64, 64 * i, barrier);
-            }
-            if (HIGH == 2)
-                bring_to(3 << 2 * beside, to + 16384 + below * 8192, x, column0 + 64 * below, 64 * i, barrier);
-            else {
-                bring(to + 16384, x, column0, 64 * i, barrier);
-                bring(to + 24576, x, column0 + 64, 64 * i, barrier);
-            }
-        } else {
-            bring(to, weights, column0, row0, barrier);
-            bring(to + 16384, weights, column0 + 64, row0, barrier);
-        }
-    };
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, (HIGH + WIDE - 1) * THREADS / 32);
-        barriers_made();
-    }
-    // Barriers of all are there before any brings anything.
-    if (SHARE > 1) cluster_sync();
-    if (threadIdx.x == 0) {
-        // Two blocks that began together would want the products at the same time, and the rest at the same time.
-        if (a.late && blockIdx.x >= a.late && blockIdx.x < 2 * a.late) __nanosleep(4 * a.tokens);
-        for (int i = 0; i < min(STAGES, count + 1); i++) ask(i);
-    }
-    if (SHARE == 1) __syncthreads();
-
-    float c[64];
-    for (int i = 0; i < count; i++) {
-        const u32 stage = stages + i % STAGES * STAGE;
-        await(full + i % STAGES * 8, i / STAGES & 1);
-        products_begin();
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-            product_turned(c, describe(stage + group * 8192 + k * 2048, 8192, 1024), describe(stage + 16384 + k * 2048, 8192, 1024),
-                           i > 0 || k > 0);
-        products_end();
-        if (i == 0) continue;
-        // The products before these are done with their stage: what comes next may come there.
-        products_wait<1>();
-        const int done = i - 1;
-        if (lane == 0) {
-            // Whoever brings something here waits for it.
-            const u32 barrier = empty + done % STAGES * 8;
-            arrive(barrier);
-            if (HIGH == 2) arrive_at(barrier, rank ^ 1);
-            if (WIDE == 2) arrive_at(barrier, rank ^ HIGH);
-        }
-        if (threadIdx.x == 0 && done + STAGES <= count) {
-            await(empty + done % STAGES * 8, done / STAGES & 1);
-            ask(done + STAGES);
-        }
-    }
-    products_wait<0>();
-    arrived(c);
-
-    const u32 old = stages + count % STAGES * STAGE;
-    await(full + count % STAGES * 8, count / STAGES & 1);
-    const int q = lane & 3, top = group * 64 + (warp & 3) * 16 + (lane >> 2);
-    const float all = *a.gain;
-    float by_row[2] = {0, 0};
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-        if (a.by == 1 && row0 + top + 8 * half < m) by_row[half] = MUL(a.factors[row0 + top + 8 * half], all);
-#pragma unroll
-    for (int four = 0; four < 4; four++) {
-        float by_column[8];
-        if (a.by == 2) {
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const int column = column0 + 32 * four + 8 * k + 2 * q;
-                const float2 f = column < n ? *(const float2 *)(a.factors + column) : make_float2(0, 0);
-                by_column[2 * k] = MUL(f.x, all), by_column[2 * k + 1] = MUL(f.y, all);
-            }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row = top + 8 * half;
-            u32 random[4];
-            if (a.stochastic) {
-                const uint4 b = philox(a.s, (u32)(row0 + row) * (u32)(n / 8) + (u32)(column0 / 8 + 4 * four + q));
-                random[0] = b.x, random[1] = b.y, random[2] = b.z, random[3] = b.w;
-                turn(random);
-            }
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const int j = 4 * four + k;
-                const u32 at = old + (j >> 3) * 16384 + row * 128 + (((j ^ row) & 7) << 4) + 4 * q;
-                u32 w = load_word(at);
-                const float f0 = a.by == 2 ? by_column[2 * k] : by_row[half], f1 = a.by == 2 ? by_column[2 * k + 1] : by_row[half];
-                const float y0 = MUL(ADD(__uint_as_float(w << 16), -MUL(f0, c[4 * j + 2 * half])), a.keep);
-                const float y1 = MUL(ADD(__uint_as_float(w & 0xffff0000), -MUL(f1, c[4 * j + 2 * half + 1])), a.keep);
-                if (a.stochastic) w = stochastic_bf16(y0, random[k] & 0xffff) | stochastic_bf16(y1, random[k] >> 16) << 16;
-                else w = pack(y0, y1);
-                store_word(at, w);
-            }
-        }
-    }
-    show();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        take_away(old, weights, column0, row0);
-        take_away(old + 16384, weights, column0 + 64, row0);
-        taken_away();
-    }
-    // None is gone while another may still reach into its memory.
-    if (SHARE > 1) cluster_sync();
-}
-
-extern "C" {
-__global__ void __launch_bounds__(THREADS, 2) update_product(const __grid_constant__ Map dy, const __grid_constant__ Map x,
-                                                             const __grid_constant__ Map weights,
-                                                             const __grid_constant__ Update a) {
-    update<1, 1>(dy, x, weights, a);
-}
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 2)
-update_product_pair(const __grid_constant__ Map dy, const __grid_constant__ Map x, const __grid_constant__ Map weights,
-                    const __grid_constant__ Update a) {
-    update<2, 1>(dy, x, weights, a);
-}
-__global__ void __cluster_dims__(4, 1, 1) __launch_bounds__(THREADS, 2)
-update_product_four(const __grid_constant__ Map dy, const __grid_constant__ Map x, const __grid_constant__ Map weights,
-                    const __grid_constant__ Update a) {
-    update<2, 2>(dy, x, weights, a);
-}
-}
-
-
-// Tiles of 128 x 256, three warp groups: two with 64 rows each of the tile, and a warp of the third that has what they need
-// brought. A block goes from tile to tile, so that the operands of the next come while this one goes into the weights; the
-// random bits are made, and the weights come, while products run.
-static const int WIDTH = 256, OLD = 6 * 24576, LINES = OLD + 65536;
+// row (1) or by column (2). Tiles of 128 x 256 of w; three warp groups: two with 64 rows each of the tile, and a warp of the
+// third that has what they need brought. A block goes from tile to tile, so that the operands of the next come while this one
+// goes into the weights; the random bits are made, and the weights come, while products run.
+static const int WIDTH = 256, DEEP = 32, PIECE = DEEP * 128, STEP = 6 * PIECE, STEPS = 6, OLD = STEPS * STEP, LINES = OLD + 65536;
+// Tiles of a column that run at the same time; parts of a tile's products with random bits after each.
+static const int BAND = 16, PARTS = 8;
 
 // A warp group's 64 x 256 of the weights: `at` is where the thread's first word lies, `line` where its first columns' factors.
 template <int BY, int BITS>
@@ -463,14 +285,13 @@ __device__ __forceinline__ void move(const float (&c)[128], const u32 (&random)[
     }
 }
 
-template <int HIGH, int DEEP>
-__device__ __forceinline__ void update_far(const Map &dy, const Map &x, const Map &weights, const Update &a) {
-    const int PIECE = DEEP * 128, STEP = 6 * PIECE, STEPS = OLD / STEP;
+extern "C" __global__ void __launch_bounds__(384, 1)
+update_product(const __grid_constant__ Map dy, const __grid_constant__ Map x, const __grid_constant__ Map weights,
+               const __grid_constant__ Update a) {
     __shared__ __align__(8) u64 barriers[2 * STEPS + 2];
     if (*a.verdict || *a.halted) return;
-    const int m = a.m, n = a.n, below = HIGH == 2 ? blockIdx.x & 1 : 0;
-    const int BAND = 16 / HIGH, tiles_m = (m + TILE * HIGH - 1) / (TILE * HIGH), tiles_n = (n + WIDTH - 1) / WIDTH;
-    const int tiles = tiles_m * tiles_n, first = blockIdx.x / HIGH, step = gridDim.x / HIGH, count = (a.tokens + DEEP - 1) / DEEP;
+    const int m = a.m, n = a.n, tiles_m = (m + TILE - 1) / TILE, tiles_n = (n + WIDTH - 1) / WIDTH;
+    const int tiles = tiles_m * tiles_n, first = blockIdx.x, step = gridDim.x, count = (a.tokens + DEEP - 1) / DEEP;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = warp >> 2;
     const u32 start = shared_start();
     const u32 full = (u32)__cvta_generic_to_shared(barriers), empty = full + 8 * STEPS, ready = empty + 8 * STEPS;
@@ -478,15 +299,14 @@ __device__ __forceinline__ void update_far(const Map &dy, const Map &x, const Ma
     // Tiles that run at the same time lie in a square, so that their operands come from the L2 cache.
     auto place = [&](int tile) {
         const int band = tile / (BAND * tiles_n), inside = tile - band * BAND * tiles_n, high = min(tiles_m - band * BAND, BAND);
-        row0 = ((band * BAND + inside % high) * HIGH + below) * TILE, column0 = inside / high * WIDTH;
+        row0 = (band * BAND + inside % high) * TILE, column0 = inside / high * WIDTH;
     };
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STEPS; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, HIGH * 8);
+        for (int i = 0; i < STEPS; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 8);
         barrier_init(ready, 1), barrier_init(ready + 8, 1);
         barriers_made();
     }
-    if (HIGH == 2) cluster_sync();
-    else __syncthreads();
+    __syncthreads();
 
     int at = 0, parity = 0; // of the next stage
     if (group == 2) {
@@ -502,10 +322,7 @@ __device__ __forceinline__ void update_far(const Map &dy, const Map &x, const Ma
                     bring(to, dy, row0, DEEP * i, barrier);
                     bring(to + PIECE, dy, row0 + 64, DEEP * i, barrier);
 #pragma unroll
-                    for (int k = 0; k < 4; k++) {
-                        if (HIGH == 1) bring(to + (2 + k) * PIECE, x, column0 + 64 * k, DEEP * i, barrier);
-                        else if (k >> 1 == below) bring_to(3, to + (2 + k) * PIECE, x, column0 + 64 * k, DEEP * i, barrier);
-                    }
+                    for (int k = 0; k < 4; k++) bring(to + (2 + k) * PIECE, x, column0 + 64 * k, DEEP * i, barrier);
                     if (++at == STEPS) at = 0, parity ^= 1;
                 }
             }
@@ -520,14 +337,8 @@ __device__ __forceinline__ void update_far(const Map &dy, const Map &x, const Ma
         const float all = *a.gain;
         int turns = 0;
         auto release = [&](int stage) {
-            if (lane == 0) {
-                arrive(empty + 8 * stage);
-                if (HIGH == 2) arrive_at(empty + 8 * stage, below ^ 1);
-            }
+            if (lane == 0) arrive(empty + 8 * stage);
         };
-        // One group's products run beside what the other does with its own.
-        int late = group == 0 && first < tiles ? min(a.late, STEPS) : 0;
-        if (group == 1 && a.late && first < tiles) second_waits();
         for (int tile = first; tile < tiles; tile += step) {
             place(tile);
             const int row = row0 + group * 64 + top;
@@ -537,27 +348,27 @@ __device__ __forceinline__ void update_far(const Map &dy, const Map &x, const Ma
                 if (a.by == 1 && row + 8 * half < m) by_row[half] = MUL(a.factors[row + 8 * half], all);
             float c[128];
             u32 random[16][4];
-            int i = 0, before = 0;
+            int i = 0, older = 0, newer = 0;
 #pragma unroll
-            for (int quarter = 0; quarter < 4; quarter++) {
-                for (const int end = count * (quarter + 1) / 4; i < end; i++) {
+            for (int part = 0; part < PARTS; part++) {
+                for (const int end = count * (part + 1) / PARTS; i < end; i++) {
                     const u32 stage = start + at * STEP;
                     await(full + 8 * at, parity);
+                    // Two stages are with the tensor cores when a part ends: work for as long as its random bits take.
+                    if (i > 1) {
+                        products_wait<1>();
+                        release(older);
+                    }
                     products_begin();
 #pragma unroll
                     for (int k = 0; k < DEEP / 16; k++)
                         product_turned(c, describe(stage + group * PIECE + k * 2048, PIECE, 1024), describe(stage + 2 * PIECE + k * 2048, PIECE, 1024),
                                        i > 0 || k > 0);
                     products_end();
-                    if (i > 0) {
-                        products_wait<1>();
-                        release(before);
-                    }
-                    if (late && (i + 1 == late || i + 1 == count)) second_goes(), late = 0;
-                    before = at;
+                    older = newer, newer = at;
                     if (++at == STEPS) at = 0, parity ^= 1;
                 }
-                if (quarter == 0 && one) {
+                if (part == PARTS / 4 - 1 && one) {
                     // The weights of the tile before have left.
                     taken_away_read();
                     const int columns = min(n - column0, WIDTH);
@@ -568,7 +379,7 @@ __device__ __forceinline__ void update_far(const Map &dy, const Map &x, const Ma
                 }
                 if (a.stochastic) {
 #pragma unroll
-                    for (int k = 4 * quarter; k < 4 * quarter + 4; k++) {
+                    for (int k = 16 / PARTS * part; k < 16 / PARTS * (part + 1); k++) {
                         const uint4 b = philox(a.s, (u32)(row + 8 * (k & 1)) * (u32)(n / 8) + (u32)(column0 / 8 + 4 * (k >> 1) + q));
                         random[k][0] = b.x, random[k][1] = b.y, random[k][2] = b.z, random[k][3] = b.w;
                         turn(random[k]);
@@ -577,7 +388,8 @@ __device__ __forceinline__ void update_far(const Map &dy, const Map &x, const Ma
             }
             products_wait<0>();
             arrived(c);
-            release(before);
+            if (count > 1) release(older);
+            release(newer);
             await(came, turns++ & 1);
             const u32 factors = line + 8 * q;
             if (a.by == 1) {
@@ -598,15 +410,6 @@ __device__ __forceinline__ void update_far(const Map &dy, const Map &x, const Ma
         if (one) taken_away();
         __syncwarp();
     }
-    // None is gone while another may still reach into its memory.
-    if (HIGH == 2) cluster_sync();
-}
-
-extern "C" {
-__global__ void __launch_bounds__(384, 1) update_far_one(const __grid_constant__ Map dy, const __grid_constant__ Map x,
-                                                         const __grid_constant__ Map weights, const __grid_constant__ Update a) {
-    update_far<1, 32>(dy, x, weights, a);
-}
 }
 
 // A matrix of several whose norms are made together.
@@ -620,122 +423,6 @@ struct Norm {
 struct Norms {
     Map side[8];
     Norm of[8];
-};
-
-// The norm of F dW (see above), and from it the gain: the rate over what the limiter takes, as in apollo.cu. `side`: C, rows of
-// tokens, channels wide; `gram` (tokens x ld, f32): S S^T, of which what lies on or below the diagonal is read. Block (pair, part,
-// matrix): a tile of 128 x 128 of C F^2 C^T on or below the diagonal, of the channels 64 first .. that are the part's. `sums`: one of
-// every block.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-gram_norms(const __grid_constant__ Norms all, int ld, int tokens, float growth, double *sums, const int *halted, int *counters) {
-    __shared__ __align__(8) u64 barriers[2 * STAGES];
-    __shared__ double scratch[32];
-    const Norm &f = all.of[blockIdx.z];
-    if (*f.verdict || *halted) return;
-    const Map &side = all.side[blockIdx.z];
-    const float *factors = f.factors;
-    const int channels = f.channels;
-    int low = 0, pair = blockIdx.x;
-    while (pair > low) pair -= ++low;
-    const int a0 = low * TILE, b0 = pair * TILE;
-    const bool square = low == pair;
-    const int chunks = (channels + 63) / 64, parts = gridDim.y;
-    const int from = (int)((i64)chunks * blockIdx.y / parts), count = (int)((i64)chunks * (blockIdx.y + 1) / parts) - from;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, q = lane & 3;
-    const u32 stages = shared_start();
-    const u32 full = (u32)__cvta_generic_to_shared(barriers), empty = full + 8 * STAGES;
-    auto ask = [&](int i) {
-        const u32 to = stages + i % STAGES * STAGE, barrier = full + i % STAGES * 8;
-        expect(barrier, square ? STAGE / 2 : STAGE);
-        bring(to, side, 64 * (from + i), a0, barrier);
-        if (!square) bring(to + 16384, side, 64 * (from + i), b0, barrier);
-    };
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, THREADS / 32);
-        barriers_made();
-        for (int i = 0; i < min(STAGES, count); i++) ask(i);
-    }
-    __syncthreads();
-
-    float c[64];
-#pragma unroll
-    for (int i = 0; i < 64; i++) c[i] = 0;
-    const int row = (warp >> 2) * 64 + (warp & 3) * 16 + (lane & 15);
-    for (int i = 0; i < count; i++) {
-        const u32 stage = stages + i % STAGES * STAGE;
-        // Squares of the factors of the columns that the thread has: 2 q, 2 q + 1, and 8 more on, of every 16.
-        float2 f2[8];
-#pragma unroll
-        for (int k = 0; k < 8; k++) {
-            const int column = 64 * (from + i) + 8 * k + 2 * q;
-            f2[k] = make_float2(0, 0);
-            if (column + 1 < channels) f2[k] = *(const float2 *)(factors + column);
-            else if (column < channels) f2[k].x = factors[column];
-            f2[k].x *= f2[k].x, f2[k].y *= f2[k].y;
-        }
-        await(full + i % STAGES * 8, i / STAGES & 1);
-        u32 a[4][4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            load4(a[k], stage + row * 128 + (((2 * k + (lane >> 4)) ^ (row & 7)) << 4));
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                // Rounded once, by itself: over all tokens and channels that comes to nothing.
-                const float2 f = f2[2 * k + (e >> 1)];
-                a[k][e] = pack(__uint_as_float(a[k][e] << 16) * f.x, __uint_as_float(a[k][e] & 0xffff0000) * f.y);
-            }
-        }
-        products_begin();
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-            product_along(c, a[k], describe(stage + (square ? 0 : 16384) + k * 32, 16, 1024), 1);
-        products_end();
-        products_wait<0>();
-        if (lane == 0) arrive(empty + i % STAGES * 8);
-        if (threadIdx.x == 0 && i + STAGES < count) {
-            await(empty + i % STAGES * 8, i / STAGES & 1);
-            ask(i + STAGES);
-        }
-    }
-    arrived(c);
-    float sum = 0;
-    const int top = a0 + (warp >> 2) * 64 + (warp & 3) * 16 + (lane >> 2);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        if (top + 8 * half >= tokens) continue;
-        const float *other = f.gram + (i64)(top + 8 * half) * ld + b0 + 2 * q;
-#pragma unroll
-        for (int j = 0; j < 16; j++) {
-            // Rows of `gram` are whole pairs: there is a number beside the last.
-            if (b0 + 8 * j + 2 * q >= tokens) continue;
-            const float2 g = *(const float2 *)(other + 8 * j);
-            sum += c[4 * j + 2 * half] * g.x;
-            if (b0 + 8 * j + 2 * q + 1 < tokens) sum += c[4 * j + 2 * half + 1] * g.y;
-        }
-    }
-    double square_sum = block_sum(square ? sum : 2. * sum, scratch);
-    const int blocks = gridDim.x * gridDim.y;
-    double *own = sums + blockIdx.z * blocks;
-    if (threadIdx.x == 0) own[blockIdx.y * gridDim.x + blockIdx.x] = square_sum;
-    if (!last_of(blocks, counters + blockIdx.z)) return;
-    square_sum = 0;
-    for (int i = threadIdx.x; i < blocks; i += blockDim.x) square_sum += number(own + i);
-    square_sum = block_sum(square_sum, scratch);
-    if (threadIdx.x) return;
-    // The projection was finite, and so is this, but for a gradient just below what is too large: nothing moves by that.
-    const double most = 3e38;
-    const double norm = square_sum <= 0 ? 0 : square_sum < most * most ? fmin(sqrt(square_sum), most) : most;
-    double shrink = 1;
-    if (growth > 0) {
-        if (*f.last >= 0) shrink = fmax(norm / ((double)*f.last + TINY), (double)growth) / (double)growth;
-        *f.last = (float)(norm / shrink);
-    }
-    *f.gain = (float)(f.rate / shrink);
-}
-
-struct EvenNorms {
-    Map side[8];
-    Norm of[8];
     int first[9]; // parts of the matrices before
 };
 
@@ -744,7 +431,7 @@ struct EvenNorms {
 // matrix): a tile of 128 x 128 of C F^2 C^T on or below the diagonal, of the channels 64 first .. that are the part's. `sums`: one of
 // every block.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-gram_norms_even(const __grid_constant__ EvenNorms all, int ld, int tokens, float growth, double *sums, const int *halted, int *counters) {
+gram_norms(const __grid_constant__ Norms all, int ld, int tokens, float growth, double *sums, const int *halted, int *counters) {
     __shared__ __align__(8) u64 barriers[2 * STAGES];
     __shared__ double scratch[32];
     int which = 0;
