@@ -203,22 +203,28 @@ impl Sizes {
         // The last: gradients of linears with one input, added in f32 where these do not lie one behind the other.
         let mixer = self.most(|m| m.backward) + 2 * n * self.h + 4 * n * self.h;
         let one = 2 * self.h * widest + 8 * rank.max(1) * widest.max(self.h);
-        let update = one.max(self.together(rank)) + 2 * n * self.h;
+        let update = one.max(self.together(rank)) + self.inputs();
         mixer.max(update) + self.most(|m| self.kept(m, Keep::All)) + 4 * self.h * 600
     }
 
+    /// Tokens may be few enough for updates without gradients in memory.
+    fn few(&self) -> bool {
+        crate::compute::cuda::factored::FEW as u64 * self.trained <= self.h
+    }
+
+    /// Normed inputs of a layer's matrices: both stay where matrices are updated together.
+    fn inputs(&self) -> u64 {
+        (1 + self.few() as u64) * 2 * self.trained * self.h
+    }
+
     /// Of a layer's matrices that are updated together, without their gradients: projections and projected gradients, products
-    /// of every two tokens' rows, and one more input.
+    /// of every two tokens' rows.
     fn together(&self, rank: u64) -> u64 {
         let (n, mixer) = (self.trained, self.most(|m| m.widest).max(self.h));
-        if crate::compute::cuda::factored::FEW as u64 * n > self.h {
+        if !self.few() {
             return 0;
         }
-        8 * rank * (3 * self.inner.max(self.h) + 4 * mixer)
-            + 28 * rank * self.h
-            + 96 * rank * n
-            + 28 * n * n
-            + 2 * n * self.h
+        8 * rank * (3 * self.inner.max(self.h) + 4 * mixer) + 28 * rank * self.h + 96 * rank * n + 28 * n * n
     }
 
     /// What an update beside the backward pass takes: its scratch, and what the layer above still holds of its own.
@@ -229,7 +235,7 @@ impl Sizes {
         let widest = self.inner.max(self.most(|m| m.widest));
         let matrix = self.h * widest;
         let one = 2 * matrix + 2 * matrix / 64 + 24 * rank.max(1) * widest;
-        let layer = one.max(self.together(rank)) + 2 * self.trained * self.h;
+        let layer = one.max(self.together(rank)) + self.inputs();
         let chunk = 2 * (super::update::VOCABULARY as u64).min(self.vocabulary * self.h)
             + 8 * rank.max(1) * self.vocabulary
             + 48 * self.vocabulary
