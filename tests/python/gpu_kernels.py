@@ -180,19 +180,16 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
     own_way = str(kind).startswith("hopper")
     what = f"attention d={d} {kind} heads={heads}/{kv} window={window} spans={spans}"
 
-    def launch(which, spans, grid_z=1, arm=None, **fields):
+    def launch(which, spans, grid_z=1, split=False, **fields):
         shared, rows = attention_bytes(which, kind)
-        rows = 64 if "split" in (arm or "") else rows
-        shared += 2 * 128 * 128 * 2 if arm == "deep" else 0
+        rows = 64 if split else rows
         t, count = tiles(spans, rows, which)
         a = Attention(tiles=t.data_ptr(), ldq=width_q, ldk=width_kv, ldv=width_kv, ldo=heads * d, lddq=heads * d,
                       lddk=heads * d, log_rows=trained, log_shift=frozen, group=heads // kv, d=d, window=window,
                       scale=scale, **{n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in fields.items()})
-        name = "forward" if which == "forward" else f"backward_{which}"
+        name = ("forward" if which == "forward" else f"backward_{which}") + ("_split" if split else "")
         if own_way:
             name = f"{kind.replace('_', f'_{name}_')}"
-            for part in (arm or "").split():
-                name = name.replace("q_", "q_split_") if part == "split" else name.replace("hopper", part)
             x = fields["q"]
             maps = Maps(head_map(x, heads, d), head_map(k, kv, d), head_map(v, kv, d), head_map(fields.get("dout", x), heads, d))
             blocks = min(heads * count, torch.cuda.get_device_properties(0).multi_processor_count)
@@ -233,24 +230,9 @@ def attention_case(spans, heads, kv, d, window=0, frozen=0, timed=False, kind=No
     back = dict(q=q[frozen:], k=k, v=v, log_sums=logs, dout=dout, delta=delta, q_shift=frozen)
     keep.append(launch("q", own, dq=dq, **back))
     keep.append(launch("kv", own, grid_z=2 if kind == 256 else 1, dk=dk, dv=dv, **back))
-    if own_way and kind == "hopper_128":
-        for arm in ("free", "deep", "held"):
-            out2, logs2 = poison(total, heads * d), poison(heads, trained, dtype=torch.float32)
-            keep.append(launch("forward", spans, arm=arm, q=q, k=k, v=v, out=out2, log_sums=logs2, q_shift=0))
-            if not timed and not (torch.equal(out, out2) and torch.equal(logs, logs2)):
-                failures.append(f"arm {arm}")
-        for arm in ("turns", "early"):
-            dk2, dv2 = poison(trained, heads * d), poison(trained, heads * d)
-            keep.append(launch("kv", own, arm=arm, dk=dk2, dv=dv2, **back))
-            if not timed and not (torch.equal(dk, dk2) and torch.equal(dv, dv2)):
-                failures.append(f"arm {arm} of keys")
-        dq2 = poison(trained, heads * d)
-        keep.append(launch("q", own, arm="turns", dq=dq2, **back))
-        if not timed and not torch.equal(dq, dq2):
-            failures.append("arm turns of queries")
     if own_way:
         dq_split = poison(trained, heads * d)
-        keep.append(launch("q", own, arm="split", dq=dq_split, **back))
+        keep.append(launch("q", own, split=True, dq=dq_split, **back))
     if own_way and not timed:
         # The same bits again, and for rows that train alone.
         out2, logs2 = poison(total, heads * d), poison(heads, trained, dtype=torch.float32)

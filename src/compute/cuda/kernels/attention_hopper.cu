@@ -403,8 +403,8 @@ __device__ __forceinline__ void softmax(float (&s)[N / 2], float (&m)[2], float 
 
 // 128 queries and 128 keys at a time. Beside a group's softmax run its products of weights and values, and the other's
 // products: groups take turns to begin theirs.
-template <int D, bool TURNS = true, bool HELD = false, int STAGES = 2> __device__ __forceinline__ void forward(const Attention &a, const Maps &maps, int heads, int tiles) {
-    const int BN = 128, BYTES = BN * D * 2;
+template <int D> __device__ __forceinline__ void forward(const Attention &a, const Maps &maps, int heads, int tiles) {
+    const int BN = 128, STAGES = 2, BYTES = BN * D * 2;
     const u32 sq = shared_start(), sk = sq + BM * D * 2, sv = sk + STAGES * BYTES, barriers = sv + STAGES * BYTES;
     if (threadIdx.x == 0) {
         Ring<1>::make(barriers, 1, WARPS);
@@ -449,7 +449,7 @@ template <int D, bool TURNS = true, bool HELD = false, int STAGES = 2> __device_
     registers_more<240>();
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group = warp >> 2;
     const float c = a.scale * LOG2E;
-    if (TURNS && group == 1) turn_give(0);
+    if (group == 1) turn_give(0);
     while (true) {
         int head;
         queries.await_full();
@@ -478,23 +478,13 @@ template <int D, bool TURNS = true, bool HELD = false, int STAGES = 2> __device_
         auto have_scores = [&](int j) {
             keys.release();
             keys.next();
-            if (!HELD && j + 1 == see.end) queries.release(), queries.next();
+            if (j + 1 == see.end) queries.release(), queries.next();
             mask(j);
             softmax<BN>(s, m, l, shrink, c);
         };
-        u32 q[D / 16][4];
-        if (HELD) {
-            load_rows<D, BM>(q, sq, warp * 16);
-            queries.release();
-            queries.next();
-        }
-        auto score = [&]() {
-            if (HELD) scores<D, BN>(s, q, sk + keys.stage * BYTES);
-            else scores<D, BM, BN>(s, sq, group * 64, sk + keys.stage * BYTES);
-        };
         keys.await_full();
         products_begin();
-        score();
+        scores<D, BM, BN>(s, sq, group * 64, sk + keys.stage * BYTES);
         products_end();
         products_wait<0>();
         arrived(s);
@@ -502,14 +492,14 @@ template <int D, bool TURNS = true, bool HELD = false, int STAGES = 2> __device_
         as_left<BN>(p, s);
         for (int j = see.first; j + 1 < see.end; j++) {
             keys.await_full();
-            if (TURNS) turn_wait(group);
+            turn_wait(group);
             products_begin();
-            score();
+            scores<D, BM, BN>(s, sq, group * 64, sk + keys.stage * BYTES);
             products_end();
             values.await_full();
             weigh<D, BN>(o, p, sv + values.stage * BYTES);
             products_end();
-            if (TURNS) turn_give(1 - group);
+            turn_give(1 - group);
             products_wait<1>();
             arrived(s);
             have_scores(j + 1);
@@ -540,7 +530,7 @@ template <int D, bool TURNS = true, bool HELD = false, int STAGES = 2> __device_
         }
     }
     // The last turn that the other group gave.
-    if (TURNS && group == 0) turn_wait(0);
+    if (group == 0) turn_wait(0);
 }
 
 // ---- backward
@@ -549,7 +539,7 @@ template <int D, bool TURNS = true, bool HELD = false, int STAGES = 2> __device_
 // stay in registers: products would else wait for shared memory, which has as much to give as they take. Not of 64: ptxas 12.8
 // to 13.0 then puts dS, a left operand of as many registers, into those of dO, which the next tile wants. SPLIT: of 64 queries, to which
 // the two groups take every other tile of keys, for when tiles are fewer than multiprocessors.
-template <int D, bool SPLIT = false, bool TURNS = false> __device__ __forceinline__ void backward_q(const Attention &a, const Maps &maps, int heads, int tiles) {
+template <int D, bool SPLIT = false> __device__ __forceinline__ void backward_q(const Attention &a, const Maps &maps, int heads, int tiles) {
     const int BN = 64, STAGES = 4, BYTES = BN * D * 2, ROWS = SPLIT ? 64 : BM;
     const bool HELD = D > 64;
     const u32 sq = shared_start(), so = sq + ROWS * D * 2, parts = so + ROWS * D * 2, sk = sq + 2 * BM * D * 2,
@@ -593,7 +583,6 @@ template <int D, bool SPLIT = false, bool TURNS = false> __device__ __forceinlin
     registers_more<240>();
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) - 4, group = warp >> 2, mine = (SPLIT ? warp & 3 : warp) * 16;
     const float c = a.scale * LOG2E;
-    if (TURNS && group == 1) turn_give(0);
     while (true) {
         int head;
         queries.await_full();
@@ -627,7 +616,6 @@ template <int D, bool SPLIT = false, bool TURNS = false> __device__ __forceinlin
         for (int j = see.first + (SPLIT ? group : 0); j < end; j += SPLIT ? 2 : 1) {
             const int stage = ring.stage;
             ring.await_full();
-            if (TURNS) turn_wait(group);
             products_begin();
             if (HELD) scores<D, BN>(s, q, sk + stage * BYTES);
             else scores<D, ROWS, BN>(s, sq, mine & ~63, sk + stage * BYTES);
@@ -635,7 +623,6 @@ template <int D, bool SPLIT = false, bool TURNS = false> __device__ __forceinlin
             if (HELD) scores<D, BN>(dp, dout, sv + stage * BYTES);
             else scores<D, ROWS, BN>(dp, so, mine & ~63, sv + stage * BYTES);
             products_end();
-            if (TURNS) turn_give(1 - group);
             products_wait<1>();
             arrived(s);
             // What the tile before adds to dq is made, too.
@@ -694,7 +681,6 @@ template <int D, bool SPLIT = false, bool TURNS = false> __device__ __forceinlin
                 keys.await_full();
                 keys.release();
                 keys.next();
-                if (TURNS) turn_wait(group), turn_give(1 - group);
             }
         }
 #pragma unroll
@@ -703,14 +689,14 @@ template <int D, bool SPLIT = false, bool TURNS = false> __device__ __forceinlin
             write<D>(a.dq + (i64)(r - a.q_shift) * a.lddq + (i64)head * a.d, dq, half, a.scale, a.d, r < t.end);
         }
     }
-    // The last turn that the other group gave.
-    if (TURNS && group == 0) turn_wait(0);
 }
 
 // dk and dv of 128 keys from one query head, 64 queries at a time. Keys are the rows, so that P and dS stay in registers as
-// the left operand.
-template <int D, int TURNS = 0> __device__ __forceinline__ void backward_kv(const Attention &a, const Maps &maps, int heads, int tiles) {
+// the left operand. Groups of 128 columns take turns to begin the products of a tile's scores, so that P and dS of one are made
+// beside the products of the other.
+template <int D> __device__ __forceinline__ void backward_kv(const Attention &a, const Maps &maps, int heads, int tiles) {
     const int BN = 64, STAGES = 4, BYTES = BN * D * 2;
+    const bool TURNS = D > 64;
     // The 16 numbers of queries that one lane of four wants lie together, and apart from the next lane's by so much that the four
     // read from different banks.
     const int LANE = 20 * 4, NUMBERS = 4 * LANE;
@@ -803,7 +789,7 @@ template <int D, int TURNS = 0> __device__ __forceinline__ void backward_kv(cons
             products_begin();
             scores<D, BM, BN>(dp, sv, group * 64, so + stage * BYTES);
             products_end();
-            if (TURNS == 2) turn_give(1 - group);
+            if (TURNS) turn_give(1 - group);
             products_wait<1>();
             arrived(s);
             const u32 logs = slog + stage * NUMBERS + (lane & 3) * LANE, deltas = sdelta + stage * NUMBERS + (lane & 3) * LANE;
@@ -827,7 +813,6 @@ template <int D, int TURNS = 0> __device__ __forceinline__ void backward_kv(cons
             products_begin();
             weigh<D, BN>(dv, p, so + stage * BYTES);
             products_end();
-            if (TURNS == 1) turn_give(1 - group);
             products_wait<1>();
             arrived(dp);
 #pragma unroll
@@ -876,11 +861,4 @@ KERNEL(hopper_backward_q_split_64, (backward_q<64, true>))
 KERNEL(hopper_backward_q_split_128, (backward_q<128, true>))
 KERNEL(hopper_backward_kv_64, backward_kv<64>)
 KERNEL(hopper_backward_kv_128, backward_kv<128>)
-// Other arms of an experiment, to be gone.
-KERNEL(free_forward_128, (forward<128, false, false>))
-KERNEL(deep_forward_128, (forward<128, true, false, 3>))
-KERNEL(held_forward_128, (forward<128, true, true>))
-KERNEL(turns_backward_kv_128, (backward_kv<128, 1>))
-KERNEL(early_backward_kv_128, (backward_kv<128, 2>))
-KERNEL(turns_backward_q_128, (backward_q<128, false, true>))
 }

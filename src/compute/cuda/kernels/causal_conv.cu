@@ -12,7 +12,6 @@ typedef long long i64;
 
 static const int D = 128;
 static const int TAPS = 4;
-static const int STRIPE = 64;  // rows that a block goes down at the most
 
 struct Conv {
     const bf16 *x;
@@ -142,23 +141,21 @@ template <bool WIDE> __device__ __forceinline__ void forward(const Conv &c, bf16
     load_taps(c, channel, have, w);
     Window x;
     x.rows = make_int4(-2, -2, -2, -2);
-    // Four rows are always on their way.
-    __shared__ int4 listed[STRIPE];
-    const int begin = blockIdx.x * stripe, end = min(begin + stripe, c.rows);
-    if (threadIdx.x < end - begin) listed[threadIdx.x] = taps_of(c, begin + threadIdx.x);
-    __syncthreads();
-    uint4 own[4];
-    auto ask = [&](int row) { return row < end ? own_values<WIDE>(c, listed[row - begin], channel, have) : make_uint4(0, 0, 0, 0); };
+    // Four rows are asked for at once.
+    const int end = min((int)(blockIdx.x + 1) * stripe, c.rows);
+    for (int first = blockIdx.x * stripe; first < end; first += 4) {
+        int4 taps[4];
+        uint4 own[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) own[i] = ask(begin + i);
-    for (int first = begin; first < end; first += 4) {
+        for (int i = 0; i < 4; i++) taps[i] = taps_of(c, first + i);
+#pragma unroll
+        for (int i = 0; i < 4; i++) own[i] = own_values<WIDE>(c, taps[i], channel, have);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int row = first + i;
             if (row >= end) return;
             float z[8], sum = 0;
-            go_on<WIDE>(x, c, listed[row - begin], own[i], channel, have);
-            own[i] = ask(row + 4);
+            go_on<WIDE>(x, c, taps[i], own[i], channel, have);
             convolve(x, w, z);
 #pragma unroll
             for (int k = 0; k < 8; k++) {
@@ -195,94 +192,86 @@ __device__ __forceinline__ void backward(const Conv &c, const bf16 *dq, const bf
     // Gradients of this row and the three before it; rows of x that those three are.
     float acc[TAPS][8] = {};
     int own[TAPS] = {-2, -2, -2, -2};
-    // Two rows' values are always on their way.
+    // A row's values are asked for while the one before it is worked on, its taps one row earlier.
     static const int AHEAD = 3;
-    __shared__ int4 listed[STRIPE + TAPS - 1];
-    const int stop = end + TAPS - 1;
-    for (int i = threadIdx.x; i < stop - first; i += blockDim.x) listed[i] = taps_of(c, first + i);
-    __syncthreads();
-    uint4 values[2], ups[2][AHEAD];
-    auto ask = [&](int row, uint4 &value, uint4 (&up)[AHEAD]) {
-        const bool real = row < min(stop, c.rows);
-        value = real ? own_values<WIDE>(c, listed[row - first], channel, have) : make_uint4(0, 0, 0, 0);
+    int4 taps = taps_of(c, first), taps_next = taps_of(c, first + 1);
+    uint4 value, up[AHEAD];
+    auto ask = [&](int row, const int4 &taps) {
+        value = own_values<WIDE>(c, taps, channel, have);
 #pragma unroll
         for (int m = 0; m < AHEAD; m++)
-            up[m] = m < members && real && have > 0 ? *(const uint4 *)(from + row * ldg + m * D) : make_uint4(0, 0, 0, 0);
+            up[m] = m < members && row < c.rows && have > 0 ? *(const uint4 *)(from + row * ldg + m * D) : make_uint4(0, 0, 0, 0);
     };
-    ask(first, values[0], ups[0]);
-    ask(first + 1, values[1], ups[1]);
-#pragma unroll(WIDE ? 2 : 1)
-    for (int both = first; both < stop; both += 2) {
+    ask(first, taps);
+#pragma unroll(WIDE ? 4 : 1)
+    for (int row = first; row < end + TAPS - 1; row++) {
 #pragma unroll
-        for (int p = 0; p < 2; p++) {
-            const int row = both + p;
-            if (row >= stop) break;
-            const int4 now = listed[row - first];
+        for (int b = TAPS - 1; b > 0; b--) {
+            own[b] = own[b - 1];
 #pragma unroll
-            for (int b = TAPS - 1; b > 0; b--) {
-                own[b] = own[b - 1];
-#pragma unroll
-                for (int i = 0; i < 8; i++) acc[b][i] = acc[b - 1][i];
-            }
-#pragma unroll
-            for (int i = 0; i < 8; i++) acc[0][i] = 0;
-            own[0] = now.w;
-            if (row < c.rows) {
-                float z[8], y[8], g[8], part[8], squares = 0, along = 0;
-                go_on<WIDE>(x, c, now, values[p], channel, have);
-                spread(ups[p][0], g);
-#pragma unroll
-                for (int m = 1; m < AHEAD; m++) {
-                    spread(ups[p][m], part);
-#pragma unroll
-                    for (int i = 0; i < 8; i++) g[i] += part[i];
-                }
-                for (int m = AHEAD; m < members; m++) {
-                    spread(*(const uint4 *)(from + row * ldg + m * D), part);
-#pragma unroll
-                    for (int i = 0; i < 8; i++) g[i] += part[i];
-                }
-                ask(row + 2, values[p], ups[p]);
-                convolve(x, w, z);
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const float s = sigmoid(z[i]);
-                    if (i >= have) g[i] = 0;
-                    y[i] = rounded(z[i] * s);
-                    z[i] = s + z[i] * s * (1.f - s);
-                    squares += y[i] * y[i];
-                    along += y[i] * g[i];
-                }
-                if (h.scale != 0) {
-                    // n = s y / |y|, dy = s (dn - y (y dn) / |y|^2) / |y|; g is s dn / |y|.
-                    along = half_sum(along) / (half_sum(squares) + 1e-6f);
-#pragma unroll
-                    for (int i = 0; i < 8; i++) g[i] -= y[i] * along;
-                }
-#pragma unroll
-                for (int i = 0; i < 8; i++) g[i] *= z[i];
-                // Does this row see the one b before it? Not if another sequence has begun.
-                const bool sees[TAPS] = {true, now.z == own[1], now.y == own[2], now.x == own[3]};
-#pragma unroll
-                for (int b = 0; b < TAPS; b++)
-                    if (sees[b])
-#pragma unroll
-                        for (int i = 0; i < 8; i++) acc[b][i] += w[TAPS - 1 - b][i] * g[i];
-                if (row < end)
-#pragma unroll
-                    for (int j = 0; j < TAPS; j++)
-#pragma unroll
-                        for (int i = 0; i < 8; i++) dw[j][i] += g[i] * x.x[j][i];
-            }
-            const int done = row - (TAPS - 1);
-            if (done < first || have <= 0) continue;
-            bf16 *to = dx + done * ldd + channel;
-            if (WIDE) *(uint4 *)to = packed(acc[TAPS - 1]);
-            else
-#pragma unroll
-                for (int i = 0; i < 8; i++)
-                    if (i < have) to[i] = pack(acc[TAPS - 1][i], 0) & 0xffff;
+            for (int i = 0; i < 8; i++) acc[b][i] = acc[b - 1][i];
         }
+#pragma unroll
+        for (int i = 0; i < 8; i++) acc[0][i] = 0;
+        own[0] = taps.w;
+        if (row < c.rows) {
+            float z[8], y[8], g[8], part[8], squares = 0, along = 0;
+            go_on<WIDE>(x, c, taps, value, channel, have);
+            spread(up[0], g);
+#pragma unroll
+            for (int m = 1; m < AHEAD; m++) {
+                spread(up[m], part);
+#pragma unroll
+                for (int i = 0; i < 8; i++) g[i] += part[i];
+            }
+            for (int m = AHEAD; m < members; m++) {
+                spread(*(const uint4 *)(from + row * ldg + m * D), part);
+#pragma unroll
+                for (int i = 0; i < 8; i++) g[i] += part[i];
+            }
+            const int4 now = taps;
+            taps = taps_next;
+            taps_next = taps_of(c, row + 2);
+            ask(row + 1, taps);
+            convolve(x, w, z);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const float s = sigmoid(z[i]);
+                if (i >= have) g[i] = 0;
+                y[i] = rounded(z[i] * s);
+                z[i] = s + z[i] * s * (1.f - s);
+                squares += y[i] * y[i];
+                along += y[i] * g[i];
+            }
+            if (h.scale != 0) {
+                // n = s y / |y|, dy = s (dn - y (y dn) / |y|^2) / |y|; g is s dn / |y|.
+                along = half_sum(along) / (half_sum(squares) + 1e-6f);
+#pragma unroll
+                for (int i = 0; i < 8; i++) g[i] -= y[i] * along;
+            }
+#pragma unroll
+            for (int i = 0; i < 8; i++) g[i] *= z[i];
+            // Does this row see the one b before it? Not if another sequence has begun.
+            const bool sees[TAPS] = {true, now.z == own[1], now.y == own[2], now.x == own[3]};
+#pragma unroll
+            for (int b = 0; b < TAPS; b++)
+                if (sees[b])
+#pragma unroll
+                    for (int i = 0; i < 8; i++) acc[b][i] += w[TAPS - 1 - b][i] * g[i];
+            if (row < end)
+#pragma unroll
+                for (int j = 0; j < TAPS; j++)
+#pragma unroll
+                    for (int i = 0; i < 8; i++) dw[j][i] += g[i] * x.x[j][i];
+        }
+        const int done = row - (TAPS - 1);
+        if (done < first || have <= 0) continue;
+        bf16 *to = dx + done * ldd + channel;
+        if (WIDE) *(uint4 *)to = packed(acc[TAPS - 1]);
+        else
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                if (i < have) to[i] = pack(acc[TAPS - 1][i], 0) & 0xffff;
     }
     if (have <= 0) return;
     const int channels = 2 * c.k_heads * c.k_dim + c.v_heads * c.v_dim;

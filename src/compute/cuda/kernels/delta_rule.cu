@@ -203,8 +203,8 @@ template <int K> __device__ __forceinline__ void small_product(const float *a, c
 }
 
 extern "C" {
-// G and beta of a chunk's rows, T and P. A block of 128 a chunk and head; six of them have room on a multiprocessor of Hopper.
-__global__ void __launch_bounds__(128, 6) delta_chunks(Delta d, Gates g) {
+// G and beta of a chunk's rows, T and P. A block of 128 a chunk and head.
+__global__ void __launch_bounds__(128) delta_chunks(Delta d, Gates g) {
     const int chunk = blockIdx.x, head = blockIdx.y, k_head = head / (d.heads / d.k_heads);
     const int first = d.chunks[2 * chunk], n = d.chunks[2 * chunk + 1] - first;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, m0 = warp * 16;
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(128, 6) delta_chunks(Delta d, Gates g) {
     float kk[8][4], qk[8][4];
     clear(kk);
     clear(qk);
-#pragma unroll 1
+#pragma unroll
     for (int k = 0; k < D; k += 16) {
         u32 fk[4], fq[4];
         first_operand<D>(fk, sk, m0, k);
