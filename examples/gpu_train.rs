@@ -450,7 +450,10 @@ fn check_updates(device: &Arc<Device>, report: &mut Report) -> Outcome {
                             differ as f64 / (got.len() / 2) as f64
                         }
                     };
-                    report.expect(format!("{what}: {tensor} moved by {off:.1e} else"), off < slack * 1e-3);
+                    // By factors the gradient was never rounded to bf16, which the CPU was given: an update of some units in the
+                    // last place of its weight is off by a five-hundredth of them at most, and that much more often on an edge.
+                    let edge = if by_factors == Some(true) { 4e-3 } else { 1e-3 };
+                    report.expect(format!("{what}: {tensor} moved by {off:.1e} else"), off < slack * edge);
                     if !rounded {
                         worst = (worst.0.max(m), worst.1.max(v), worst.2.max(norm), worst.3.max(off));
                     }
@@ -549,6 +552,24 @@ fn check_orders(device: &Arc<Device>, report: &mut Report) -> Outcome {
             let state = state.lock().bytes();
             Ok((trainer.plan.take().ok_or("no plan")?, loss, bytes, state))
         };
+        // Some tensors alone, whose gradients need little or nothing of the way back, and head and embedding none at all.
+        for pattern in [architecture.norm.as_str(), "*layers.1.*"] {
+            let some = Settings { trainable: Some(vec![pattern.into()]), ..settings.clone() };
+            for after in [true, false] {
+                let theirs = on_device(device, &weights)?;
+                let mut trainer = trainer_of(Model::new(architecture.clone(), theirs.clone())?, device)?;
+                trainer.allowed.after = after;
+                let state = Arc::new(parking_lot::Mutex::new(OptimizerState::default()));
+                trainer.step(&batch, &some, settings.lr, &state)?;
+                for tensor in weights.names() {
+                    let changed = theirs.bytes(tensor)? != weights.bytes(tensor).unwrap_or_default();
+                    let what = format!("{name}: {tensor} changed {changed} where {pattern} trains");
+                    // A few elements may all round to what they were.
+                    let few = weights.tensor(tensor).is_none_or(|spec| spec.elements() < 64);
+                    report.expect(what, changed == some.trains(tensor) || (few && !changed));
+                }
+            }
+        }
         let (plan, loss, bytes, held) = run(u64::MAX / 2, 0, Allowed::default())?;
         let all = plan.bytes + held;
         report.expect(format!("{name}: {:?}", plan.order), plan.order == Order::After);

@@ -174,7 +174,8 @@ def main():
         with mounted(model, point, "--weights", owner.facts["manifest"], "--view", "live"):
             one = job(os.path.join(a.scratch, "one.json"), vocabulary, 1, samples=1, trainable=["model.norm.weight"])
             said = weightfs("train", point, one, "--follow", check=False)
-            print("with the engine's libraries:", (said.stdout + said.stderr).strip()[-160:], flush=True)
+            says = (said.stdout + said.stderr).strip()
+            check(f"with the engine's libraries, the last norm alone: {says[-160:]}", said.returncode == 0 and "finished" in says)
             ctl(point, "rollback 0")
         if named:
             os.environ["WEIGHTFS_CUDA_LIBRARY_PATH"] = named

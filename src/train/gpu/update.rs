@@ -169,8 +169,11 @@ impl Context<'_> {
     }
 
     pub(super) fn give_own_head(&self, head: &Head, sink: &mut dyn Sink) -> Result<()> {
-        let product = self.head_product(head);
         let name = self.a.head.as_ref().expect("asked where the head is a tensor of its own");
+        if !self.trains(name) {
+            return Ok(());
+        }
+        let product = self.head_product(head);
         self.give(sink, name, Source::Product { at_once: self.vocabulary_part(), product })?;
         sink.done()
     }
