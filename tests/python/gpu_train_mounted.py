@@ -153,7 +153,8 @@ def main():
     p = argparse.ArgumentParser()
     p.add_argument("scratch")
     p.add_argument("--engine")
-    p.add_argument("--steps", type=int, default=400)
+    # Far more than two commits take.
+    p.add_argument("--steps", type=int, default=1200)
     p.add_argument("--cpu", action="store_true")
     a = p.parse_args()
     if a.engine:
