@@ -173,8 +173,9 @@ impl Job {
                 settings.epochs
             )));
         }
+        let narrowed = super::gpu::plan::narrowed(model, weights);
         let needs = |step: &Vec<usize>| match on_device {
-            true => super::gpu::plan::least(model, &batch(&samples, step), &settings),
+            true => super::gpu::plan::least(model, &batch(&samples, step), &settings) + narrowed,
             false => batch(&samples, step).memory(model, settings.rank()),
         };
         let working = steps.iter().map(needs).max().unwrap_or(0);

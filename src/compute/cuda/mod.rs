@@ -136,6 +136,11 @@ impl Gpu {
         self.memory.reserve(bytes)
     }
 
+    /// Bytes held for passing buffers.
+    pub fn passing(&self) -> u64 {
+        self.memory.held().0
+    }
+
     /// A passing buffer of what lies free, if there is room.
     fn spare(&self, bytes: u64) -> Option<Buffer> {
         self.memory.spare(bytes)

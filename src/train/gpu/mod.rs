@@ -64,6 +64,8 @@ pub struct GpuTrainer {
     pub by_factors: Option<bool>,
     /// Bytes of host memory that steps may keep activations in; `None`: as [`GpuTrainer::host_memory`] finds.
     pub host_budget: Option<u64>,
+    /// What it is for this job.
+    host: Mutex<Option<u64>>,
     shelf: Mutex<Option<Arc<Shelf>>>,
     /// How the last step was laid out.
     pub plan: Option<Plan>,
@@ -159,6 +161,7 @@ impl GpuTrainer {
             moments,
             allowed: Allowed { host: u64::MAX, ..Allowed::default() },
             host_budget: None,
+            host: Mutex::default(),
             shelf: Mutex::default(),
             budget: None,
             by_factors: None,
@@ -182,14 +185,15 @@ impl GpuTrainer {
         self.gpu.release();
         self.side.release();
         *self.shelf.lock() = None;
+        *self.host.lock() = None;
         self.model.held.store(0, Ordering::Relaxed);
     }
 
-    /// Bytes of host memory that steps may keep activations in: what was set, or a quarter of what is available.
+    /// Bytes of host memory that steps may keep activations in: what was set, or a quarter of what is available at the first
+    /// of them. One answer for all steps of a job, since layers that are made again instead have other bits.
     fn host_memory(&self) -> u64 {
-        let held = self.shelf.lock().as_ref().map_or(0, |s| s.bytes());
-        let available = || crate::memory::available().unwrap_or(0) + held;
-        self.host_budget.unwrap_or_else(|| (available() / 4).min(LARGEST_SHELF))
+        let found = || (crate::memory::available().unwrap_or(0) / 4).min(LARGEST_SHELF);
+        *self.host.lock().get_or_insert_with(|| self.host_budget.unwrap_or_else(found))
     }
 
     /// Host memory for all that the plan puts there; or why there is none.
@@ -221,7 +225,24 @@ impl GpuTrainer {
         };
         let missing = plan::missing_state(&self.model.architecture, settings, &self.moments);
         let allowed = Allowed { host: self.allowed.host.min(self.host_memory()), ..self.allowed };
-        Plan::choose(&self.model.architecture, batch, settings, budget.saturating_sub(missing), allowed)
+        let narrowed = plan::narrowed(&self.model.architecture, &*self.model.weights);
+        let budget = budget.saturating_sub(missing + narrowed);
+        let mut plan = Plan::choose(&self.model.architecture, batch, settings, budget, allowed)?;
+        plan.bytes += narrowed;
+        Ok(plan)
+    }
+
+    /// Both streams' memory for a plan. What one of them has free, the plan may have given to the other.
+    fn reserve(&self, plan: &Plan) -> std::result::Result<(), GpuError> {
+        let wanted = [plan.bytes - plan.side - plan::WORKSPACES, plan.side];
+        let held = [self.gpu.passing(), self.side.passing()];
+        let is = |order: std::cmp::Ordering| (0..2).any(|i| held[i].cmp(&wanted[i]) == order);
+        if is(std::cmp::Ordering::Less) && is(std::cmp::Ordering::Greater) {
+            self.gpu.release();
+            self.side.release();
+        }
+        self.gpu.reserve(wanted[0])?;
+        self.side.reserve(wanted[1])
     }
 
     fn context<'a>(
@@ -324,14 +345,13 @@ impl GpuTrainer {
             Ok(shelf) => shelf,
             Err(e) => {
                 log::warn!("activations are made again instead of kept in host memory: {e}");
-                self.allowed.host = 0;
+                *self.host.lock() = Some(0);
                 plan = self.plan(batch, settings)?;
                 None
             }
         };
         // Nothing may be missing once weights change.
-        self.gpu.reserve(plan.bytes - plan.side - plan::WORKSPACES)?;
-        self.side.reserve(plan.side)?;
+        self.reserve(&plan)?;
         self.moments.prepare(&self.model.architecture, settings)?;
         if self.moments.bytes() > remembered
             && let Err(e) = Remote::prepare(&*self.moments)

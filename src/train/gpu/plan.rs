@@ -3,11 +3,13 @@
 
 use super::delta_net;
 use super::state::Moments;
+use crate::compute::cpu::weight::Kind;
 use crate::compute::cuda::{GpuError, causal_conv, delta_rule};
 use crate::train::apollo::{form, moment_elements};
-use crate::train::families::{Architecture, Mixer};
+use crate::train::families::{Architecture, Layer, Linear, Mixer};
 use crate::train::pack::Batch;
 use crate::train::settings::Settings;
+use crate::train::weights::Weights;
 
 /// Bytes of the device's free memory that are left alone: an engine beside us may need some at any time.
 pub const RESERVE: u64 = 512 << 20;
@@ -84,7 +86,6 @@ struct Sizes {
     mixers: Vec<MixerSizes>,
     tied: bool,
     head_trains: bool,
-    narrow: u64,
     overlap: bool,
     /// Whether anything is in host memory meanwhile.
     offload: bool,
@@ -167,8 +168,6 @@ impl Sizes {
             mixers: a.layers.iter().map(|l| MixerSizes::new(&l.mixer, a, batch)).collect(),
             tied: a.head.is_none(),
             head_trains: settings.trains(head),
-            // A matrix of another type as bf16; the largest may be the head.
-            narrow: 0,
             overlap,
             offload,
         }
@@ -271,6 +270,8 @@ impl Sizes {
         let rows = 2 * l * (3 * self.h);
         let d_logits = if self.head_trains { 2 * l * self.vocabulary } else { 0 };
         let block = (super::head::LOGITS as u64).min(4 * l * self.vocabulary);
+        // Where their gradient is not kept, it is made beside them, in half as many bytes.
+        let block = if self.head_trains { block } else { block / 2 * 3 };
         let chunk = 2 * (super::update::VOCABULARY as u64).min(self.vocabulary * self.h)
             + 8 * rank.max(1) * self.vocabulary
             + 24 * self.vocabulary;
@@ -279,7 +280,7 @@ impl Sizes {
 
     fn stream(&self) -> u64 {
         // The stream of all rows, or the gradient of those that train, in f32 and twice in bf16; rotary angles.
-        (4 * self.rows * self.h).max(8 * self.trained * self.h) + self.narrow
+        (4 * self.rows * self.h).max(8 * self.trained * self.h)
     }
 
     fn peak(&self, order: Order, keep: &[Keep], rank: u64) -> u64 {
@@ -390,6 +391,26 @@ pub fn least(a: &Architecture, batch: &Batch, settings: &Settings) -> u64 {
     Sizes::new(a, batch, settings, false, false).peak(Order::Layerwise, &keep, settings.rank() as u64) + RESERVE
 }
 
+/// Bytes of the largest weights that are not bf16 as that: of linears that share their input, which are converted together, or
+/// of the head. On top of what a plan says.
+pub fn narrowed(a: &Architecture, weights: &dyn Weights) -> u64 {
+    let other = |name: &str| weights.tensor(name).is_some_and(|spec| spec.kind() != Some(Kind::Bf16));
+    let together = |linears: &[&Linear]| match linears.iter().any(|l| other(&l.weight)) {
+        true => linears.iter().map(|l| 2 * (l.outputs * l.inputs) as u64).sum(),
+        false => 0,
+    };
+    let of_layer = |layer: &Layer| -> u64 {
+        let (inputs, out) = match &layer.mixer {
+            Mixer::Attention(l) => (together(&[&l.q, &l.k, &l.v]), together(&[&l.o])),
+            Mixer::DeltaNet(net) => (together(&delta_net::linears(net)), together(&[&net.out])),
+        };
+        inputs.max(out).max(together(&[&layer.gate, &layer.up])).max(together(&[&layer.down]))
+    };
+    let head = a.head.as_ref().unwrap_or(&a.embedding);
+    let of_head = if other(head) { 2 * (a.vocabulary * a.hidden) as u64 } else { 0 };
+    a.layers.iter().map(of_layer).max().unwrap_or(0).max(of_head)
+}
+
 /// Bytes by which the optimizer's state on the device will grow.
 pub(super) fn missing_state(a: &Architecture, settings: &Settings, moments: &Moments) -> u64 {
     let trained = a.tensors().into_iter().filter(|(name, _)| settings.trains(name));
@@ -403,6 +424,8 @@ pub(super) fn missing_state(a: &Architecture, settings: &Settings, moments: &Mom
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Dtype;
+    use crate::train::weights::{InMemory, TensorSpec};
     use crate::train::{Config, Tokens};
 
     fn qwen3_8b() -> Architecture {
@@ -499,6 +522,28 @@ mod tests {
             );
             assert!(plan.is_ok());
         }
+    }
+
+    #[test]
+    fn matrices_of_another_type_take_room_as_bf16() {
+        let config = r#"{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 60, "max_position_embeddings": 64,
+            "tie_word_embeddings": false}"#;
+        let a = Architecture::from_config(&Config::parse(config).unwrap()).unwrap();
+        let bytes = |other: &dyn Fn(&str) -> bool| {
+            let tensors = a.tensors().into_iter().map(|(name, shape)| {
+                let dtype = if other(name) { Dtype::F16 } else { Dtype::BF16 };
+                let bytes = vec![0; 2 * shape.iter().product::<u64>() as usize];
+                (name.to_string(), TensorSpec { dtype, shape }, bytes)
+            });
+            narrowed(&a, &InMemory::new(tensors))
+        };
+        assert_eq!(bytes(&|_| false), 0);
+        assert_eq!(bytes(&|name| name == "model.embed_tokens.weight"), 0, "its rows are read as they are");
+        assert_eq!(bytes(&|name| name.ends_with("k_proj.weight")), 2 * 32 * (32 + 16 + 16));
+        assert_eq!(bytes(&|name| name.ends_with("1.mlp.down_proj.weight")), 2 * 32 * 48);
+        assert_eq!(bytes(&|name| name == "lm_head.weight"), 2 * 32 * 60);
+        assert_eq!(bytes(&|_| true), 2 * 32 * 96);
     }
 
     #[test]
