@@ -236,8 +236,12 @@ impl GpuTrainer {
     fn reserve(&self, plan: &Plan) -> std::result::Result<(), GpuError> {
         let wanted = [plan.bytes - plan.side - plan::WORKSPACES, plan.side];
         let held = [self.gpu.passing(), self.side.passing()];
-        let is = |order: std::cmp::Ordering| (0..2).any(|i| held[i].cmp(&wanted[i]) == order);
-        if is(std::cmp::Ordering::Less) && is(std::cmp::Ordering::Greater) {
+        let growth: u64 = (0..2).map(|i| wanted[i].saturating_sub(held[i])).sum();
+        let fits = match self.budget {
+            Some(budget) => held[0] + held[1] + growth + plan::WORKSPACES + self.moments.bytes() <= budget,
+            None => growth + plan::RESERVE <= self.gpu.device.memory()?.0,
+        };
+        if growth > 0 && !fits {
             self.gpu.release();
             self.side.release();
         }
