@@ -3,6 +3,7 @@
 //! ones.
 
 use super::rope::{Heads, LARGEST_HEAD};
+use super::tensor_map::Heads as HeadRows;
 use super::{Buffer, Gpu, Part, Result, blocks, kernels, launch};
 use crate::compute::cpu::attention::Span;
 use cudarc::driver::DeviceRepr;
@@ -60,9 +61,20 @@ enum Class {
 const HOPPER: usize = 128;
 const ALIGN: usize = 1024;
 
+/// q, k, v and dout as the copy engine sees them, of so many query heads, rows of queries and rows of keys. Where there is no
+/// dout, q stands for it.
+fn matrices(a: &Arguments, (heads, q_rows, kv_rows): (usize, usize, usize)) -> [HeadRows; 4] {
+    let head_dim = a.d as usize;
+    let of = |address, heads, rows, stride| HeadRows { address, rows, heads, head_dim, stride: stride as usize };
+    let kv_heads = heads / a.group as usize;
+    let q = of(a.q, heads, q_rows, a.ldq);
+    let dout = if a.dout == 0 { q } else { of(a.dout, heads, q_rows, a.ldo) };
+    [q, of(a.k, kv_heads, kv_rows, a.ldk), of(a.v, kv_heads, kv_rows, a.ldv), dout]
+}
+
 /// The kernels of `attention_hopper_256.cu`.
 mod hopper_256 {
-    use super::super::tensor_map::{Heads, Maps};
+    use super::super::tensor_map::Maps;
     use super::{ALIGN, Arguments, Gpu, HOPPER, Result, launch};
     use std::cmp::Reverse;
     use std::collections::BinaryHeap;
@@ -122,15 +134,10 @@ mod hopper_256 {
     fn maps(
         gpu: &Gpu,
         a: &Arguments,
-        (heads, q_rows, kv_rows): (usize, usize, usize),
+        sizes: (usize, usize, usize),
         (queries, keys): (usize, usize),
     ) -> Result<Maps<4>> {
-        let head_dim = a.d as usize;
-        let of = |address, heads, rows, stride| Heads { address, rows, heads, head_dim, stride: stride as usize };
-        let kv_heads = heads / a.group as usize;
-        let q = of(a.q, heads, q_rows, a.ldq);
-        let dout = if a.dout == 0 { q } else { of(a.dout, heads, q_rows, a.ldo) };
-        let (k, v) = (of(a.k, kv_heads, kv_rows, a.ldk), of(a.v, kv_heads, kv_rows, a.ldv));
+        let [q, k, v, dout] = super::matrices(a, sizes);
         Maps::of_rows(gpu, [(q, queries), (k, keys), (v, keys), (dout, queries)])
     }
 
@@ -174,7 +181,7 @@ mod hopper_256 {
 
 /// The kernels of `attention_hopper.cu`.
 mod hopper {
-    use super::super::tensor_map::{Heads, Maps};
+    use super::super::tensor_map::Maps;
     use super::{Arguments, Gpu, Result, launch};
 
     static KERNELS: crate::memory::cuda::Ptx = crate::memory::cuda::Ptx {
@@ -196,15 +203,10 @@ mod hopper {
         tiles: usize,
         shared: u32,
         a: Arguments,
-        (heads, q_rows, kv_rows): (usize, usize, usize),
+        sizes: (usize, usize, usize),
     ) -> Result<()> {
-        let head_dim = a.d as usize;
-        let of = |address, heads, rows, stride| Heads { address, rows, heads, head_dim, stride: stride as usize };
-        let kv_heads = heads / a.group as usize;
-        let q = of(a.q, heads, q_rows, a.ldq);
-        let dout = if a.dout == 0 { q } else { of(a.dout, heads, q_rows, a.ldo) };
-        let (k, v) = (of(a.k, kv_heads, kv_rows, a.ldk), of(a.v, kv_heads, kv_rows, a.ldv));
-        let maps = Maps::new(gpu, [q, k, v, dout])?;
+        let maps = Maps::new(gpu, super::matrices(&a, sizes))?;
+        let heads = sizes.0;
         let blocks = (heads * tiles).min(gpu.device.multiprocessors as usize) as u32;
         launch!(gpu, name, (blocks, 1, 1), (384, 1, 1), shared; a, maps, heads as i32, tiles as i32);
         Ok(())
@@ -341,6 +343,7 @@ impl Tiles {
         let upload = |tiles: Vec<[i32; 6]>| Ok::<_, super::GpuError>((gpu.upload(tiles.as_flattened())?, tiles.len()));
         let class = Class::of(gpu, head_dim);
         let per = class.forward().0;
+        let of_queries = tiles(&own, class.backward(), false);
         Ok(Tiles {
             class,
             forward: upload(tiles(spans, per, false))?,
@@ -348,8 +351,8 @@ impl Tiles {
                 Class::Hopper(_) => Some(upload(tiles(&own, HOPPER / 2, false))?),
                 _ => None,
             },
-            seen: tiles(&own, class.backward(), false).iter().map(|t| (t[3] + t[1] - t[4]) as usize).collect(),
-            backward_q: upload(tiles(&own, class.backward(), false))?,
+            seen: of_queries.iter().map(|t| (t[3] + t[1] - t[4]) as usize).collect(),
+            backward_q: upload(of_queries)?,
             backward_kv: upload(tiles(&own, class.backward(), true))?,
             again: upload(tiles(&own, per, false))?,
             rows,
