@@ -177,37 +177,32 @@ impl CopiedShards {
 
     /// Copies the blocks of one task and records the hashes of what was copied (not of what was seen before: a foreign
     /// writer without manners may have written in between).
-    fn copy(&self, image: &dyn ShardBytes, mut task: Vec<Piece<'_>>) -> Result<(), ViewError> {
-        // If it fails half way these blocks match nothing, and the next refresh copies them again.
-        task.iter_mut().for_each(|p| p.known.fill(0));
-        let mapped: Vec<bool> = task.iter().map(|p| p.mapped.is_some()).collect();
+    fn copy(&self, image: &dyn ShardBytes, task: Vec<Piece<'_>>) -> Result<(), ViewError> {
         let through = task.iter().filter(|p| p.mapped.is_none()).map(|p| p.bytes).sum();
         let mut buffer = vec![0; through];
         let mut rest = &mut buffer[..];
-        let mut parts: Vec<Part<'_>> = Vec::with_capacity(task.len());
-        for piece in &mut task {
-            let dst = match &mut piece.mapped {
-                Some(mapped) => &mut **mapped,
-                None => {
-                    let (dst, after) = rest.split_at_mut(piece.bytes);
-                    rest = after;
-                    dst
+        let (mut parts, mut known): (Vec<Part<'_>>, Vec<_>) = (Vec::new(), Vec::new());
+        for piece in task {
+            let mapped = piece.mapped.is_some();
+            let dst = match piece.mapped {
+                // Straight into the view: if it fails half way these blocks match nothing, and the next refresh copies
+                // them again. What fails on its way to the buffer leaves the view, and what is known of it, as they are.
+                Some(mapped) => {
+                    piece.known.fill(0);
+                    mapped
                 }
+                None => take(&mut rest, 0, piece.bytes),
             };
             parts.push(Part { shard: piece.shard, offset: piece.first * BLOCK as u64, dst });
+            known.push((piece.known, mapped));
         }
         image.read_parts(&mut parts)?;
-        let mut hashes: Vec<Vec<Hash>> = Vec::with_capacity(parts.len());
-        for (part, mapped) in parts.iter().zip(mapped) {
+        for (part, (known, mapped)) in parts.iter().zip(known) {
             if !mapped {
+                known.fill(0);
                 self.shards[part.shard].file.write_all_at(part.dst, part.offset)?;
             }
-            let mut of_part = vec![0; part.dst.len().div_ceil(BLOCK)];
-            hash_into(part.dst, &mut of_part);
-            hashes.push(of_part);
-        }
-        for (piece, hashes) in task.iter_mut().zip(hashes) {
-            piece.known.copy_from_slice(&hashes);
+            hash_into(part.dst, known);
         }
         Ok(())
     }
