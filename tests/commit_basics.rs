@@ -457,14 +457,17 @@ fn optimizer_state_is_part_of_its_commit_and_comes_back_with_a_rollback() {
 
 #[test]
 fn blobs_of_a_hub_cache_and_hard_links_are_replaced_by_private_copies() {
-    for kind in ["hub", "hard link", "plain link"] {
+    for kind in ["hub", "hard link", "plain link", "another user's link"] {
+        if kind == "another user's link" && !rustix::process::geteuid().is_root() {
+            return eprintln!("skipped: only root can give a link away");
+        }
         let cache = tempfile::tempdir().unwrap();
         let shards = vec![("model.safetensors".to_string(), shard(&[("a", "BF16", 9000, 2)], 4))];
         let (blobs, snapshot) = (cache.path().join("blobs"), cache.path().join("snapshots/main"));
         std::fs::create_dir_all(&blobs).unwrap();
         std::fs::create_dir_all(&snapshot).unwrap();
         let blob = match kind {
-            "plain link" => cache.path().join("elsewhere"),
+            "plain link" | "another user's link" => cache.path().join("elsewhere"),
             _ => blobs.join("0123abcd"),
         };
         std::fs::write(&blob, &shards[0].1).unwrap();
@@ -472,6 +475,9 @@ fn blobs_of_a_hub_cache_and_hard_links_are_replaced_by_private_copies() {
         match kind {
             "hard link" => std::fs::hard_link(&blob, &file).unwrap(),
             _ => std::os::unix::fs::symlink(&blob, &file).unwrap(),
+        }
+        if kind == "another user's link" {
+            std::os::unix::fs::lchown(&file, Some(12345), None).unwrap();
         }
         let model = Arc::new(ModelDirectory::open(&snapshot).unwrap());
         let live = Live::of(&shards);

@@ -2,18 +2,14 @@
 //! There, names are not believed: root would append to whatever file a link leads to.
 
 use super::background;
-use crate::memory::is_root_or_us;
-use crate::model::ModelDirectory;
+use crate::model::{ModelDirectory, STATE_DIR, StateFolder};
 use anyhow::{Context, bail};
-use rustix::fd::OwnedFd;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, fstat, open, openat, readlinkat, renameat, statat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, fstat, openat, renameat, statat};
 use rustix::io::Errno;
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::ErrorKind;
-use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// A log starts anew beyond this, one old one is kept.
 const LARGEST: u64 = 8 << 20;
@@ -49,15 +45,15 @@ fn default_log(state: &Path) -> anyhow::Result<File> {
         }
         _ => {}
     }
-    // From here on it is this directory, whatever its name leads to later.
-    let folder = open_state(state)?;
-    if statat(&folder, NAME, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|s| s.st_size as u64 > LARGEST) {
-        renameat(&folder, NAME, &folder, OLD)?;
+    let folder = StateFolder::open(state.parent().unwrap_or(Path::new("/")), STATE_DIR)?;
+    let folder = folder.fd();
+    if statat(folder, NAME, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|s| s.st_size as u64 > LARGEST) {
+        renameat(folder, NAME, folder, OLD)?;
     }
     let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::CLOEXEC;
     // A pipe must not hold us up before we see what it is.
     let careful = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = match openat(&folder, NAME, flags | careful, Mode::from_raw_mode(0o600)) {
+    let file = match openat(folder, NAME, flags | careful, Mode::from_raw_mode(0o600)) {
         Ok(file) => file,
         Err(Errno::LOOP) => bail!("it is a symbolic link: remove it, or name a file with --log-file"),
         Err(e) => return Err(e.into()),
@@ -67,21 +63,6 @@ fn default_log(state: &Path) -> anyhow::Result<File> {
         bail!("it is no file of its own: remove it, or name another with --log-file");
     }
     Ok(file.into())
-}
-
-/// A link to a larger disk is followed if it was made by us or root.
-fn open_state(state: &Path) -> anyhow::Result<OwnedFd> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let link = open(state, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-    let stat = fstat(&link)?;
-    if !FileType::from_raw_mode(stat.st_mode).is_symlink() {
-        return Ok(openat(&link, ".", flags, Mode::empty())?);
-    }
-    if !is_root_or_us(stat.st_uid) {
-        bail!("{} is a symbolic link that user {} made: remove it", state.display(), stat.st_uid);
-    }
-    let target = PathBuf::from(OsString::from_vec(readlinkat(&link, "", Vec::new())?.into_bytes()));
-    Ok(open(state.parent().unwrap_or(Path::new("/")).join(target), flags, Mode::empty())?)
 }
 
 #[cfg(test)]

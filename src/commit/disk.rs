@@ -1,6 +1,8 @@
 //! [`Storage`] on a real directory.
 
 use super::storage::{Access, Lock, Sharing, Stat, Storage, StoredFile};
+use crate::memory::is_root_or_us;
+use crate::model::{STATE_DIR, StateFolder};
 use rustix::fs::{FlockOperation, Mode, OFlags, Timespec, Timestamps};
 use std::fs::File;
 use std::io;
@@ -17,8 +19,41 @@ impl DiskStorage {
         DiskStorage { root: root.to_path_buf() }
     }
 
-    fn at(&self, path: &str) -> PathBuf {
-        self.root.join(path)
+    /// Where the entry `path` is.
+    fn at(&self, path: &str) -> io::Result<Place> {
+        match path.rsplit_once('/') {
+            Some((folder, name)) if is_state(folder) => {
+                let folder = StateFolder::open(&self.root, folder)?;
+                Ok(Place { path: folder.path().join(name), folder: Some(folder) })
+            }
+            _ => Ok(Place { path: self.root.join(path), folder: None }),
+        }
+    }
+
+    /// Where the entries of the directory `path` are.
+    fn directory(&self, path: &str) -> io::Result<Place> {
+        if !is_state(path) {
+            return Ok(Place { path: self.root.join(path), folder: None });
+        }
+        let folder = StateFolder::open(&self.root, path)?;
+        Ok(Place { path: folder.path(), folder: Some(folder) })
+    }
+}
+
+fn is_state(folder: &str) -> bool {
+    folder.split('/').next() == Some(STATE_DIR)
+}
+
+struct Place {
+    path: PathBuf,
+    /// What the path goes through, below `.weightfs`: there nothing is reached by a link that another user made.
+    folder: Option<StateFolder>,
+}
+
+impl Place {
+    /// To open the entry with: in `.weightfs` no file of ours is a link.
+    fn flags(&self) -> OFlags {
+        if self.folder.is_some() { OFlags::NOFOLLOW } else { OFlags::empty() }
     }
 }
 
@@ -32,7 +67,8 @@ fn stat_of(metadata: &std::fs::Metadata) -> Stat {
 
 impl Storage for DiskStorage {
     fn open(&self, path: &str, access: Access) -> io::Result<Arc<dyn StoredFile>> {
-        let mut options = File::options();
+        let place = self.at(path)?;
+        let (mut options, mut flags) = (File::options(), place.flags());
         options.read(true);
         match access {
             Access::Read => {}
@@ -40,19 +76,24 @@ impl Storage for DiskStorage {
                 options.write(true);
             }
             Access::Create => {
-                options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+                options.write(true).create(true).truncate(true).mode(0o600);
+                flags |= OFlags::NOFOLLOW;
             }
         }
-        Ok(Arc::new(DiskFile(options.open(self.at(path))?)))
+        Ok(Arc::new(DiskFile(options.custom_flags(flags.bits() as i32).open(&place.path)?)))
     }
 
     fn stat(&self, path: &str) -> io::Result<Stat> {
-        Ok(stat_of(&std::fs::metadata(self.at(path))?))
+        let place = self.at(path)?;
+        Ok(stat_of(&match place.folder {
+            Some(_) => std::fs::symlink_metadata(&place.path)?,
+            None => std::fs::metadata(&place.path)?,
+        }))
     }
 
     fn list(&self, directory: &str) -> io::Result<Vec<String>> {
-        let mut names = Vec::new();
-        for entry in std::fs::read_dir(self.at(directory))? {
+        let (place, mut names) = (self.directory(directory)?, Vec::new());
+        for entry in std::fs::read_dir(&place.path)? {
             if let Ok(name) = entry?.file_name().into_string() {
                 names.push(name); // a name that is not UTF-8 is none of ours
             }
@@ -62,33 +103,36 @@ impl Storage for DiskStorage {
     }
 
     fn create_directory(&self, path: &str) -> io::Result<()> {
-        match std::fs::DirBuilder::new().mode(0o700).create(self.at(path)) {
+        match std::fs::DirBuilder::new().mode(0o700).create(&self.at(path)?.path) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             other => other,
         }
     }
 
     fn remove_directory(&self, path: &str) -> io::Result<()> {
-        std::fs::remove_dir(self.at(path))
+        std::fs::remove_dir(&self.at(path)?.path)
     }
 
     fn remove_file(&self, path: &str) -> io::Result<()> {
-        std::fs::remove_file(self.at(path))
+        std::fs::remove_file(&self.at(path)?.path)
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        std::fs::rename(self.at(from), self.at(to))
+        let (from, to) = (self.at(from)?, self.at(to)?);
+        std::fs::rename(&from.path, &to.path)
     }
 
     fn sync_directory(&self, path: &str) -> io::Result<()> {
-        File::open(self.at(path))?.sync_all()
+        File::open(&self.directory(path)?.path)?.sync_all()
     }
 
     fn copy(&self, from: &str, to: &str) -> io::Result<()> {
-        let mut source = File::open(self.at(from))?;
+        let (from, to) = (self.at(from)?, self.at(to)?);
+        let mut source = File::options().read(true).custom_flags(from.flags().bits() as i32).open(&from.path)?;
         let metadata = source.metadata()?;
-        let mut target =
-            File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(self.at(to))?;
+        let mut options = File::options();
+        options.read(true).write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let mut target = options.open(&to.path)?;
         if rustix::fs::ioctl_ficlone(&target, &source).is_err() {
             io::copy(&mut source, &mut target)?; // copy_file_range where the kernel has it
         }
@@ -99,15 +143,20 @@ impl Storage for DiskStorage {
     }
 
     fn sharing(&self, path: &str) -> io::Result<Sharing> {
-        let path = self.at(path);
-        let resolved = path.canonicalize()?;
+        let path = self.root.join(path);
+        let (entry, resolved) = (std::fs::symlink_metadata(&path)?, path.canonicalize()?);
         // A hub cache keeps `blobs/<hash>`, and `snapshots/<revision>/<name>` as links to them: a blob is named after its
         // content and may serve other revisions.
         let blobs = resolved.parent().filter(|p| p.file_name().is_some_and(|n| n == "blobs"));
         if blobs.is_some_and(|b| b.with_file_name("snapshots").is_dir()) {
             return Ok(Sharing::Shared("a blob of a hub cache"));
         }
-        match std::fs::metadata(&resolved)?.nlink() {
+        let file = std::fs::metadata(&resolved)?;
+        // Whoever made the link need not be allowed to write where it leads, as we are.
+        if entry.is_symlink() && !is_root_or_us(entry.uid()) && entry.uid() != file.uid() {
+            return Ok(Sharing::Shared("a link that another user made"));
+        }
+        match file.nlink() {
             0 | 1 => Ok(Sharing::Own),
             _ => Ok(Sharing::Shared("a file with other hard links")),
         }
@@ -115,7 +164,7 @@ impl Storage for DiskStorage {
 
     fn try_lock(&self, path: &str, exclusive: bool) -> io::Result<Option<Lock>> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let file = rustix::fs::open(self.at(path), flags, Mode::RUSR | Mode::WUSR)?;
+        let file = rustix::fs::open(&self.at(path)?.path, flags, Mode::RUSR | Mode::WUSR)?;
         let operation = match exclusive {
             true => FlockOperation::NonBlockingLockExclusive,
             false => FlockOperation::NonBlockingLockShared,

@@ -217,7 +217,7 @@ impl Source {
         }
         let (engines, locks): (Vec<Engine>, Vec<_>) = manifests.into_iter().map(|m| (m.engine, m.file)).unzip();
         let boundary = Arc::new(Boundary::new(locks));
-        let updates = Updates::of(&directory.state_dir(), &engines);
+        let updates = Updates::of(&directory.path, &engines);
         if updates.is_marked() {
             // By a weightfs that writes at this moment, or by one that was killed while it did: the first ends.
             let hold = boundary.hold();

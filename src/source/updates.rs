@@ -2,8 +2,9 @@
 //! step, until a rollback. An engine's weights outlive us: a file beside the commits tells the next weightfs.
 
 use super::engine::Engine;
+use crate::model::{STATE_DIR, StateFolder};
 use std::fs::OpenOptions;
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -23,22 +24,23 @@ pub struct Updates {
 
 #[derive(Debug)]
 struct Marker {
-    path: PathBuf,
+    /// The model directory.
+    model: PathBuf,
     /// Whose weights: those of another process are loaded from files, and whole.
     engines: String,
 }
 
 impl Updates {
     /// Of an engine's weights. Weights of our own need no marker: they are loaded from files each time.
-    pub(super) fn of(state_dir: &Path, engines: &[Engine]) -> Updates {
+    pub(super) fn of(model: &Path, engines: &[Engine]) -> Updates {
         let engines = engines.iter().map(Engine::identity).collect::<Vec<_>>().join("\n");
-        let marker = Marker { path: state_dir.join(MARKER), engines };
+        let marker = Marker { model: model.to_owned(), engines };
         Updates { state: AtomicU8::new(WHOLE), marker: Some(marker) }
     }
 
     /// Whether some weightfs began to write these weights and has not come to the end, yet or ever.
     pub(super) fn is_marked(&self) -> bool {
-        self.marker.as_ref().is_some_and(|m| std::fs::read_to_string(&m.path).is_ok_and(|text| text == m.engines))
+        self.marker.as_ref().is_some_and(|m| m.read().is_ok_and(|text| text == m.engines))
     }
 
     /// Weights are about to be written. Nobody else reads or writes them.
@@ -47,7 +49,8 @@ impl Updates {
         if let Some(marker) = &self.marker
             && let Err(e) = marker.put()
         {
-            log::warn!("{}: {e}: should this process be killed in a step, nobody will know", marker.path.display());
+            let model = marker.model.display();
+            log::warn!("{model}/{STATE_DIR}/{MARKER}: {e}: should this process be killed in a step, nobody will know");
         }
     }
 
@@ -56,7 +59,7 @@ impl Updates {
         self.state.store(if whole { WHOLE } else { TORN }, Ordering::Release);
         if whole && let Some(marker) = &self.marker {
             // Without it, or on a disk that cannot be written any more: nothing to take away, or `put` has said it.
-            let _ = std::fs::remove_file(&marker.path);
+            let _ = marker.remove();
         }
     }
 
@@ -72,10 +75,22 @@ impl Updates {
 }
 
 impl Marker {
+    fn folder(&self) -> io::Result<StateFolder> {
+        StateFolder::open(&self.model, STATE_DIR)
+    }
+
+    fn read(&self) -> io::Result<String> {
+        std::fs::read_to_string(self.folder()?.path().join(MARKER))
+    }
+
     /// Not synced: a machine that goes down takes the engine with it.
-    fn put(&self) -> std::io::Result<()> {
+    fn put(&self) -> io::Result<()> {
         let mut options = OpenOptions::new();
         options.create(true).write(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
-        options.open(&self.path)?.write_all(self.engines.as_bytes())
+        options.open(self.folder()?.path().join(MARKER))?.write_all(self.engines.as_bytes())
+    }
+
+    fn remove(&self) -> io::Result<()> {
+        std::fs::remove_file(self.folder()?.path().join(MARKER))
     }
 }

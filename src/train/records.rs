@@ -1,6 +1,7 @@
 //! Jobs as they are kept over restarts: one JSON file each in `.weightfs/jobs/`.
 
 use super::queue::{JobRecord, JobState};
+use crate::model::{STATE_DIR, StateFolder};
 use parking_lot::Mutex;
 use std::fs::{DirBuilder, File};
 use std::io::{self, Write};
@@ -13,9 +14,11 @@ const EVERY: Duration = Duration::from_secs(1);
 /// Ended jobs kept.
 const KEPT: usize = 1000;
 
+const JOBS: &str = "jobs";
+
 /// The directory of the records of one model.
 pub struct JobRecords {
-    directory: PathBuf,
+    folder: StateFolder,
     /// The highest id that a file is named after, whatever is in it.
     highest: u64,
     /// When a running job's record was written last.
@@ -23,12 +26,17 @@ pub struct JobRecords {
 }
 
 impl JobRecords {
-    /// Makes the directory if need be, and reads what is there, in order of ids. A file that is none of ours or damaged
-    /// is left alone, and said in the log.
-    pub fn open(directory: &Path) -> io::Result<(JobRecords, Vec<JobRecord>)> {
-        DirBuilder::new().mode(0o700).recursive(true).create(directory)?;
+    /// Makes the directory below the `.weightfs` of a model directory if need be, and reads what is there, in order of
+    /// ids. A file that is none of ours or damaged is left alone, and said in the log.
+    pub fn open(model: &Path) -> io::Result<(JobRecords, Vec<JobRecord>)> {
+        let state = StateFolder::open(model, STATE_DIR)?;
+        match DirBuilder::new().mode(0o700).create(state.path().join(JOBS)) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        let folder = StateFolder::open(model, &format!("{STATE_DIR}/{JOBS}"))?;
         let (mut records, mut highest) = (Vec::new(), 0);
-        for entry in std::fs::read_dir(directory)? {
+        for entry in std::fs::read_dir(folder.path())? {
             let path = entry?.path();
             let Some(id) = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix(".json")) else {
                 // Of a write that a crash cut off.
@@ -41,12 +49,12 @@ impl JobRecords {
             let read = std::fs::read(&path).and_then(|b| Ok(serde_json::from_slice::<JobRecord>(&b)?));
             match read {
                 Ok(record) if record.id.to_string() == id => records.push(record),
-                Ok(record) => log::warn!("{} holds job {}: left alone", path.display(), record.id),
-                Err(e) => log::warn!("{} is no record of a job: {e}", path.display()),
+                Ok(record) => log::warn!("{STATE_DIR}/{JOBS}/{id}.json holds job {}: left alone", record.id),
+                Err(e) => log::warn!("{STATE_DIR}/{JOBS}/{id}.json is no record of a job: {e}"),
             }
         }
         records.sort_by_key(|r| r.id);
-        let this = JobRecords { directory: directory.to_owned(), highest, written: Mutex::default() };
+        let this = JobRecords { folder, highest, written: Mutex::default() };
         while records.len() > KEPT {
             let _ = std::fs::remove_file(this.path(records.remove(0).id));
         }
@@ -69,20 +77,22 @@ impl JobRecords {
         drop(written);
         let path = self.path(record.id);
         let new = path.with_extension("json.new");
-        let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        let mut options = File::options();
+        options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let mut file = options.open(&new)?;
         file.write_all(&serde_json::to_vec_pretty(record)?)?;
         if !running {
             file.sync_all()?;
         }
         std::fs::rename(&new, &path)?;
         if !running {
-            File::open(&self.directory)?.sync_all()?;
+            File::open(self.folder.path())?.sync_all()?;
         }
         Ok(())
     }
 
     fn path(&self, id: u64) -> PathBuf {
-        self.directory.join(format!("{id}.json"))
+        self.folder.path().join(format!("{id}.json"))
     }
 }
 
@@ -92,12 +102,14 @@ mod tests {
 
     #[test]
     fn a_record_that_cannot_be_read_keeps_its_id() {
-        let directory = tempfile::tempdir().unwrap();
-        assert_eq!(JobRecords::open(directory.path()).unwrap().0.next_id(), 1);
+        let model = tempfile::tempdir().unwrap();
+        let jobs = model.path().join(STATE_DIR).join(JOBS);
+        std::fs::create_dir(model.path().join(STATE_DIR)).unwrap();
+        assert_eq!(JobRecords::open(model.path()).unwrap().0.next_id(), 1);
         // Its writer lost power.
-        std::fs::write(directory.path().join("7.json"), "").unwrap();
-        std::fs::write(directory.path().join("notes.json"), "{}").unwrap();
-        let (records, known) = JobRecords::open(directory.path()).unwrap();
+        std::fs::write(jobs.join("7.json"), "").unwrap();
+        std::fs::write(jobs.join("notes.json"), "{}").unwrap();
+        let (records, known) = JobRecords::open(model.path()).unwrap();
         assert_eq!((records.next_id(), known.len()), (8, 0));
     }
 }

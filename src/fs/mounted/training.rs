@@ -50,10 +50,11 @@ impl Training {
     ) -> Result<Training, FsError> {
         let (mut records, mut history, mut cut) = (None, Vec::new(), Vec::new());
         if let Some(committer) = committer {
-            let path = directory.state_dir().join("jobs");
-            let opened = JobRecords::open(&path);
-            let (opened, mut known) =
-                opened.map_err(|e| FsError::new(crate::fs::error::errno_of(&e), format!("{}: {e}", path.display())))?;
+            let opened = JobRecords::open(&directory.path);
+            let (opened, mut known) = opened.map_err(|e| {
+                let why = format!("the records of jobs in {}: {e}", directory.state_dir().display());
+                FsError::new(crate::fs::error::errno_of(&e), why)
+            })?;
             for job in known.iter_mut().filter(|job| !job.has_ended()) {
                 let commit = committer.newest().map_or("the files".into(), |c| format!("commit {}", c.id));
                 job.error = Some(match (job.state, image.source().is_own()) {
