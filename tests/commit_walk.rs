@@ -179,7 +179,10 @@ fn walk(seed: u64, steps: u64, counts: &mut Counts) {
             assert!(now == newest || now == newest + 1, "{what}: {now} after a crash in commit {}", newest + 1);
             world.commits.truncate(newest as usize + 1);
             if now > newest {
-                world.commits.extend(next);
+                // What the command did, or the commit that failed before it: which of the two is on the disk.
+                let found = world.read(&committer, now);
+                let failed = in_doubt.take().filter(|failed| *failed == found);
+                world.commits.extend(failed.or(next));
             }
             in_doubt = None;
             counts.note("crashes in a command");

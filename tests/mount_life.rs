@@ -172,6 +172,20 @@ fn a_signal_works_with_files_open_too() {
 }
 
 #[test]
+fn a_signal_to_a_daemon_whose_place_is_taken_leaves_the_next_mount_alone() {
+    let (scratch, _model, _engine, mount) = setup(Way::Passthrough);
+    let file = mount.open(0);
+    mount.umount();
+    let other = Model::sharded(scratch.join("other"));
+    let next = Mounting::of(&other, &mount.point).mount();
+    mount.signal(Signal::TERM);
+    drop(file);
+    mount.ends();
+    assert!(next.is_mounted() && next.is_running());
+    assert_same("the next mount", &next.weights(), &other.disk());
+}
+
+#[test]
 fn a_model_is_free_for_the_next_mount_when_umount_returns() {
     let scratch = Scratch::new();
     let model = Model::sharded(scratch.join("model"));

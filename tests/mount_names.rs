@@ -6,7 +6,7 @@ mod support;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use support::*;
 
@@ -103,9 +103,44 @@ fn ordinary_files_are_as_they_are_on_disk_now() {
     fs::write(&disk, "first").unwrap();
     assert_eq!(fs::read(&seen).unwrap(), b"first");
     fs::write(&disk, "second, longer").unwrap();
-    until("the new content is seen", || fs::read(&seen).unwrap() == b"second, longer");
+    assert_eq!(fs::read(&seen).unwrap(), b"second, longer");
+    // Replaced in one go, as editors and downloads do: who has the old one open has that, everybody else the new one.
+    let old = File::open(&seen).unwrap();
+    fs::write(model.path.join("new"), "third, the longest of them all").unwrap();
+    fs::rename(model.path.join("new"), &disk).unwrap();
+    assert_eq!(fs::metadata(&seen).unwrap().len(), 30);
+    let new = File::open(&seen).unwrap();
+    let read = |file: &File| {
+        let mut bytes = vec![0; 100];
+        let n = file.read_at(&mut bytes, 0).unwrap();
+        bytes.truncate(n);
+        String::from_utf8(bytes).unwrap()
+    };
+    for _ in 0..2 {
+        assert_eq!(read(&old), "second, longer");
+        assert_eq!(read(&new), "third, the longest of them all");
+    }
+    drop((old, new));
     fs::remove_file(&disk).unwrap();
-    until("the file is gone", || fs::read(&seen).is_err());
+    assert!(fs::read(&seen).is_err());
+}
+
+#[test]
+fn who_may_read_weights_is_said_by_their_file_whatever_has_its_name_later() {
+    let scratch = Scratch::new();
+    let model = Model::sharded(scratch.join("model"));
+    let name = &model.shards[0];
+    let (disk, away) = (model.path.join(name), model.path.join("away"));
+    fs::set_permissions(&disk, PermissionsExt::from_mode(0o600)).unwrap();
+    let mount = Mounting::of(&model, scratch.join("mnt")).mount();
+    let mode = || fs::metadata(mount.path(name)).unwrap().permissions().mode() & 0o777;
+    fs::rename(&disk, &away).unwrap();
+    fs::write(&disk, "anything").unwrap();
+    fs::set_permissions(&disk, PermissionsExt::from_mode(0o644)).unwrap();
+    assert_eq!(mode(), 0o600);
+    fs::rename(&away, &disk).unwrap();
+    fs::set_permissions(&disk, PermissionsExt::from_mode(0o640)).unwrap();
+    assert_eq!(mode(), 0o640);
 }
 
 #[test]

@@ -108,9 +108,35 @@ fn status_tells_who_has_weights_open_and_what_the_last_command_did() {
     assert!(mount.fact("last_command").unwrap().starts_with("commit: ok: "));
     assert_eq!(mount.fact("last_error").unwrap(), "none");
 
+    // A step that was committed before any reader saw it.
+    engine.change_all(2);
+    mount.does("commit from cron");
+    drop(mount.open(0));
+    assert_eq!(mount.fact("dirty").unwrap(), "no");
+    engine.change_all(3);
+    drop(mount.open(0));
+    assert_eq!(mount.fact("dirty").unwrap(), "yes");
+
     assert_eq!(errno(mount.ctl("train /job.json")), Some(libc::ENOENT));
     assert!(mount.fact("last_command").unwrap().starts_with("train: ENOENT: "));
     assert!(mount.fact("last_error").unwrap().contains("no such file"));
+}
+
+#[test]
+fn weights_that_differ_from_the_files_at_the_start_have_a_time_of_their_own() {
+    let scratch = Scratch::new();
+    let model = Model::sharded(scratch.join("model"));
+    let mut engine = Engine::new(&model, scratch.join("engine.json"));
+    engine.change_all(1);
+    let files: Vec<_> = model.shards.iter().map(|s| model.path.join(s)).collect();
+    let mtime = |path: &std::path::Path| std::fs::metadata(path).unwrap().modified().unwrap();
+    let mount = Mounting::of(&model, scratch.join("mnt")).engine(&engine).mount();
+    mount.settled();
+    assert_eq!(mount.fact("dirty").unwrap(), "yes");
+    for file in files {
+        let shown = mount.path(file.file_name().unwrap().to_str().unwrap());
+        assert!(mtime(&shown) > mtime(&file), "rsync goes by size and time");
+    }
 }
 
 #[test]

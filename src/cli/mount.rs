@@ -152,7 +152,7 @@ fn serve(
         View::Held => ViewMode::Held,
         View::Live => ViewMode::Live,
     };
-    let options = ViewOptions { mode, hold: Duration::from_secs(a.view_hold) };
+    let options = ViewOptions { mode, hold: Duration::from_secs(a.view_hold), ..ViewOptions::default() };
     let mounted = Mounted::new(opened.image, committer, point.clone(), &options)?;
     mounted.set_train_threads(a.train_threads);
     mounted.set_offload_memory(a.offload_memory);
@@ -214,14 +214,16 @@ fn until_the_end(
             }
             Ok(End::Signal(signal)) => {
                 log::info!("signal {signal}: unmounting");
-                // Gone at once, whatever runs: a command that runs is still answered, as its writer has `ctl` open.
-                let detached = mounts::detach(point);
+                // Gone at once, whatever runs: a command that runs is still answered, as its writer has `ctl` open. While
+                // files of ours are open we outlive our mount, and its place may be another's by now.
+                let there = mounts::find(point).filter(|mount| device.as_ref() == Some(&mount.device));
+                let detached = there.map_or(Ok(()), |_| mounts::detach(point));
                 mounted.finish_command();
-                detached.with_context(|| format!("unmounting {}", point.display()))?;
                 // Readers have a moment to close what they have open; passthrough and mappings survive us anyway.
                 while !matches!(ends.recv_timeout(GRACE), Ok(End::Unmounted) | Err(_)) {}
+                // Whatever failed before: no update is cut.
                 mounted.finish_steps();
-                return Ok(());
+                return detached.with_context(|| format!("unmounting {}", point.display()));
             }
         }
     }
@@ -249,8 +251,9 @@ fn free_mount_point(given: &Path, model: &Path) -> anyhow::Result<(PathBuf, File
     if let Some(mount) = mounts::find(&point)
         && mount.is_ours()
     {
-        match std::fs::metadata(&point) {
-            Err(e) if e.raw_os_error() == Some(Errno::NOTCONN.raw_os_error()) => {
+        let there = point.clone();
+        match mounts::ask(|| std::fs::metadata(there)) {
+            Some(Err(e)) if e.raw_os_error() == Some(Errno::NOTCONN.raw_os_error()) => {
                 mounts::detach(&point).with_context(|| format!("clearing the dead mount at {}", point.display()))?;
                 eprintln!("weightfs: cleared the mount that a killed daemon left at {}", point.display());
             }

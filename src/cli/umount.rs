@@ -4,17 +4,14 @@ use crate::fs::mounts;
 use anyhow::{Context, bail};
 use clap::Args;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Deserialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 /// How long a daemon without readers may take to end.
 const PATIENCE_SECONDS: i64 = 30;
-
-/// How long a daemon may take to say how it stands.
-const ANSWER: Duration = Duration::from_secs(5);
 
 #[derive(Args)]
 pub struct UmountArguments {
@@ -44,19 +41,17 @@ enum Answer {
     Facts(Facts),
     Ended,
     Silence,
+    Refused(std::io::Error),
 }
 
-/// Asked before the mount goes. A dead daemon does not answer; one that is stopped never would, so that the question is
-/// left behind on a thread of its own.
+/// Asked before the mount goes.
 fn ask(status: PathBuf) -> Answer {
-    let (answer, answered) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        // Nobody is waiting any more if this fails.
-        let _ = answer.send(std::fs::read(status).ok());
-    });
-    match answered.recv_timeout(ANSWER) {
-        Err(_) => Answer::Silence,
-        Ok(text) => text.and_then(|t| serde_json::from_slice(&t).ok()).map_or(Answer::Ended, Answer::Facts),
+    match mounts::ask(|| std::fs::read(status)) {
+        None => Answer::Silence,
+        Some(Ok(text)) => serde_json::from_slice(&text).map_or(Answer::Silence, Answer::Facts),
+        Some(Err(e)) if e.raw_os_error() == Some(Errno::NOTCONN.raw_os_error()) => Answer::Ended,
+        // Root is not the user whose mount it is.
+        Some(Err(e)) => Answer::Refused(e),
     }
 }
 
@@ -79,6 +74,10 @@ pub fn run(a: UmountArguments) -> anyhow::Result<ExitCode> {
         Answer::Facts(facts) => facts,
         Answer::Ended => {
             println!("unmounted {given} (its daemon had ended)");
+            return Ok(ExitCode::SUCCESS);
+        }
+        Answer::Refused(e) => {
+            println!("unmounted {given} (what its daemon still has to do is not known: {e})");
             return Ok(ExitCode::SUCCESS);
         }
         Answer::Silence => {

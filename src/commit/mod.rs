@@ -203,6 +203,12 @@ impl Committer {
         Ok(runs.iter().map(|r| r.blocks).sum())
     }
 
+    /// Whether weights with these hashes (a list a shard, one hash a block) are known to be those of the newest commit.
+    pub fn are_newest(&self, hashes: &[&[Hash]]) -> bool {
+        let known = self.shared.published.read().baseline.as_ref().map(|baseline| baseline.table.clone());
+        known.is_some_and(|table| table.0.iter().map(Vec::as_slice).eq(hashes.iter().copied()))
+    }
+
     /// Makes the live weights durable as the next commit. An error leaves the commit before standing, and the live
     /// weights as they are; trouble after the commit point is in the report's `fold`.
     pub fn commit(&self, live: &dyn ShardBytes, request: &CommitRequest<'_>) -> Result<CommitReport, CommitError> {

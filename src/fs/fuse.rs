@@ -1,7 +1,7 @@
 //! The thin adapter: each FUSE request calls the [`Tree`], and the answer or its errno goes back.
 //!
-//! Requests that may take long (commands, opens that move the view) run on threads of their own, so that `status` always
-//! answers. The kernel is told of changes from one thread that serves no request: invalidating pages from a handler
+//! Requests that may take long (commands, opens that move the view, whatever looks at the model directory by its names) run
+//! on threads of their own, so that `status` always answers. The kernel is told of changes from one thread that serves no request: invalidating pages from a handler
 //! waits for a reader who waits for the handler.
 
 use super::mounted::Event;
@@ -27,9 +27,9 @@ use std::time::{Duration, SystemTime};
 
 /// Requests served at the same time. Passthrough reads need none; direct reads copy at memory speed, a few of them fill it.
 const THREADS: usize = 8;
-/// Of these, as many may wait for a step's end with a direct read; more of them wait on threads of their own.
-const DIRECT_READS: usize = THREADS / 2;
-/// Attributes and names of ordinary files of the model directory may be this old.
+/// Of these, as many may be in reads that wait; more of them wait on threads of their own.
+const WAITING_READS: usize = THREADS / 2;
+/// Attributes and names of directories and links of the model directory may be this old.
 const TTL: Duration = Duration::from_secs(1);
 /// Read-ahead of the mount for readers whose pages come through us: one request of the largest size (1 MiB); the kernel's
 /// default of 128 KiB halves their speed.
@@ -72,7 +72,8 @@ pub fn serve(tree: Arc<Tree>, mount_point: &Path, options: Options, ended: Sende
         tree: tree.clone(),
         backings: backings(&tree),
         polls: polls.clone(),
-        direct_reads: AtomicUsize::new(0),
+        waiting_reads: AtomicUsize::new(0),
+        direct_maps: false,
         ended: Mutex::new(Some(ended)),
     };
     let session = Session::new(adapter, mount_point, &config)?;
@@ -145,7 +146,9 @@ struct Adapter {
     /// One for each shard while the mount lives: all opens of an inode must name the same backing file.
     backings: Arc<Backings>,
     polls: Arc<Mutex<HashMap<u64, PollNotifier>>>,
-    direct_reads: AtomicUsize,
+    waiting_reads: AtomicUsize,
+    /// Files that are not cached can be mapped all the same.
+    direct_maps: bool,
     ended: Mutex<Option<Sender<()>>>,
 }
 
@@ -188,15 +191,24 @@ fn ttl(a: &Attributes) -> Duration {
 }
 
 impl Adapter {
+    /// Answers here, or on a thread of its own where that may take long.
+    fn serve(&self, name: &str, apart_from_others: bool, answer: impl FnOnce(&Tree) + Send + 'static) {
+        if !apart_from_others {
+            return answer(&self.tree);
+        }
+        let tree = self.tree.clone();
+        apart(name, move || answer(&tree));
+    }
+
     /// Answers an open, with the backing file of a shard of the view where the kernel takes one.
     fn reply_open(&self, opening: Opening, reply: ReplyOpen) {
-        reply_open(&self.tree, &self.backings, opening, reply);
+        reply_open(&self.tree, &self.backings, self.direct_maps, opening, reply);
     }
 }
 
 type Backings = Vec<OnceLock<Option<Arc<BackingId>>>>;
 
-fn reply_open(tree: &Tree, backings: &Backings, opening: Opening, reply: ReplyOpen) {
+fn reply_open(tree: &Tree, backings: &Backings, direct_maps: bool, opening: Opening, reply: ReplyOpen) {
     let handle = FileHandle(opening.handle);
     let mounted = tree.mounted();
     match opening.content {
@@ -213,6 +225,10 @@ fn reply_open(tree: &Tree, backings: &Backings, opening: Opening, reply: ReplyOp
         // Opening drops the kernel's pages of the file, which may be of an older view.
         Content::Held(_) => reply.opened(handle, FopenFlags::empty()),
         Content::Stable => reply.opened(handle, FopenFlags::empty()),
+        // Pages belong to the name: those of the file that had it before would be given to who opened this one. Where the
+        // kernel maps no file without pages, that is the lesser evil.
+        Content::Ordinary if !direct_maps => reply.opened(handle, FopenFlags::empty()),
+        Content::Ordinary => reply.opened(handle, FopenFlags::FOPEN_DIRECT_IO),
         Content::Direct(_) | Content::Composed | Content::Control => reply.opened(handle, FopenFlags::FOPEN_DIRECT_IO),
     }
 }
@@ -224,12 +240,8 @@ impl Filesystem for Adapter {
             // One level: our backing files are memfds, which are not stacked on anything.
             let _ = config.set_max_stack_depth(1);
         }
-        for wanted in [
-            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_AUTO_INVAL_DATA,
-        ] {
+        self.direct_maps = config.add_capabilities(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP).is_ok();
+        for wanted in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_ASYNC_DIO, InitFlags::FUSE_AUTO_INVAL_DATA] {
             let _ = config.add_capabilities(wanted);
         }
         Ok(())
@@ -242,10 +254,13 @@ impl Filesystem for Adapter {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.tree.lookup(parent.0, name) {
-            Ok(a) => reply.entry_with_ttls(&ttl(&a), &ttl(&a), &attr(&a), Generation(0)),
-            Err(e) => reply.error(errno(e)),
-        }
+        let name = name.to_os_string();
+        self.serve("lookup", self.tree.looks_at_name(parent.0, &name), move |tree| {
+            match tree.lookup(parent.0, &name) {
+                Ok(a) => reply.entry_with_ttls(&ttl(&a), &ttl(&a), &attr(&a), Generation(0)),
+                Err(e) => reply.error(errno(e)),
+            }
+        });
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
@@ -253,10 +268,10 @@ impl Filesystem for Adapter {
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        match self.tree.attributes(ino.0) {
+        self.serve("getattr", self.tree.looks_at_names(ino.0), move |tree| match tree.attributes(ino.0) {
             Ok(a) => reply.attr(&ttl(&a), &attr(&a)),
             Err(e) => reply.error(errno(e)),
-        }
+        });
     }
 
     /// Only what a shell's `>` does to `ctl`: truncation, which means nothing there.
@@ -287,10 +302,10 @@ impl Filesystem for Adapter {
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
         use std::os::unix::ffi::OsStrExt;
-        match self.tree.readlink(ino.0) {
+        self.serve("readlink", self.tree.looks_at_names(ino.0), move |tree| match tree.readlink(ino.0) {
             Ok(target) => reply.data(target.as_os_str().as_bytes()),
             Err(e) => reply.error(errno(e)),
-        }
+        });
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -302,9 +317,9 @@ impl Filesystem for Adapter {
                 Err(e) => reply.error(errno(e)),
             };
         }
-        let (tree, backings) = (self.tree.clone(), self.backings.clone());
+        let (tree, backings, direct_maps) = (self.tree.clone(), self.backings.clone(), self.direct_maps);
         apart("open", move || match tree.open(ino.0, write, pid) {
-            Ok(opening) => reply_open(&tree, &backings, opening, reply),
+            Ok(opening) => reply_open(&tree, &backings, direct_maps, opening, reply),
             Err(e) => reply.error(errno(e)),
         });
     }
@@ -327,13 +342,13 @@ impl Filesystem for Adapter {
         if !self.tree.read_may_wait(fh.0) {
             return read(&self.tree);
         }
-        if self.direct_reads.fetch_add(1, Ordering::AcqRel) < DIRECT_READS {
+        if self.waiting_reads.fetch_add(1, Ordering::AcqRel) < WAITING_READS {
             read(&self.tree);
         } else {
             let tree = self.tree.clone();
             apart("read", move || read(&tree));
         }
-        self.direct_reads.fetch_sub(1, Ordering::AcqRel);
+        self.waiting_reads.fetch_sub(1, Ordering::AcqRel);
     }
 
     fn write(
@@ -389,10 +404,10 @@ impl Filesystem for Adapter {
     }
 
     fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        match self.tree.open_directory(ino.0) {
+        self.serve("opendir", self.tree.lists_names(ino.0), move |tree| match tree.open_directory(ino.0) {
             Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
             Err(e) => reply.error(errno(e)),
-        }
+        });
     }
 
     fn readdir(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {

@@ -1,7 +1,8 @@
 //! A job's file, as the process means it that wrote its path to `ctl`: relative to its directory, in its root.
 
 use super::FsError;
-use rustix::fs::{Mode, OFlags};
+use rustix::fd::OwnedFd;
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::Read;
@@ -35,10 +36,14 @@ pub fn path_of(path: &str, writer: u32) -> Result<PathBuf, FsError> {
 /// Reads the file that `writer` (a process or thread) calls `path`. Returns its text and what to call it.
 pub fn read(path: &str, writer: u32) -> Result<(String, String), FsError> {
     let fail = |errno: Errno, why: &str| Err(FsError::new(errno, format!("the job {path}: {why}")));
-    let named = path_of(path, writer)?;
     // Never waits for the other end of a pipe.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let mut file = match rustix::fs::open(&named, flags, Mode::empty()) {
+    let opened = match below_its_root(path, writer) {
+        // Links mean what they mean there.
+        Some((root, path)) => openat2(&root, &path, flags, Mode::empty(), ResolveFlags::IN_ROOT),
+        None => rustix::fs::open(path_of(path, writer)?, flags, Mode::empty()),
+    };
+    let mut file = match opened {
         Ok(file) => File::from(file),
         Err(Errno::NOENT) => return fail(Errno::NOENT, "there is no such file"),
         Err(e @ (Errno::ACCESS | Errno::PERM)) => {
@@ -67,6 +72,19 @@ pub fn read(path: &str, writer: u32) -> Result<(String, String), FsError> {
     }
 }
 
+/// The root of a writer whose files are not ours, and `path` from there; `None` for any other.
+fn below_its_root(path: &str, writer: u32) -> Option<(OwnedFd, PathBuf)> {
+    if writer == 0 || shares_our_files(writer) {
+        return None;
+    }
+    let its = |what: &str| format!("/proc/{writer}/{what}");
+    let root = rustix::fs::open(its("root"), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    // Both as its mounts have them.
+    let (top, directory) = (std::fs::read_link(its("root")).ok()?, std::fs::read_link(its("cwd")).ok()?);
+    let directory = Path::new("/").join(directory.strip_prefix(top).ok()?);
+    Some((root, directory.join(path)))
+}
+
 /// Whether the writer has our root and our mounts, as far as they can be looked at.
 fn shares_our_files(writer: u32) -> bool {
     let root = |process: &str| std::fs::metadata(format!("/proc/{process}/root")).map(|m| (m.dev(), m.ino())).ok();
@@ -87,7 +105,9 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let job = scratch.path().join("job.json");
         std::fs::write(&job, "ours").unwrap();
-        let script = "mount -t tmpfs none \"$1\" && cd \"$1\" && printf its > job.json && echo ready && read end";
+        // By another name it is `link.json`, by an absolute one.
+        let script = "mount -t tmpfs none \"$1\" && cd \"$1\" && printf its > job.json && ln -s \"$1/job.json\" link.json \
+            && echo ready && read end";
         let mut unshare = Command::new("unshare");
         unshare.args(["-m", "sh", "-c", script, "sh"]).arg(scratch.path());
         let Ok(mut writer) = unshare.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn() else {
@@ -101,9 +121,16 @@ mod tests {
         }
         let text = |path: &str, writer| read(path, writer).map(|(text, _)| text).unwrap();
         let absolute = job.to_str().unwrap();
-        let read = [text(absolute, writer.id()), text("job.json", writer.id()), text(absolute, std::process::id())];
+        let link = scratch.path().join("link.json");
+        let read = [
+            text(absolute, writer.id()),
+            text("job.json", writer.id()),
+            text(link.to_str().unwrap(), writer.id()),
+            text("link.json", writer.id()),
+            text(absolute, std::process::id()),
+        ];
         writer.stdin.take().unwrap().write_all(b"\n").unwrap();
         writer.wait().unwrap();
-        assert_eq!(read, ["its", "its", "ours"]);
+        assert_eq!(read, ["its", "its", "its", "its", "ours"]);
     }
 }

@@ -6,6 +6,10 @@ use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long a daemon may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// One line of `/proc/self/mountinfo` (proc(5)).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,6 +78,17 @@ pub fn detach(point: &Path) -> io::Result<()> {
         Err(Errno::PERM) => fusermount(point),
         Err(e) => Err(e.into()),
     }
+}
+
+/// What `question` finds at a mount that may be a stopped daemon's, which would never answer; `None` if it takes too long.
+/// The question is then left behind on a thread of its own.
+pub fn ask<T: Send + 'static>(question: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let (answer, answered) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // Nobody is waiting any more if this fails.
+        let _ = answer.send(question());
+    });
+    answered.recv_timeout(PATIENCE).ok()
 }
 
 fn fusermount(point: &Path) -> io::Result<()> {

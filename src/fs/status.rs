@@ -186,7 +186,7 @@ impl JobFacts {
             "{} {state} sample {}/{} step {}/{}",
             r.id,
             r.samples_done,
-            r.samples * r.config.epochs,
+            r.samples.saturating_mul(r.config.epochs),
             r.steps_done,
             r.steps
         );

@@ -78,6 +78,8 @@ pub enum Content {
     Direct(usize),
     /// Bytes that stay: the kernel may cache them as it likes while the file is open.
     Stable,
+    /// A file of the model directory: another may have taken its name since others opened it.
+    Ordinary,
     /// Made at open or on the first read; its size is not known before.
     Composed,
     Control,
@@ -262,9 +264,9 @@ impl Tree {
             cacheable: false,
         };
         let shard = |shard: usize, mtime: SystemTime| -> Result<Attributes, FsError> {
-            // The live weights do not go with the file's name.
-            let disk = std::fs::metadata(&mounted.directory.shards[shard].path)
-                .map_or_else(|_| ours(Kind::File, 0o400, mtime), |m| from_disk(&m, ino));
+            // The live weights do not go with the file's name: whoever puts another there says nothing of who may read these.
+            let disk = mounted.directory.shards[shard].file.metadata();
+            let disk = disk.map_or_else(|_| ours(Kind::File, 0o400, mtime), |m| from_disk(&m, ino));
             let size = mounted.directory.shards[shard].bytes();
             Ok(Attributes { kind: Kind::File, size, mtime, ctime: mtime, cacheable: false, ..disk })
         };
@@ -283,10 +285,7 @@ impl Tree {
             Node::CommitWeights(id, index) => shard(*index, mounted.commit_time(*id)?),
             Node::Disk(_, path) => {
                 let full = self.on_disk(path);
-                if links::lead_into(&mounted.directory.path, path, &mounted.mount_point) {
-                    let why = format!("{} leads into the mount itself", path.display());
-                    return Err(FsError::new(Errno::LOOP, why));
-                }
+                self.refuse_loop(path)?;
                 match std::fs::metadata(&full) {
                     Ok(metadata) => {
                         if metadata.is_dir() && leads_back(&full, &self.mounted.directory.path) {
@@ -307,6 +306,13 @@ impl Tree {
                     },
                 }
             }
+        }
+    }
+
+    fn refuse_loop(&self, path: &Path) -> Result<(), FsError> {
+        match links::lead_into(&self.mounted.directory.path, path, &self.mounted.mount_point) {
+            true => Err(FsError::new(Errno::LOOP, format!("{} leads into the mount itself", path.display()))),
+            false => Ok(()),
         }
     }
 
@@ -388,11 +394,27 @@ impl Tree {
 
     // -- files --
 
+    /// Whether a request for `ino` looks at the model directory by names: these may lead to a disk that is slow, or, the
+    /// moment after they were looked at, into this mount.
+    pub fn looks_at_names(&self, ino: u64) -> bool {
+        matches!(self.node(ino), Ok(Node::Disk(..)))
+    }
+
+    /// The same of `name` in the directory `parent`.
+    pub fn looks_at_name(&self, parent: u64, name: &OsStr) -> bool {
+        matches!(self.node(parent).and_then(|parent| self.child(&parent, name)), Ok(Node::Disk(..)))
+    }
+
+    /// The same of the entries of the directory `ino`.
+    pub fn lists_names(&self, ino: u64) -> bool {
+        matches!(self.node(ino), Ok(Node::Root | Node::Commit(_) | Node::Disk(..)))
+    }
+
     /// Whether opening `ino` may take long (the view has to move first), so that it belongs on a thread of its own.
     pub fn open_may_wait(&self, ino: u64) -> bool {
         match self.node(ino) {
             Ok(Node::Weights(_)) => self.mounted.open_may_wait(),
-            Ok(Node::CommitWeights(..)) => true,
+            Ok(Node::CommitWeights(..) | Node::Disk(..)) => true,
             _ => false,
         }
     }
@@ -426,6 +448,7 @@ impl Tree {
                 Ok(Opening { handle: self.add(Handle::CommitWeights(id, shard)), content: Content::Stable })
             }
             Node::Disk(_, path) => {
+                self.refuse_loop(&path)?;
                 let other = if self.shared { Reader::other(pid) } else { None };
                 let file = match other {
                     Some(reader) => open_for(&reader, &self.mounted.directory.path, &path)?,
@@ -439,16 +462,21 @@ impl Tree {
                 if !kind.is_file() {
                     return Err(FsError::not_found(path.display()));
                 }
-                Ok(Opening { handle: self.add(Handle::Disk(file)), content: Content::Stable })
+                Ok(Opening { handle: self.add(Handle::Disk(file)), content: Content::Ordinary })
             }
             Node::Root | Node::Commits | Node::Commit(_) => Err(FsError::new(Errno::ISDIR, "it is a directory")),
         }
     }
 
-    /// Whether a read may take long: of weights where they are, it waits for the end of a step.
+    /// Whether a read may take long: of weights where they are, it waits for the end of a step; of a commit, for a tensor
+    /// to be made.
     pub fn read_may_wait(&self, handle: u64) -> bool {
-        self.mounted.view().is_none_or(|view| !view.is_whole())
-            && matches!(self.handles.lock().1.get(&handle), Some(Handle::Weights(_)))
+        let live = || self.mounted.view().is_none_or(|view| !view.is_whole());
+        match self.handles.lock().1.get(&handle) {
+            Some(Handle::Weights(_)) => live(),
+            Some(Handle::CommitWeights(..)) => true,
+            _ => false,
+        }
     }
 
     /// Reads up to `size` bytes at `offset`; fewer only at the end of the file.
@@ -569,7 +597,8 @@ fn from_disk(metadata: &Metadata, ino: u64) -> Attributes {
         gid: metadata.gid(),
         mtime: time(metadata.mtime(), metadata.mtime_nsec()),
         ctime: time(metadata.ctime(), metadata.ctime_nsec()),
-        cacheable: true,
+        // A file is often replaced by a longer one, of which nobody is to see so much as the old one had.
+        cacheable: kind != Kind::File,
     }
 }
 

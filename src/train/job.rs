@@ -167,7 +167,8 @@ impl Job {
             super::gpu::libraries().map_err(BadJob)?;
             growth += at_home;
         }
-        if settings.epochs.checked_mul(steps.len() as u64).is_none() {
+        if settings.epochs.checked_mul(samples.len() as u64).is_none() {
+            // No step has more samples than there are.
             return Err(BadJob(format!(
                 "config.epochs is {}: that is more steps than can be counted",
                 settings.epochs

@@ -115,6 +115,12 @@ impl CopiedShards {
         Ok(done)
     }
 
+    /// Gives `look` the hashes of all blocks as they were copied, a list a shard.
+    pub fn with_hashes<T>(&self, look: impl FnOnce(&[&[Hash]]) -> T) -> T {
+        let contents: Vec<MutexGuard<'_, Contents>> = self.shards.iter().map(|s| s.contents.lock()).collect();
+        look(&contents.iter().map(|c| c.hashes.as_slice()).collect::<Vec<_>>())
+    }
+
     /// Brings the view to the live step: hashes every block where it is, copies those that changed. Weights are held
     /// still meanwhile.
     pub fn refresh(&self, image: &dyn ShardBytes) -> Result<Refreshed, ViewError> {

@@ -10,7 +10,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 use weightfs::commit::{Committer, Options};
 use weightfs::fs::ctl::parse;
 use weightfs::fs::{Kind, Mounted, Tree, ViewMode, ViewOptions};
@@ -67,7 +66,7 @@ impl Model {
         let committer =
             (!read_only).then(|| Arc::new(Committer::open(image.directory().clone(), Options::default()).unwrap().0));
         let mode = if live_mode { ViewMode::Live } else { ViewMode::Held };
-        let options = ViewOptions { mode, hold: Duration::from_secs(600) };
+        let options = ViewOptions { mode, ..ViewOptions::default() };
         let mounted = Mounted::new(image, committer, "/mount".into(), &options).unwrap();
         mounted.prepare();
         let all = reference.all();

@@ -82,10 +82,10 @@ impl Mounted {
             // It has loaded what was committed: moments of steps that went with the one before are not its own.
             let _ = self.noted(self.optimizer_as_committed());
         }
-        match self.view {
-            // Readers see its weights as they see a step: with the next open.
-            Some(_) => self.facts.lock().dirty = "yes",
-            None => self.weights_moved(self.step.load(Ordering::Acquire)),
+        self.facts.lock().dirty = "yes";
+        // With a view readers see its weights as they see a step: with the next open.
+        if self.view.is_none() {
+            self.weights_moved(self.step.load(Ordering::Acquire));
         }
         self.changed();
         let engine = self.image.source();

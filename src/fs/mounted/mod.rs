@@ -43,6 +43,16 @@ pub enum ViewMode {
 pub struct ViewOptions {
     pub mode: ViewMode,
     pub hold: Duration,
+    /// The kernel tells of a close before it returns (FLUSH), and that the file is gone (RELEASE) without waiting for us:
+    /// an open waits so long for the second. It is on its way, unless the descriptor was one of several, or a mapping is
+    /// left.
+    pub release: Duration,
+}
+
+impl Default for ViewOptions {
+    fn default() -> ViewOptions {
+        ViewOptions { mode: ViewMode::Auto, hold: Duration::from_secs(600), release: Duration::from_millis(500) }
+    }
 }
 
 /// Where the reads of an open shard come from.
@@ -75,6 +85,7 @@ pub struct Mounted {
     passthrough: OnceLock<Result<(), String>>,
     /// Whoever opens or moves the view takes turns; in it, when the last move that failed did so, and why.
     moving: Mutex<Option<(Instant, FsError)>>,
+    release: Duration,
     readers: Mutex<Readers>,
     /// Told when a weights file is gone from `readers`.
     released: Condvar,
@@ -140,6 +151,7 @@ impl Mounted {
             why_direct,
             passthrough: OnceLock::new(),
             moving: Mutex::default(),
+            release: options.release,
             readers: Mutex::new(Readers::new(options.hold)),
             released: Condvar::new(),
             training,
@@ -204,8 +216,16 @@ impl Mounted {
 
     /// Something that `status` shows has changed.
     fn changed(&self) {
-        self.facts.lock().changed_at = SystemTime::now();
+        self.change(|_| ());
+    }
+
+    /// Changes what `status` shows: who sees it has the version with it.
+    fn change(&self, change: impl FnOnce(&mut Facts)) {
+        let mut facts = self.facts.lock();
+        change(&mut facts);
+        facts.changed_at = SystemTime::now();
         self.version.fetch_add(1, Ordering::AcqRel);
+        drop(facts);
         self.tell(Event::StatusChanged);
     }
 

@@ -6,11 +6,7 @@ use crate::image::ShardBytes;
 use crate::view::{CopiedShards, Opened, Reader};
 use rustix::io::Errno;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
-
-/// The kernel tells of a close before it returns (FLUSH), and that the file is gone (RELEASE) without waiting for us: an
-/// open waits so long for the second. It is on its way, unless the descriptor was one of several, or a mapping is left.
-const RELEASE: Duration = Duration::from_millis(500);
+use std::time::Instant;
 
 impl Mounted {
     /// Fills the view for the first time and finds out what differs from disk; runs beside the mount.
@@ -22,19 +18,33 @@ impl Mounted {
                 let _ = self.noted(self.move_in_turn(Instant::now(), &mut turn));
             }
         }
-        if self.image.source().is_own() {
+        let dirty = match &self.committer {
             // Loaded from the files a moment ago.
-            self.facts.lock().dirty = "no";
-            self.changed();
-        } else if let Some(committer) = &self.committer {
-            let dirty = committer.ensure_baseline(&|_| {}).and_then(|()| committer.dirty_blocks(&*self.image));
-            match dirty {
-                Ok(blocks) => self.facts.lock().dirty = if blocks > 0 { "yes" } else { "no" },
-                Err(e) => {
-                    let _ = self.noted::<()>(Err(e.into()));
+            _ if self.image.source().is_own() => false,
+            None => return,
+            Some(committer) => {
+                match committer.ensure_baseline(&|_| {}).and_then(|()| committer.dirty_blocks(&*self.image)) {
+                    Ok(blocks) => blocks > 0,
+                    Err(e) => {
+                        let _ = self.noted::<()>(Err(e.into()));
+                        return self.changed();
+                    }
                 }
             }
-            self.changed();
+        };
+        let mut other_than_the_files = false;
+        self.change(|facts| {
+            // Whoever wrote or committed meanwhile knows better.
+            if facts.dirty == "unknown" {
+                facts.dirty = if dirty { "yes" } else { "no" };
+                other_than_the_files = dirty;
+            }
+            if other_than_the_files {
+                facts.weights_changed();
+            }
+        });
+        if other_than_the_files {
+            self.tell(Event::ViewMoved);
         }
     }
 
@@ -94,7 +104,7 @@ impl Mounted {
     /// holds the view any more. Each close is waited for once.
     fn wait_for_releases(&self) {
         let mut readers = self.readers.lock();
-        let until = Instant::now() + RELEASE;
+        let until = Instant::now() + self.release;
         while readers.all_closing() {
             if self.released.wait_until(&mut readers, until).timed_out() {
                 readers.none_closing();
@@ -172,14 +182,18 @@ impl Mounted {
 
     /// The view shows other bytes than before: steps that somebody else took are counted as we see them.
     pub(super) fn weights_moved(&self, step: u64) {
-        let step = if self.view_step.load(Ordering::Acquire) == step && !self.image.source().is_own() {
-            self.step.fetch_add(1, Ordering::AcqRel) + 1
-        } else {
-            step
-        };
+        let others = self.view_step.load(Ordering::Acquire) == step && !self.image.source().is_own();
+        let step = if others { self.step.fetch_add(1, Ordering::AcqRel) + 1 } else { step };
         self.view_step.store(step, Ordering::Release);
+        // Of our own steps it was said when they were taken. A commit may have been made since, of theirs as well.
+        let committed = match (&self.view, &self.committer) {
+            (Some(view), Some(committer)) => view.with_hashes(|hashes| committer.are_newest(hashes)),
+            _ => false,
+        };
         let mut facts = self.facts.lock();
-        facts.dirty = "yes";
+        if others && !committed {
+            facts.dirty = "yes";
+        }
         facts.weights_changed();
         drop(facts);
         self.tell(Event::ViewMoved);
