@@ -38,6 +38,15 @@ fn wait(queue: &Queue, id: u64, until: impl Fn(&JobRecord) -> bool) -> JobRecord
     }
 }
 
+/// Until the step that was under way at a pause is over.
+fn stands_still(queue: &Queue) {
+    let start = Instant::now();
+    while !queue.stands_still() {
+        assert!(start.elapsed() < Duration::from_secs(60), "{:?}", queue.status());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 fn ended(job: &JobRecord) -> bool {
     !matches!(job.state, JobState::Queued | JobState::Running)
 }
@@ -72,14 +81,14 @@ fn jobs_wait_are_cancelled_and_paused_between_steps() {
     let second = rig.queue.submit(&long, "test").unwrap();
     let third = rig.queue.submit(JOB, "test").unwrap();
     assert_eq!((first, second, third), (1, 2, 3));
-    std::thread::sleep(Duration::from_millis(20));
+    stands_still(&rig.queue);
     assert_eq!(rig.queue.status().queued.len(), 3, "a paused queue begins nothing");
     rig.queue.cancel(second).unwrap();
     assert_eq!(rig.queue.job(second).unwrap().state, JobState::Cancelled);
     rig.queue.resume();
     wait(&rig.queue, first, |job| job.steps_done >= 3);
     rig.queue.pause();
-    std::thread::sleep(Duration::from_millis(50));
+    stands_still(&rig.queue);
     let held = rig.queue.job(first).unwrap().steps_done;
     let (bytes, step) = (all_bytes(&rig.weights), rig.weights.step());
     std::thread::sleep(Duration::from_millis(50));

@@ -7,7 +7,7 @@ use super::settings::Settings;
 use super::state::OptimizerState;
 use super::step::{Model, StepError};
 use super::trainer::Trainer;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -161,6 +161,8 @@ struct Inner {
     next_id: u64,
     paused: bool,
     stopping: bool,
+    /// The thread waits between two steps, or has ended.
+    standing: bool,
     cancel_running: bool,
     running: Option<JobRecord>,
     queued: VecDeque<(JobRecord, Plan)>,
@@ -283,6 +285,12 @@ impl Queue {
         self.shared.changed.notify_all();
     }
 
+    /// Whether a paused queue has ended the step that ran: nothing moves until [`Queue::resume`].
+    pub fn stands_still(&self) -> bool {
+        let inner = self.shared.inner.lock();
+        inner.paused && inner.standing
+    }
+
     /// The job that runs or, with none, the next that waits.
     pub fn busy_with(&self) -> Option<u64> {
         let inner = self.shared.inner.lock();
@@ -337,6 +345,7 @@ impl Shared {
             self.run(&mut trainer, pool, &plan);
             trainer.release_buffers();
         }
+        self.inner.lock().standing = true;
     }
 
     fn next_job(&self, trainer: &Trainer) -> Option<(JobRecord, Plan)> {
@@ -356,8 +365,15 @@ impl Shared {
                 inner.cancel_running = false;
                 return Some((record, plan));
             }
-            self.changed.wait(&mut inner);
+            self.stand(&mut inner);
         }
+    }
+
+    /// Waits for something to do.
+    fn stand(&self, inner: &mut MutexGuard<Inner>) {
+        inner.standing = true;
+        self.changed.wait(inner);
+        inner.standing = false;
     }
 
     /// Steps until the job is done, or is to end. Returns without a word when the queue stops.
@@ -412,7 +428,7 @@ impl Shared {
             if !inner.paused {
                 return Next::Step;
             }
-            self.changed.wait(&mut inner);
+            self.stand(&mut inner);
         }
     }
 
