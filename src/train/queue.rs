@@ -11,7 +11,10 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// How long whoever ends the process waits for a step that is written to be counted.
+const COUNTING: Duration = Duration::from_secs(10);
 
 /// How a job stands, or ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,7 +60,8 @@ pub struct JobRecord {
     /// The optimizer's step when it began, and now.
     pub first_step: u64,
     pub last_step: u64,
-    /// Seconds since 1970; 0 before the event.
+    /// Seconds since 1970; 0 before the event. In the file of a job that runs, `ended_at` says that its daemon ended in order,
+    /// after just these steps.
     pub queued_at: u64,
     pub started_at: u64,
     pub ended_at: u64,
@@ -153,6 +157,8 @@ struct Shared {
     inner: Mutex<Inner>,
     /// Something to do, or to stop.
     changed: Condvar,
+    /// A step is in its job's record, or there will be none.
+    counted: Condvar,
     listener: Option<Listener>,
 }
 
@@ -186,7 +192,8 @@ impl Queue {
         }
         let next_id = history.iter().map(|j| j.id + 1).max().unwrap_or(1).max(options.next_id);
         let inner = Inner { next_id, history, paused: options.paused, ..Inner::default() };
-        let shared = Arc::new(Shared { inner: inner.into(), changed: Condvar::new(), listener: options.listener });
+        let (changed, counted) = (Condvar::new(), Condvar::new());
+        let shared = Arc::new(Shared { inner: inner.into(), changed, counted, listener: options.listener });
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(options.threads)
             .thread_name(|i| format!("train-{i}"))
@@ -285,6 +292,28 @@ impl Queue {
         self.shared.changed.notify_all();
     }
 
+    /// Waits until a step that has been written is in the record of its job, and a job's last step has ended it. For a caller
+    /// who holds the weights, in a queue that was stopped: from here on [`Queue::running`] says what they are. False if that
+    /// takes too long.
+    pub fn count_steps(&self) -> bool {
+        let taken = self.state.lock().step;
+        let counted = |job: &JobRecord| job.last_step >= taken && job.steps_done < job.steps;
+        let deadline = Instant::now() + COUNTING;
+        let mut inner = self.shared.inner.lock();
+        // A step that was torn ends the thread uncounted.
+        while !inner.standing && inner.running.as_ref().is_some_and(|job| !counted(job)) {
+            if self.shared.counted.wait_until(&mut inner, deadline).timed_out() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// The job that runs, or stands still between its steps.
+    pub fn running(&self) -> Option<JobRecord> {
+        self.shared.inner.lock().running.clone()
+    }
+
     /// Whether a paused queue has ended the step that ran: nothing moves until [`Queue::resume`].
     pub fn stands_still(&self) -> bool {
         let inner = self.shared.inner.lock();
@@ -346,6 +375,7 @@ impl Shared {
             trainer.release_buffers();
         }
         self.inner.lock().standing = true;
+        self.counted.notify_all();
     }
 
     fn next_job(&self, trainer: &Trainer) -> Option<(JobRecord, Plan)> {
@@ -372,6 +402,7 @@ impl Shared {
     /// Waits for something to do.
     fn stand(&self, inner: &mut MutexGuard<Inner>) {
         inner.standing = true;
+        self.counted.notify_all();
         self.changed.wait(inner);
         inner.standing = false;
     }
@@ -411,6 +442,7 @@ impl Shared {
             job.seconds += start.elapsed().as_secs_f64();
             let record = job.clone();
             drop(inner);
+            self.counted.notify_all();
             self.tell(&record);
         }
         self.end(JobState::Finished, None);
@@ -440,6 +472,7 @@ impl Shared {
         record.ended_at = now();
         inner.history.push(record.clone());
         drop(inner);
+        self.counted.notify_all();
         self.tell(&record);
     }
 }

@@ -7,7 +7,7 @@ use std::fs::{DirBuilder, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// How often the record of a running job is written again: what a kill loses of its losses.
 const EVERY: Duration = Duration::from_secs(1);
@@ -21,8 +21,16 @@ pub struct JobRecords {
     folder: StateFolder,
     /// The highest id that a file is named after, whatever is in it.
     highest: u64,
+    written: Mutex<Written>,
+}
+
+/// Held while a record is written: records of one job come from the queue's thread and from whoever ends the daemon.
+#[derive(Default)]
+struct Written {
     /// When a running job's record was written last.
-    written: Mutex<Option<Instant>>,
+    at: Option<Instant>,
+    /// The last of a running job's records was written.
+    last: bool,
 }
 
 impl JobRecords {
@@ -68,24 +76,39 @@ impl JobRecords {
 
     /// Keeps what is known of a job: durably when its state changed, now and then while it runs.
     pub fn keep(&self, record: &JobRecord) -> io::Result<()> {
-        let running = record.state == JobState::Running && record.steps_done > 0;
+        let running = record.state == JobState::Running;
+        let stepped = running && record.steps_done > 0;
         let mut written = self.written.lock();
-        if running && written.is_some_and(|w| w.elapsed() < EVERY) {
+        let recently = written.at.is_some_and(|at| at.elapsed() < EVERY);
+        if running && written.last || stepped && recently {
             return Ok(());
         }
-        *written = Some(Instant::now());
-        drop(written);
+        written.at = Some(Instant::now());
+        self.write(record, !stepped)
+    }
+
+    /// Keeps the job that runs as the daemon leaves it, durably, and no more of its steps after that. `running` is asked while
+    /// no other record is written: of a job that has ended in the meantime its own last record stays.
+    pub fn keep_last(&self, running: impl FnOnce() -> Option<JobRecord>) -> io::Result<()> {
+        let mut written = self.written.lock();
+        written.last = true;
+        let Some(mut record) = running() else { return Ok(()) };
+        record.ended_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        self.write(&record, true)
+    }
+
+    fn write(&self, record: &JobRecord, durably: bool) -> io::Result<()> {
         let path = self.path(record.id);
         let new = path.with_extension("json.new");
         let mut options = File::options();
         options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
         let mut file = options.open(&new)?;
         file.write_all(&serde_json::to_vec_pretty(record)?)?;
-        if !running {
+        if durably {
             file.sync_all()?;
         }
         std::fs::rename(&new, &path)?;
-        if !running {
+        if durably {
             File::open(self.folder.path())?.sync_all()?;
         }
         Ok(())
@@ -99,6 +122,35 @@ impl JobRecords {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn running(id: u64, steps_done: u64) -> JobRecord {
+        let record = serde_json::json!({"id": id, "state": "running", "config": {}, "samples": 1, "steps": 9,
+            "steps_done": steps_done, "losses": [], "tokens": 0, "trained_tokens": 0, "seconds": 0.0, "memory": 0,
+            "first_step": 0, "last_step": steps_done, "queued_at": 1, "started_at": 1, "ended_at": 0, "notes": [],
+            "error": null});
+        serde_json::from_value(record).unwrap()
+    }
+
+    #[test]
+    fn the_last_record_of_a_running_job_is_exact_and_stays() {
+        let model = tempfile::tempdir().unwrap();
+        std::fs::create_dir(model.path().join(STATE_DIR)).unwrap();
+        let (records, _) = JobRecords::open(model.path()).unwrap();
+        let kept = || JobRecords::open(model.path()).unwrap().1.remove(0);
+        records.keep(&running(1, 1)).unwrap();
+        assert_eq!((kept().steps_done, kept().ended_at), (1, 0));
+        records.keep_last(|| Some(running(1, 3))).unwrap();
+        assert_eq!(kept().steps_done, 3);
+        assert!(kept().ended_at > 0);
+        // What the queue's thread still had to tell; but a job that ended has ended.
+        std::thread::sleep(EVERY);
+        records.keep(&running(1, 2)).unwrap();
+        records.keep(&running(1, 0)).unwrap();
+        assert_eq!(kept().steps_done, 3);
+        records.keep(&JobRecord { state: JobState::Finished, ..running(1, 9) }).unwrap();
+        records.keep_last(|| None).unwrap();
+        assert_eq!((kept().state, kept().steps_done), (JobState::Finished, 9));
+    }
 
     #[test]
     fn a_record_that_cannot_be_read_keeps_its_id() {

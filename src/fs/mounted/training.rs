@@ -57,19 +57,22 @@ impl Training {
             })?;
             for job in known.iter_mut().filter(|job| !job.has_ended()) {
                 let commit = committer.newest().map_or("the files".into(), |c| format!("commit {}", c.id));
+                // A daemon that ended in order has written so; what another left may be of a while before it ended.
+                let then = match job.ended_at {
+                    0 => format!("ended unexpectedly, after step {} of {} or a later one", job.steps_done, job.steps),
+                    _ => format!("ended after step {} of {}", job.steps_done, job.steps),
+                };
                 job.error = Some(match (job.state, image.source().is_own()) {
                     (JobState::Queued, _) => "the daemon ended before it began".into(),
-                    (_, true) => format!(
-                        "the daemon ended after step {} of {}: the weights are those of {commit} again",
-                        job.steps_done, job.steps
-                    ),
+                    (_, true) => format!("the daemon {then}: the weights are those of {commit} again"),
                     (_, false) => format!(
-                        "the daemon ended after step {} of {}: the engine's weights are as it left them, the optimizer's state is that of {commit}",
-                        job.steps_done, job.steps
+                        "the daemon {then}: the engine's weights are as it left them, the optimizer's state is that of {commit}"
                     ),
                 });
                 job.state = JobState::Cut;
-                job.ended_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+                if job.ended_at == 0 {
+                    job.ended_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+                }
                 cut.push(format!("job {} was cut: {}", job.id, job.error.as_deref().unwrap_or_default()));
                 opened.keep(job)?;
             }
@@ -135,7 +138,8 @@ impl Mounted {
         self.training.set_paused(true);
     }
 
-    /// From here to the end of the process no step begins to write: the one that writes now has ended.
+    /// From here to the end of the process no step begins to write: the one that writes now has ended. The record of the job
+    /// that runs says after which.
     pub fn finish_steps(&self) {
         // A freeze is over with the mount; a step that waits for its end would keep us.
         drop(self.frozen.lock().take());
@@ -143,6 +147,13 @@ impl Mounted {
             queue.stop();
         }
         std::mem::forget(self.image.source().boundary.step());
+        let Training { records: Some(records), queue, .. } = &self.training else { return };
+        let Some(queue) = queue.get() else { return };
+        if queue.count_steps()
+            && let Err(e) = records.keep_last(|| queue.running())
+        {
+            log::warn!("how far the running job came could not be kept: {e}");
+        }
     }
 
     /// Whether a step was cut while it was written, as an error.
