@@ -2,6 +2,7 @@
 
 use super::apollo::{fits, form, moment_elements};
 use super::families::Architecture;
+use super::json;
 use super::pack::{Batch, Tokens};
 use super::sample::{Sample, TextModel, check};
 use super::settings::{Optimizer, Settings};
@@ -34,18 +35,10 @@ impl Job {
             Err(_) => true,
         };
         let values = if whole {
-            let value = serde_json::from_str(text).map_err(|e| BadJob(format!("not JSON: {e}")))?;
-            return Job::whole(value);
+            return Job::whole(json::parse(text).map_err(|e| bad_json(&e, 0))?);
         } else {
             let numbered = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-            let parse = |(i, line): (usize, &str)| {
-                let value: Value = serde_json::from_str(line).map_err(|e| {
-                    let what = e.to_string();
-                    let what = what.split(" at line ").next().unwrap_or("").to_string();
-                    BadJob(format!("not JSON: {what} at line {} column {}", i + 1, e.column()))
-                })?;
-                Ok((i + 1, value))
-            };
+            let parse = |(i, line): (usize, &str)| Ok((i + 1, json::parse(line).map_err(|e| bad_json(&e, i))?));
             numbered.map(parse).collect::<Result<Vec<_>, BadJob>>()?
         };
         let mut settings = Settings::default();
@@ -239,6 +232,14 @@ fn pack(samples: &[Tokens], limit: usize) -> Vec<Vec<usize>> {
     steps
 }
 
+/// What is wrong with JSON that begins after so many lines of the job.
+fn bad_json(e: &serde_json::Error, lines: usize) -> BadJob {
+    let what = e.to_string();
+    let what = what.rsplit_once(" at line ").map_or(&*what, |(what, _)| what);
+    let not = if e.is_data() { "" } else { "not JSON: " };
+    BadJob(format!("{not}{what} at line {} column {}", lines + e.line(), e.column()))
+}
+
 fn read_settings(config: Value) -> Result<Settings, String> {
     serde_json::from_value(config).map_err(|e| format!("config: {e}"))
 }
@@ -293,6 +294,14 @@ mod tests {
             ("{\"samples\": [{\"text\": \"a\"}], \"config\": {\"lr\": NaN}}", "column"),
             ("{\"text\": \"a\"}\n{\"config\": {}}", "line 2: config stands alone"),
             ("[1, 2]", "it is no object"),
+            (
+                "{\"samples\": [{\"text\": \"a\"}],\n \"samples\": [{\"text\": \"b\"}]}",
+                "key 'samples' is there twice at line 2 column 10",
+            ),
+            ("{\"samples\": [{\"text\": \"a\"}], \"config\": {\"lr\": 1, \"lr\": 2}}", "key 'lr' is there twice"),
+            ("{\"samples\": [{\"text\": \"a\", \"text\": \"b\"}]}", "key 'text' is there twice"),
+            ("{\"config\": {\"lr\": 1, \"lr\": 2}}\n{\"text\": \"a\"}", "key 'lr' is there twice at line 1"),
+            ("{\"text\": \"a\"}\n\n{\"text\": \"a\", \"text\": \"b\"}", "key 'text' is there twice at line 3 column"),
         ] {
             let error = Job::parse(text).expect_err(text).to_string();
             assert!(error.contains(want), "{text}: {error}");

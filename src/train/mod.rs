@@ -14,6 +14,7 @@ pub mod gpu;
 pub mod gradients;
 mod head;
 pub mod job;
+mod json;
 pub mod live;
 pub mod pack;
 pub mod queue;
