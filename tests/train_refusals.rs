@@ -43,8 +43,12 @@ fn families_and_options_that_do_not_train_are_named() {
         (json!({"hidden_size": null}), vec!["hidden_size"]),
         (json!({"hidden_size": "16"}), vec!["hidden_size", "not a count"]),
         (json!({"num_key_value_heads": 3}), vec!["num_key_value_heads 3"]),
+        // Would take all memory before a tensor is looked at.
+        (json!({"num_hidden_layers": 1_000_000_000}), vec!["num_hidden_layers is 1000000000", "100 tensors"]),
+        (json!({"model_type": "qwen3", "num_hidden_layers": 1_000_000_000}), vec!["num_hidden_layers is 1000000000"]),
+        (json!({"head_dim": 1_000_000_000_000u64}), vec!["head_dim is 1000000000000"]),
     ] {
-        let error = Architecture::from_config(&Config::parse(&with(changes.clone())).unwrap()).unwrap_err().to_string();
+        let error = Architecture::within(&Config::parse(&with(changes.clone())).unwrap(), 100).unwrap_err().to_string();
         for word in words {
             assert!(error.contains(word), "{changes}: {error}");
         }

@@ -4,6 +4,7 @@
 //! `json.dumps`, `raise_exception`, `strftime_now`, Python's methods on strings and dicts. `{% generation %}` marks what the
 //! assistant says; a template without it is rendered up to each of the assistant's turns, and the difference is the turn.
 
+use crate::model::read_small_text;
 use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{Environment, Error, ErrorKind, State};
 use serde_json::Value as Json;
@@ -13,6 +14,13 @@ use std::path::Path;
 /// Brackets around what `{% generation %}` encloses: private-use characters, which no template writes.
 const OPEN: char = '\u{E000}';
 const CLOSE: char = '\u{E001}';
+
+const CONFIG: &str = "tokenizer_config.json";
+
+/// Instructions that one rendering may take; a template that loops for longer would keep the daemon. Qwen3's takes a hundred a
+/// message, tool calls included, so this is a conversation of a million messages; one that looks at every later message for each (as
+/// gpt-oss's does), some thousands. They take ten seconds.
+const INSTRUCTIONS: u64 = 100_000_000;
 
 /// A model's chat template.
 #[derive(Debug)]
@@ -34,15 +42,23 @@ pub struct Rendered {
 impl ChatTemplate {
     /// The template of a model directory: `chat_template.jinja`, or the key of tokenizer_config.json. `None` without one.
     pub fn read(directory: &Path) -> Result<Option<ChatTemplate>, String> {
-        let config = directory.join("tokenizer_config.json");
-        let config: Json = match std::fs::read_to_string(&config) {
-            Ok(text) => serde_json::from_str(&text).map_err(|e| format!("{}: {e}", config.display()))?,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Json::Null,
-            Err(e) => return Err(format!("{}: {e}", config.display())),
+        let text = |name: &str| {
+            let path = directory.join(name);
+            match read_small_text(&path) {
+                Ok(text) => Ok(Some(text)),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                Err(e) => Err(format!("{}: {e}", path.display())),
+            }
         };
-        let source = match std::fs::read_to_string(directory.join("chat_template.jinja")) {
-            Ok(text) => Some(text),
-            Err(_) => match &config["chat_template"] {
+        let config: Json = match text(CONFIG)? {
+            Some(text) => {
+                serde_json::from_str(&text).map_err(|e| format!("{}: {e}", directory.join(CONFIG).display()))?
+            }
+            None => Json::Null,
+        };
+        let source = match text("chat_template.jinja")? {
+            Some(text) => Some(text),
+            None => match &config["chat_template"] {
                 Json::String(text) => Some(text.clone()),
                 // Several by name: the one called default.
                 Json::Array(all) => {
@@ -70,6 +86,7 @@ impl ChatTemplate {
         let syntax = minijinja::syntax::SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.expect("the default delimiters are distinct"));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_fuel(Some(INSTRUCTIONS));
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
@@ -134,6 +151,11 @@ impl ChatTemplate {
 
 /// The first line of an error, with what caused it.
 fn sentence(e: &Error) -> String {
+    if e.kind() == ErrorKind::OutOfFuel {
+        return format!(
+            "it takes more than {INSTRUCTIONS} instructions for this conversation: does it come to an end?"
+        );
+    }
     let mut text = e.detail().map_or_else(|| e.kind().to_string(), String::from);
     if let Some(line) = e.line() {
         text += &format!(" (line {line})");
@@ -323,6 +345,26 @@ mod tests {
         let error = ChatTemplate::new(source, vec![]).unwrap().render(&talk(), None).unwrap_err();
         assert!(error.contains("roles must alternate"), "{error}");
         assert!(ChatTemplate::new("{% if %}", vec![]).is_err());
+    }
+
+    #[test]
+    fn a_template_without_an_end_is_an_error() {
+        let looping = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+        for source in [looping.to_string(), format!("{{% macro m() %}}{looping}{{% endmacro %}}{{{{ m() }}}}")] {
+            let mut template = ChatTemplate::new(&source, vec![]).unwrap();
+            assert_eq!(template.environment.fuel(), Some(INSTRUCTIONS));
+            template.environment.set_fuel(Some(10_000));
+            let error = template.render(&talk(), None).unwrap_err();
+            assert!(error.contains("the chat template") && error.contains("come to an end"), "{error}");
+        }
+    }
+
+    #[test]
+    fn ten_thousand_messages_are_rendered() {
+        let source = "{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}\
+                      {% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}";
+        let r = ChatTemplate::new(source, vec![]).unwrap().render(&vec![talk(); 2000].concat(), None).unwrap();
+        assert_eq!(r.said.len(), 4000);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! config.json, read by key with errors that name the key.
 
+use crate::model::read_small_text;
 use serde_json::{Map, Value};
 use std::path::Path;
 
@@ -28,7 +29,7 @@ impl Config {
     pub fn read(directory: &Path) -> Result<Config, Refusal> {
         let path = directory.join("config.json");
         let file = |why: String| Refusal::File { path: path.display().to_string(), why };
-        let text = std::fs::read_to_string(&path).map_err(|e| file(e.to_string()))?;
+        let text = read_small_text(&path).map_err(|e| file(e.to_string()))?;
         Config::parse(&text).map_err(|e| file(e.to_string()))
     }
 

@@ -2,6 +2,7 @@
 
 use super::chat::ChatTemplate;
 use super::pack::Tokens;
+use crate::model::read_small;
 use serde_json::{Map, Value};
 use std::path::Path;
 use tokenizers::Tokenizer;
@@ -99,17 +100,19 @@ impl TextModel {
     pub fn read(directory: &Path) -> TextModel {
         let none = TextModel::default();
         let path = directory.join("tokenizer.json");
-        let (tokenizer, no_tokenizer) = match path.exists() {
-            false => (None, none.no_tokenizer),
-            true => match Tokenizer::from_file(&path) {
+        let unusable = |e: &dyn std::fmt::Display| format!("{} cannot be used ({e}): give token ids", path.display());
+        let (tokenizer, no_tokenizer) = match read_small(&path) {
+            Ok(bytes) => match Tokenizer::from_bytes(bytes) {
                 Ok(mut tokenizer) => {
                     // As transformers does: what the file says of cutting and padding is of the run that wrote it.
                     let _ = tokenizer.with_truncation(None);
                     tokenizer.with_padding(None);
                     (Some(tokenizer), String::new())
                 }
-                Err(e) => (None, format!("{} cannot be used ({e}): give token ids", path.display())),
+                Err(e) => (None, unusable(&e)),
             },
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => (None, none.no_tokenizer),
+            Err(e) => (None, unusable(&e)),
         };
         let (template, no_template) = match ChatTemplate::read(directory) {
             Ok(Some(template)) => (Some(template), String::new()),
@@ -257,6 +260,30 @@ mod tests {
         for (words, ids) in [("b c b c b", vec![1, 2, 1, 2, 1]), ("c b", vec![2, 1])] {
             assert_eq!(text.tokens(&Sample::Text(words.into())).unwrap().continuation, ids);
         }
+    }
+
+    #[test]
+    fn a_pipe_is_not_waited_for_and_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = |name: &str| {
+            let path = directory.path().join(name);
+            rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        };
+        let no_template = || {
+            let chat = Sample::Chat { messages: vec![json!({"role": "assistant", "content": "a"})], tools: None };
+            TextModel::read(directory.path()).tokens(&chat).unwrap_err()
+        };
+        for name in ["tokenizer.json", "chat_template.jinja", "tokenizer_config.json"] {
+            pipe(name);
+            let error = match name {
+                "tokenizer.json" => TextModel::read(directory.path()).tokens(&Sample::Text("a".into())).unwrap_err(),
+                _ => no_template(),
+            };
+            assert!(error.contains(name) && error.contains("no regular file"), "{error}");
+        }
+        pipe("config.json");
+        let error = super::super::Config::read(directory.path()).unwrap_err().to_string();
+        assert!(error.contains("config.json: it is no regular file"), "{error}");
     }
 
     #[test]

@@ -303,7 +303,7 @@ impl Mounted {
         };
         let directory = &self.directory.path;
         let config = Config::read(directory).map_err(refused)?;
-        let architecture = Architecture::from_config(&config).map_err(refused)?;
+        let architecture = Architecture::within(&config, self.directory.tensors().count()).map_err(refused)?;
         let mounted = self.me.clone();
         let ended = move |end| {
             if let Some(mounted) = mounted.upgrade() {

@@ -117,7 +117,7 @@ pub fn place(directory: &ModelDirectory, live: &LiveTensors) -> Result<Layout, S
 fn config(directory: &ModelDirectory) -> Result<Value, String> {
     let path = directory.path.join("config.json");
     let needed = |why: String| format!("its layout follows from {}: {why}", path.display());
-    let text = std::fs::read_to_string(&path).map_err(|e| needed(e.to_string()))?;
+    let text = crate::model::read_small_text(&path).map_err(|e| needed(e.to_string()))?;
     serde_json::from_str(&text).map_err(|e| needed(e.to_string()))
 }
 

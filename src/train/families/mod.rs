@@ -29,6 +29,9 @@ const FAMILIES: [Family; 6] =
 /// Families that are known and have experts, which do not train yet.
 const EXPERTS: [&str; 4] = ["qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"];
 
+/// Heads have some hundred features. Frequencies are made of each before any tensor is looked at.
+const WIDEST_HEAD: usize = 1 << 16;
+
 /// In which ways a family differs from the others.
 #[derive(Default)]
 pub struct Options {
@@ -149,6 +152,11 @@ pub struct Architecture {
 
 impl Architecture {
     pub fn from_config(config: &Config) -> Result<Architecture, Refusal> {
+        Architecture::within(config, usize::MAX)
+    }
+
+    /// Of a model that has so many tensors: what cannot be made of them is not built first, in all the memory there is.
+    pub fn within(config: &Config, tensors: usize) -> Result<Architecture, Refusal> {
         let name = config.text("model_type").unwrap_or("(none)");
         if EXPERTS.contains(&name) {
             return Err(Refusal::Experts(name.to_string()));
@@ -173,6 +181,9 @@ impl Architecture {
         }
         let (hidden, heads) = (config.required("hidden_size")?, config.required("num_attention_heads")?);
         let layers = config.required("num_hidden_layers")?;
+        if layers > tensors {
+            return Err(Refusal::Config(format!("num_hidden_layers is {layers}, but the model has {tensors} tensors")));
+        }
         let options = (family.options)(config)?;
         if heads % options.kv_heads != 0 {
             let why = format!("num_attention_heads {heads} is no multiple of num_key_value_heads {}", options.kv_heads);
@@ -180,6 +191,9 @@ impl Architecture {
         }
         if options.head_dim % 2 != 0 {
             return Err(Refusal::Config(format!("head_dim {} is odd", options.head_dim)));
+        }
+        if options.head_dim > WIDEST_HEAD {
+            return Err(Refusal::Config(format!("head_dim is {}: heads train up to {WIDEST_HEAD}", options.head_dim)));
         }
         let max_positions = config.required("max_position_embeddings")?;
         let intermediate = config.required("intermediate_size")?;
