@@ -13,7 +13,7 @@ mod state_folder;
 pub use directory::{ModelDirectory, STATE_DIR, Shard};
 pub use dtype::{Dtype, bytes_of, cast_bytes, element_bytes, is_castable, parse_dtype, round_trips, same_value};
 pub use header::{Header, MAX_HEADER_BYTES, TensorEntry};
-pub use small_file::{read_small, read_small_text};
+pub use small_file::{read_small, read_small_no_link, read_small_text};
 pub use state_folder::StateFolder;
 
 use std::path::PathBuf;

@@ -11,7 +11,16 @@ const LARGEST: u64 = 256 << 20;
 
 /// Reads a regular file. Links are followed, since a hub cache holds links only.
 pub fn read_small(path: &Path) -> io::Result<Vec<u8>> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    read(path, OFlags::empty())
+}
+
+/// [`read_small`], of a file that we wrote: a link is refused.
+pub fn read_small_no_link(path: &Path) -> io::Result<Vec<u8>> {
+    read(path, OFlags::NOFOLLOW)
+}
+
+fn read(path: &Path, more: OFlags) -> io::Result<Vec<u8>> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY | more;
     let file = File::from(openat(CWD, path, flags, Mode::empty())?);
     let metadata = file.metadata()?;
     if !metadata.is_file() {
@@ -45,6 +54,8 @@ mod tests {
         std::fs::write(at("bytes"), b"\xff").unwrap();
         assert_eq!(read_small_text(&at("file")).unwrap(), "text");
         assert_eq!(read_small(&at("link")).unwrap(), b"text");
+        assert_eq!(read_small_no_link(&at("file")).unwrap(), b"text");
+        assert_eq!(read_small_no_link(&at("link")).unwrap_err().raw_os_error(), Some(libc::ELOOP));
         assert!(read_small_text(&at("bytes")).unwrap_err().to_string().contains("UTF-8"));
         assert_eq!(read_small(&at("none")).unwrap_err().kind(), io::ErrorKind::NotFound);
 

@@ -1,7 +1,7 @@
 //! Jobs as they are kept over restarts: one JSON file each in `.weightfs/jobs/`.
 
 use super::queue::{JobRecord, JobState};
-use crate::model::{STATE_DIR, StateFolder};
+use crate::model::{STATE_DIR, StateFolder, read_small_no_link};
 use parking_lot::Mutex;
 use std::fs::{DirBuilder, File};
 use std::io::{self, Write};
@@ -54,7 +54,7 @@ impl JobRecords {
                 continue;
             };
             highest = highest.max(id.parse().unwrap_or(0u32) as u64);
-            let read = std::fs::read(&path).and_then(|b| Ok(serde_json::from_slice::<JobRecord>(&b)?));
+            let read = read_small_no_link(&path).and_then(|b| Ok(serde_json::from_slice::<JobRecord>(&b)?));
             match read {
                 Ok(record) if record.id.to_string() == id => records.push(record),
                 Ok(record) => log::warn!("{STATE_DIR}/{JOBS}/{id}.json holds job {}: left alone", record.id),
@@ -100,9 +100,12 @@ impl JobRecords {
     fn write(&self, record: &JobRecord, durably: bool) -> io::Result<()> {
         let path = self.path(record.id);
         let new = path.with_extension("json.new");
-        let mut options = File::options();
-        options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
-        let mut file = options.open(&new)?;
+        // Whatever has the name by now (a link, a pipe, another user's file) is not written to.
+        match std::fs::remove_file(&new) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let mut file = File::options().write(true).create_new(true).mode(0o600).open(&new)?;
         file.write_all(&serde_json::to_vec_pretty(record)?)?;
         if durably {
             file.sync_all()?;
@@ -122,6 +125,7 @@ impl JobRecords {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{CWD, FileType, mknodat};
 
     fn running(id: u64, steps_done: u64) -> JobRecord {
         let record = serde_json::json!({"id": id, "state": "running", "config": {}, "samples": 1, "steps": 9,
@@ -150,6 +154,32 @@ mod tests {
         records.keep(&JobRecord { state: JobState::Finished, ..running(1, 9) }).unwrap();
         records.keep_last(|| None).unwrap();
         assert_eq!((kept().state, kept().steps_done), (JobState::Finished, 9));
+    }
+
+    #[test]
+    fn a_pipe_in_a_records_place_is_neither_waited_for_nor_written_to() {
+        let model = tempfile::tempdir().unwrap();
+        std::fs::create_dir(model.path().join(STATE_DIR)).unwrap();
+        let (records, _) = JobRecords::open(model.path()).unwrap();
+        records.keep(&running(3, 0)).unwrap();
+        let jobs = model.path().join(STATE_DIR).join(JOBS);
+        let pipe = |name: &str| {
+            mknodat(CWD, jobs.join(name), FileType::Fifo, 0o600.into(), 0).unwrap();
+        };
+        pipe("5.json");
+        std::os::unix::fs::symlink("3.json", jobs.join("4.json")).unwrap();
+        let (records, known) = JobRecords::open(model.path()).unwrap();
+        assert_eq!(known.iter().map(|job| job.id).collect::<Vec<_>>(), [3]);
+        assert_eq!(records.next_id(), 6);
+
+        pipe("6.json.new");
+        records.keep(&running(6, 0)).unwrap();
+        let outside = model.path().join("outside");
+        std::fs::write(&outside, "of somebody else").unwrap();
+        std::fs::hard_link(&outside, jobs.join("7.json.new")).unwrap();
+        records.keep(&running(7, 0)).unwrap();
+        assert_eq!(std::fs::read(&outside).unwrap(), b"of somebody else");
+        assert_eq!(JobRecords::open(model.path()).unwrap().1.len(), 3);
     }
 
     #[test]
