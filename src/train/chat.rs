@@ -11,7 +11,7 @@ use serde_json::Value as Json;
 use std::ops::Range;
 use std::path::Path;
 
-/// Brackets around what `{% generation %}` encloses: private-use characters, which no template writes.
+/// Brackets around what `{% generation %}` encloses: private-use characters, which no template writes, and no message may.
 const OPEN: char = '\u{E000}';
 const CLOSE: char = '\u{E001}';
 
@@ -116,6 +116,17 @@ impl ChatTemplate {
 
     /// Renders a conversation and finds what the assistant said in it.
     pub fn render(&self, messages: &[Json], tools: Option<&Json>) -> Result<Rendered, String> {
+        if self.marks_turns {
+            let all = messages.iter().enumerate().map(|(i, m)| (format!("messages[{i}]"), m));
+            for (name, value) in all.chain(tools.map(|tools| ("tools".to_string(), tools))) {
+                if let Some(mark) = value.to_string().chars().find(|c| [OPEN, CLOSE].contains(c)) {
+                    let code = mark as u32;
+                    return Err(format!(
+                        "{name} has the character U+{code:04X}, with which the assistant's turns are marked"
+                    ));
+                }
+            }
+        }
         let text = self.text(messages, tools, false)?;
         if self.marks_turns {
             return Ok(unmark(&text));
@@ -327,6 +338,30 @@ mod tests {
         let r = ChatTemplate::new(source, vec![]).unwrap().render(&talk(), None).unwrap();
         assert_eq!(said(&r), ["hi ✨!", "so!"]);
         assert!(!r.text.contains([OPEN, CLOSE]));
+    }
+
+    #[test]
+    fn what_a_user_writes_cannot_mark_itself_as_the_assistants() {
+        let marked = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}\
+                      {% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}";
+        let template = ChatTemplate::new(marked, vec![]).unwrap();
+        for mark in ['\u{E000}', '\u{E001}'] {
+            let code = format!("U+{:04X}", mark as u32);
+            let with = format!("a {mark} b");
+            let mut messages = talk();
+            let error = template.render(&messages, Some(&json!([{"name": with}]))).unwrap_err();
+            assert!(error.contains("tools") && error.contains(&code), "{error}");
+            messages[1] = json!({"role": "user", "content": [{"type": "text", "text": with}]});
+            let error = template.render(&messages, None).unwrap_err();
+            assert!(error.contains("messages[1]") && error.contains(&code), "{error}");
+            messages[1] = json!({"role": "user", with: "x"});
+            assert!(template.render(&messages, None).unwrap_err().contains("messages[1]"));
+            // A template without marks has nothing to mix it up with.
+            let mut messages = talk();
+            messages[1]["content"] = json!("a \u{E000} b \u{E001}");
+            let r = ChatTemplate::new(CHATML, vec![]).unwrap().render(&messages, None).unwrap();
+            assert_eq!(said(&r), ["hi ✨</>\n", "so</>\n"]);
+        }
     }
 
     #[test]
