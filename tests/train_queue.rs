@@ -2,12 +2,16 @@
 
 mod train_support;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use train_support::{golden_memory, to_bytes};
+use weightfs::image::ImageError;
 use weightfs::model::Dtype;
 use weightfs::train::queue::Options;
-use weightfs::train::{InMemory, JobRecord, JobState, Model, OptimizerState, Queue, QueueError, TextModel, Weights};
+use weightfs::train::{
+    InMemory, JobRecord, JobState, Model, OptimizerState, Queue, QueueError, Step, TensorSpec, TextModel, Weights,
+};
 
 const CONFIG: &str = include_str!("goldens/qwen3_tied.json");
 const JOB: &str = r#"{"samples": [{"context_ids": [1, 2, 3], "continuation_ids": [4, 5, 6]},
@@ -70,6 +74,60 @@ fn a_job_runs_and_its_loss_falls() {
     let job = JobRecord { seconds: 0.5, ..job };
     let kept: JobRecord = serde_json::from_str(&serde_json::to_string(&job).unwrap()).unwrap();
     assert_eq!(kept, job);
+}
+
+/// Weights that somebody reads whenever an update is to begin.
+struct Read(Arc<InMemory>);
+
+const READING: Duration = Duration::from_millis(100);
+
+impl Weights for Read {
+    fn tensor(&self, name: &str) -> Option<TensorSpec> {
+        self.0.tensor(name)
+    }
+
+    fn read_rows(&self, name: &str, rows: Range<u64>, dst: &mut [u8]) -> Result<(), ImageError> {
+        self.0.read_rows(name, rows, dst)
+    }
+
+    fn write_rows(&self, name: &str, rows: Range<u64>, src: &[u8]) -> Result<(), ImageError> {
+        self.0.write_rows(name, rows, src)
+    }
+
+    fn begin_step(&self) -> Result<Box<dyn Step + '_>, ImageError> {
+        Ok(Box::new(ReadStep(self.0.begin_step()?)))
+    }
+}
+
+struct ReadStep<'a>(Box<dyn Step + 'a>);
+
+impl Step for ReadStep<'_> {
+    fn begin_update(&mut self) -> Result<(), ImageError> {
+        std::thread::sleep(READING);
+        self.0.begin_update()
+    }
+
+    fn finish(self: Box<Self>, step: u64) -> Result<(), ImageError> {
+        self.0.finish(step)
+    }
+
+    fn withdraw(self: Box<Self>) {
+        self.0.withdraw();
+    }
+}
+
+#[test]
+fn what_a_step_waits_for_readers_is_not_its_time() {
+    let (architecture, weights) = golden_memory(CONFIG, Dtype::BF16);
+    let model = Model::new(architecture, Arc::new(Read(weights))).unwrap();
+    let queue = Queue::start(model, TextModel::default(), Default::default(), Options::default()).unwrap();
+    let start = Instant::now();
+    let id = queue.submit(&JOB.replace("40", "5"), "test").unwrap();
+    let job = wait(&queue, id, ended);
+    // Of all the time that passed, at least this much was waiting.
+    let rest = start.elapsed() - 10 * READING;
+    assert_eq!((job.state, job.steps_done), (JobState::Finished, 10));
+    assert!(job.seconds > 0.0 && job.seconds <= rest.as_secs_f64(), "{} of {rest:?}", job.seconds);
 }
 
 #[test]

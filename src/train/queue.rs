@@ -50,7 +50,7 @@ pub struct JobRecord {
     /// Tokens run so far, contexts included, and those that the loss counted.
     pub tokens: u64,
     pub trained_tokens: u64,
-    /// Seconds in steps, waiting not included.
+    /// Seconds in steps, without what these waited for readers, commits or a freeze.
     pub seconds: f64,
     /// Bytes predicted at its peak beyond the weights and the optimizer's state.
     pub memory: u64,
@@ -430,6 +430,7 @@ impl Shared {
                     return self.end(JobState::Failed, Some(format!("step {} met a fault in weightfs", step + 1)));
                 }
             };
+            let took = start.elapsed();
             let mut inner = self.inner.lock();
             let job = inner.running.as_mut().expect("this job runs");
             job.steps_done += 1;
@@ -439,7 +440,7 @@ impl Shared {
             job.trained_tokens += report.targets as u64;
             job.last_step += report.taken as u64;
             job.host_memory = report.host_memory;
-            job.seconds += start.elapsed().as_secs_f64();
+            job.seconds += took.saturating_sub(report.waited).as_secs_f64();
             let record = job.clone();
             drop(inner);
             self.counted.notify_all();

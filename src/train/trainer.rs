@@ -9,6 +9,7 @@ use super::step::{Model, StepError};
 use crate::compute::cuda::GpuError;
 use parking_lot::Mutex;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Trains one model. The optimizer's state is shared: it changes only while readers of the weights are shut out (between
 /// [`Step::begin_update`](super::weights::Step::begin_update) and `finish`), so that whoever holds a step of the weights
@@ -38,6 +39,8 @@ pub struct StepReport {
     pub untouched: usize,
     /// Bytes of host memory that a step on a GPU kept activations in.
     pub host_memory: u64,
+    /// How long readers, commits, a freeze or the engine kept the update from beginning.
+    pub waited: Duration,
 }
 
 impl Trainer {
@@ -78,11 +81,14 @@ impl Trainer {
             taken: loss >= settings.min_loss,
             untouched: 0,
             host_memory: 0,
+            waited: Duration::ZERO,
         };
         if !report.taken {
             return Ok(report);
         }
+        let ready = Instant::now();
         step.begin_update()?;
+        report.waited = ready.elapsed();
         let state = &mut *self.state.lock();
         let updated = gradients.visit(&self.model.architecture, &trainable, |name, gradient| {
             let touched = self.updater.update(&*weights, name, gradient, settings, lr, state)?;

@@ -36,6 +36,7 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 type Result<T> = std::result::Result<T, StepError>;
 
@@ -382,7 +383,7 @@ impl GpuTrainer {
         let loss = losses.iter().map(|&l| l as f64).sum::<f64>() / losses.len() as f64;
         let taken = loss >= settings.min_loss;
         let (targets, host_memory) = (losses.len(), plan.host_bytes());
-        let mut report = StepReport { loss, targets, rows, taken, untouched: 0, host_memory };
+        let mut report = StepReport { loss, targets, rows, taken, untouched: 0, host_memory, waited: Duration::ZERO };
         if !taken {
             return Ok(report);
         }
@@ -451,7 +452,9 @@ impl GpuTrainer {
         state: &Mutex<OptimizerState>,
         work: impl FnOnce(&mut update::Updater) -> Result<()>,
     ) -> Result<()> {
+        let ready = Instant::now();
         step.begin_update()?;
+        report.waited = ready.elapsed();
         let mut state = state.lock();
         let number = state.step + 1;
         let side = (c.plan.side > 0).then(|| &*self.side);
