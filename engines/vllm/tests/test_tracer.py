@@ -1,16 +1,18 @@
-"""What the tracer says of loaders that do more than copy. Needs torch (skipped without); vLLM's own loaders are checked by
+"""What the tracer says of loaders that do more than copy. Needs torch and safetensors (skipped without); vLLM's own loaders are checked by
 tests/python/vllm_families.py."""
 
 import os
 import sys
+import tempfile
 import unittest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 try:
+    import safetensors.torch
     import torch
 except ImportError:
-    raise unittest.SkipTest("needs torch") from None
+    raise unittest.SkipTest("needs torch and safetensors") from None
 
 from weightfs_vllm.boxes import boxes
 from weightfs_vllm.export.memory import HostArena, arena_of
@@ -148,6 +150,39 @@ class Arenas(unittest.TestCase):
         del untouched
         self.assertEqual(self.held(arena), 0)
         self.assertIsNone(arena.locate(address, 1))
+
+    def test_pages_of_a_file_that_nobody_has_read_yet_are_copied(self):
+        with tempfile.TemporaryDirectory() as scratch:
+            path = os.path.join(scratch, "model.safetensors")
+            want = torch.arange(1 << 20, dtype=torch.int32)
+            safetensors.torch.save_file({"small": want[:3].clone(), "w": want}, path)
+            plain = os.path.join(scratch, "plain")
+            with open(plain, "wb") as f:
+                f.write(want.numpy().tobytes())
+            loaded = {
+                "safetensors": safetensors.torch.load_file(path)["w"],
+                "private": torch.from_file(plain, shared=False, size=want.numel(), dtype=want.dtype),
+                "shared": torch.from_file(plain, shared=True, size=want.numel(), dtype=want.dtype),
+            }
+            HostArena().move(loaded.values())
+        for name, tensor in loaded.items():
+            with self.subTest(name):
+                self.assertTrue(torch.equal(tensor, want))
+
+    def test_shared_memory_that_another_process_filled_is_copied(self):
+        tensor = torch.ones(1 << 20, dtype=torch.int32).share_memory_()
+        context = torch.multiprocessing.get_context("spawn")
+        counted = context.SimpleQueue()
+        process = context.Process(target=move_and_count, args=(tensor, counted))
+        process.start()
+        process.join()
+        self.assertEqual(process.exitcode, 0)
+        self.assertEqual(counted.get(), 1 << 20)
+
+
+def move_and_count(tensor, counted):
+    HostArena().move([tensor])
+    counted.put(tensor.sum().item())
 
 
 if __name__ == "__main__":
