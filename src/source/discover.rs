@@ -6,6 +6,8 @@ use crate::memory::process_start;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Engines whose plugins write manifests where [`directories`] says.
@@ -35,6 +37,16 @@ struct EngineHead {
 struct Candidate {
     path: PathBuf,
     head: Head,
+    /// The user whose word it is, if that is nobody who has a say in the model.
+    stranger: Option<u32>,
+}
+
+/// A folder in which engines leave their manifests.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    path: PathBuf,
+    /// Our own environment names it: then whoever it belongs to is meant.
+    named: bool,
 }
 
 impl fmt::Display for Candidate {
@@ -47,31 +59,33 @@ impl fmt::Display for Candidate {
 
 /// Where engines leave their manifests: `WEIGHTFS_MANIFEST_DIR` if it is set; else the user's own place and the
 /// system's, and for root those of all users.
-pub fn directories() -> Vec<PathBuf> {
+pub fn directories() -> Vec<Place> {
     if let Some(named) = std::env::var_os("WEIGHTFS_MANIFEST_DIR").filter(|d| !d.is_empty()) {
-        return vec![named.into()];
+        return vec![Place { path: named.into(), named: true }];
     }
-    let mut directories = Vec::new();
+    let mut places = Vec::new();
     if let Some(own) = std::env::var_os("XDG_RUNTIME_DIR").filter(|d| !d.is_empty()) {
-        directories.push(Path::new(&own).join("weightfs"));
+        places.push(Place { path: Path::new(&own).join("weightfs"), named: true });
     }
-    directories.push("/run/weightfs".into());
+    let mut known = vec![PathBuf::from("/run/weightfs")];
     if rustix::process::geteuid().is_root()
         && let Ok(users) = std::fs::read_dir("/run/user")
     {
-        directories.extend(users.flatten().map(|user| user.path().join("weightfs")));
+        known.extend(users.flatten().map(|user| user.path().join("weightfs")));
     }
-    directories.sort();
-    directories.dedup();
-    directories
+    known.retain(|path| places.iter().all(|place| place.path != *path));
+    places.extend(known.into_iter().map(|path| Place { path, named: false }));
+    places.sort();
+    places
 }
 
-/// The manifests, one a rank, of the only `engine` that serves `model` and is alive.
-pub fn discover(engine: &str, model: &ModelDirectory, places: &[PathBuf]) -> Result<Vec<PathBuf>, SourceError> {
+/// The manifests, one a rank, of the only `engine` that serves `model` and is alive. Those of users who have no say in the
+/// model are passed over: nobody has named them.
+pub fn discover(engine: &str, model: &ModelDirectory, places: &[Place]) -> Result<Vec<PathBuf>, SourceError> {
     let served = real(&model.path);
     let mut engines: BTreeMap<String, Vec<Candidate>> = BTreeMap::new();
-    let mut others = Vec::new();
-    for candidate in places.iter().flat_map(|place| candidates(place)) {
+    let (mut others, mut passed_over) = (Vec::new(), Vec::new());
+    for candidate in places.iter().flat_map(|place| candidates(place, model)) {
         let about = &candidate.head.engine;
         if about.name != engine {
             continue;
@@ -80,15 +94,25 @@ pub fn discover(engine: &str, model: &ModelDirectory, places: &[PathBuf]) -> Res
             others.push(candidate.head.model.display().to_string());
             continue;
         }
+        if let Some(user) = candidate.stranger {
+            let path = candidate.path.display();
+            passed_over.push(format!(
+                "{path} is passed over: user {user} has put it there and owns neither the model directory nor its weights files \
+                 (--weights {path} if it is the engine's)"
+            ));
+            continue;
+        }
         let key = about.instance.clone().unwrap_or_else(|| format!("pid {}", about.pid));
         engines.entry(key).or_default().push(candidate);
     }
     let mut found = match engines.len() {
         0 => {
-            let looked = places.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ");
+            let looked = places.iter().map(|p| p.path.display().to_string()).collect::<Vec<_>>().join(", ");
             others.sort();
             others.dedup();
-            let serving = if others.is_empty() { String::new() } else { format!("; running: {}", others.join(", ")) };
+            let mut serving =
+                if others.is_empty() { String::new() } else { format!("; running: {}", others.join(", ")) };
+            passed_over.iter().for_each(|one| serving += &format!("; {one}"));
             return Err(SourceError::NoEngine { engine: engine.into(), model: model.path.clone(), looked, serving });
         }
         1 => engines.into_values().next().unwrap_or_default(),
@@ -100,6 +124,7 @@ pub fn discover(engine: &str, model: &ModelDirectory, places: &[PathBuf]) -> Res
             return Err(SourceError::SeveralEngines { engine: engine.into(), model: model.path.clone(), list });
         }
     };
+    passed_over.iter().for_each(|one| log::warn!("{one}"));
     if let Some((path, why)) = found.iter().find_map(|c| Some((&c.path, c.head.refused.as_ref()?))) {
         return Err(SourceError::Refused { path: path.clone(), why: why.clone() });
     }
@@ -108,30 +133,56 @@ pub fn discover(engine: &str, model: &ModelDirectory, places: &[PathBuf]) -> Res
 }
 
 /// Manifests in `place` of processes that live. What is no manifest, or not to be trusted, is not there for us.
-fn candidates(place: &Path) -> Vec<Candidate> {
-    let Ok(entries) = std::fs::read_dir(place) else { return Vec::new() };
+fn candidates(place: &Place, model: &ModelDirectory) -> Vec<Candidate> {
+    let Ok(entries) = std::fs::read_dir(&place.path) else { return Vec::new() };
     let mut found = Vec::new();
     for path in entries.flatten().map(|entry| entry.path()) {
         if path.extension().is_none_or(|e| e != "json") {
             continue;
         }
-        let read = || -> Option<Head> {
+        let read = || -> Option<(Head, Option<u32>)> {
             let (file, metadata) = manifest::open(&path).ok()?;
             if let Err(e) = trust(&path, &metadata) {
                 log::warn!("{e}");
                 return None;
             }
-            serde_json::from_reader(std::io::BufReader::new(file)).ok()
+            let stranger = stranger(place, &path, &metadata, model);
+            Some((serde_json::from_reader(std::io::BufReader::new(file)).ok()?, stranger))
         };
-        let Some(head) = read() else { continue };
+        let Some((head, stranger)) = read() else { continue };
         // A killed engine leaves its manifest behind, and its pid may be another's by now.
         let started = process_start(head.engine.pid);
         if started.is_none() || head.engine.start_time.is_some_and(|s| Some(s) != started) {
             continue;
         }
-        found.push(Candidate { path, head });
+        found.push(Candidate { path, head, stranger });
     }
     found
+}
+
+/// A user without a say in `model` who wrote the manifest at `path`, or could put another there before it is obeyed: whoever
+/// made the link if it is one, and the owners of the folders above it.
+fn stranger(place: &Place, path: &Path, manifest: &Metadata, model: &ModelDirectory) -> Option<u32> {
+    let owner = |path: &Path| path.symlink_metadata().ok().map(|m| m.uid());
+    let mut users = vec![manifest.uid()];
+    users.extend(owner(path));
+    let mut host = None;
+    if place.named {
+        host = place.path.metadata().ok().map(|m| m.uid());
+    } else {
+        users.extend(place.path.ancestors().filter_map(owner));
+    }
+    users.into_iter().find(|&user| Some(user) != host && !has_a_say(user, model))
+}
+
+/// May `user` tell us, unasked, where the weights of `model` are? A commit writes them to its files, so only who could do that
+/// anyway. Others than root need no such rule: they obey nobody but root and themselves.
+fn has_a_say(user: u32, model: &ModelDirectory) -> bool {
+    let owns = |metadata: std::io::Result<Metadata>| metadata.is_ok_and(|m| m.uid() == user);
+    !rustix::process::geteuid().is_root()
+        || user == 0
+        || owns(model.path.metadata())
+        || model.shards.iter().all(|shard| owns(shard.file.metadata()))
 }
 
 /// Paths may differ and mean one directory.
@@ -182,7 +233,8 @@ mod tests {
 
         fn discover(&self) -> Result<Vec<PathBuf>, SourceError> {
             let model = ModelDirectory::open(&self.scratch.path().join("model")).unwrap();
-            discover("vllm", &model, &[self.scratch.path().join("missing"), self.scratch.path().join("place")])
+            let place = |name: &str| Place { path: self.scratch.path().join(name), named: true };
+            discover("vllm", &model, &[place("missing"), place("place")])
         }
     }
 
@@ -216,6 +268,64 @@ mod tests {
         assert!(matches!(error, SourceError::NoEngine { .. }), "{error}");
         let said = error.to_string();
         assert!(said.contains("place") && said.contains("other"), "{said}");
+    }
+
+    #[test]
+    fn users_without_a_say_in_the_model_are_passed_over() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let other = 65534;
+        let world = World::new();
+        let at = |name: &str| world.scratch.path().join(name);
+        let give = |name: &str, user: u32| std::os::unix::fs::lchown(at(name), Some(user), None).unwrap();
+        let discover = |named| {
+            let model = ModelDirectory::open(&at("model")).unwrap();
+            discover("vllm", &model, &[Place { path: at("place"), named }])
+        };
+        let passed_over = |named| {
+            let error = discover(named).unwrap_err();
+            assert!(matches!(error, SourceError::NoEngine { .. }), "{error}");
+            assert!(error.to_string().contains("user 65534") && error.to_string().contains("--weights"), "{error}");
+        };
+        let theirs = world.manifest("a.json", "model", |_| {});
+        give("place/a.json", other);
+        passed_over(false);
+        passed_over(true);
+        // They can write the weights anyway.
+        for name in ["model", "model/model.safetensors"] {
+            give(name, other);
+            assert_eq!(discover(false).unwrap(), std::slice::from_ref(&theirs), "{name}");
+            give(name, 0);
+        }
+        // Neither does it count as a second engine beside root's own, nor as a rank of that.
+        let own = world.manifest("b.json", "model", |_| {});
+        assert_eq!(discover(false).unwrap(), [own]);
+        // What is root's today may be another's when it is read, in a folder that is theirs or behind a link that is.
+        std::fs::remove_file(theirs).unwrap();
+        give("place", other);
+        passed_over(false);
+        assert!(discover(true).is_ok());
+        give("place", 0);
+        std::fs::rename(at("place/b.json"), at("b.json")).unwrap();
+        std::os::unix::fs::symlink(at("b.json"), at("place/b.json")).unwrap();
+        assert!(discover(false).is_ok());
+        give("place/b.json", other);
+        passed_over(false);
+        passed_over(true);
+    }
+
+    #[test]
+    fn a_place_that_the_environment_names_may_belong_to_the_engines_user() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let world = World::new();
+        let manifest = world.manifest("a.json", "model", |_| {});
+        for path in [&manifest, &world.scratch.path().join("place")] {
+            std::os::unix::fs::chown(path, Some(65534), None).unwrap();
+        }
+        assert_eq!(world.discover().unwrap(), [manifest]);
     }
 
     #[test]
