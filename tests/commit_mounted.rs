@@ -209,6 +209,51 @@ fn every_commit_is_a_directory_that_never_changes() {
 }
 
 #[test]
+fn what_a_start_folds_into_private_copies_is_what_it_reads() {
+    for hub in [true, false] {
+        let scratch = Scratch::new();
+        let model = match hub {
+            true => Model::in_hub_cache(scratch.path()),
+            false => Model::sharded(scratch.join("model")),
+        };
+        let link = |name: &str| {
+            for (i, shard) in model.shards.iter().enumerate() {
+                fs::hard_link(model.shard(i), scratch.join(format!("{name}-{shard}"))).unwrap();
+            }
+        };
+        let commit = |engine: &Engine, fold: &str| {
+            let mut command = weightfs();
+            command.args(["commit", "--fold", fold]).arg(&model.path).arg("--weights").arg(&engine.manifest);
+            succeeds(&mut command)
+        };
+        let before = Engine::new(&model, scratch.join("before.json"));
+        let mut engine = Engine::new(&model, scratch.join("engine.json"));
+        if !hub {
+            link("first");
+        }
+        engine.change_all(1);
+        let want = engine.expected(&model);
+        assert!(commit(&engine, "never").contains("not folded yet"));
+        let mount = Mounting::of(&model, scratch.join("mnt")).mount();
+        assert_same("the mount", &mount.weights(), &want);
+        assert_same("the disk", &model.disk(), &want);
+        mount.umount();
+        mount.ends();
+
+        // Back to F32 values of which an engine has the roundings: what it holds is compared with the files as folded.
+        link("second");
+        let readers = fs::File::open(model.path.join(".weightfs/lock")).unwrap();
+        readers.lock_shared().unwrap();
+        let says = succeeds(weightfs().arg("rollback").arg(&model.path).arg("0"));
+        assert!(says.contains("follow later"), "{says}");
+        drop(readers);
+        let says = commit(&before, "always");
+        assert!(says.contains("nothing changed"), "{says}");
+        verify(&model.path);
+    }
+}
+
+#[test]
 fn a_mount_of_its_own_weights_has_nothing_to_commit() {
     let scratch = Scratch::new();
     let model = Model::single(scratch.join("model"));

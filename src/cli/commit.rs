@@ -32,6 +32,8 @@ pub fn run(a: CommitArguments) -> anyhow::Result<ExitCode> {
     let (committer, recovery) = Committer::open(directory.clone(), a.policy.options())?;
     say(&recovery);
     committer.bring_up_to_date()?;
+    // Its files once more: a fold puts private copies in the place of those that others share.
+    let directory = Arc::new(ModelDirectory::open(&directory.path)?);
     let opened = a.weights.open(&directory, false)?;
     let step = committer.step() + 1;
     let report =
