@@ -2,14 +2,15 @@
 
 mod commit_support;
 
+use commit_support::hooked::Hooked;
 use commit_support::memory::Op;
 use commit_support::world::World;
 use commit_support::*;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
-use weightfs::commit::storage::Storage;
+use weightfs::commit::storage::{Access, Storage};
 use weightfs::commit::*;
 use weightfs::image::{ImageError, ShardBytes, StepHold};
 use weightfs::memory::Hash;
@@ -341,6 +342,33 @@ fn the_directory_has_one_writer_at_a_time_and_the_second_learns_who() {
     assert!(text.contains(&std::process::id().to_string()) && text.contains("/mnt/here"), "{text}");
     drop(committer);
     setup.open();
+}
+
+#[test]
+fn a_weights_file_that_may_not_be_opened_for_writing_stays_as_it_is_however_many_commits_follow() {
+    let setup = Setup::new();
+    let (name, closed) = (setup.shards[0].0.clone(), Arc::new(AtomicBool::new(true)));
+    let open = {
+        let (name, closed) = (name.clone(), closed.clone());
+        move |path: &str, access: Access| match path == name && access == Access::ReadWrite {
+            true if closed.load(Ordering::SeqCst) => Err(std::io::Error::from_raw_os_error(libc::EACCES)),
+            _ => Ok(()),
+        }
+    };
+    let storage = Hooked::new(setup.path(), open);
+    let committer = Committer::open_on(storage, &setup.model, Options::default()).unwrap().0;
+    let (before, inode) = (setup.disk(), || std::fs::metadata(setup.path().join(&name)).unwrap().ino());
+    let first = inode();
+    for step in 1..=3 {
+        setup.live.set(0, 4000, &[step; 7]);
+        let report = commit(&committer, &setup.live, step.into());
+        assert!(matches!(&report.fold, FoldOutcome::Deferred { why } if why.contains("permissions")), "{report}");
+        assert_same!(setup.disk(), before);
+    }
+    closed.store(false, Ordering::SeqCst);
+    assert!(matches!(committer.fold().unwrap(), FoldOutcome::Folded { .. }));
+    assert_same!(setup.disk(), setup.live.bytes());
+    assert_eq!(inode(), first, "it was in doubt, and replaced");
 }
 
 /// What somebody who hashed the weights files would find, with these bytes in the first.

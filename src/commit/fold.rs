@@ -7,7 +7,7 @@ use super::error::CommitError;
 use super::layout::{Layout, TensorLayout};
 use super::replay::{Layer, Replay};
 use super::stage::Staged;
-use super::state::State;
+use super::state::{ShardState, State};
 use super::storage::{Access, Sharing, Stat, Storage, StoredFile};
 use crate::memory::{BLOCK, Hash, block_hash};
 use rayon::prelude::*;
@@ -47,23 +47,14 @@ pub struct Fold<'a> {
 
 impl Fold<'_> {
     /// Writes every shard that has changes, and notes in `state` what the files look like now. After an error some are
-    /// written and the one that failed is in doubt; folding again ends in the same bytes.
+    /// written, and the one that failed is in doubt if a write of it was begun; folding again ends in the same bytes.
     pub fn run(&self, state: &mut State, progress: &dyn Fn(u64)) -> Result<Folded, CommitError> {
         let mut folded = Folded::default();
         for shard in 0..self.layout.shards.len() {
             if !self.has_changes(shard) && !state.shards[shard].in_doubt {
                 continue;
             }
-            match self.shard(shard, &mut folded, state.shards[shard].in_doubt, state.shards[shard].stat) {
-                Ok(stat) => {
-                    state.shards[shard].stat = stat;
-                    state.shards[shard].in_doubt = false;
-                }
-                Err(e) => {
-                    state.shards[shard].in_doubt = true;
-                    return Err(e);
-                }
-            }
+            self.shard(shard, &mut folded, &mut state.shards[shard])?;
             progress(folded.bytes);
         }
         Ok(folded)
@@ -78,37 +69,56 @@ impl Fold<'_> {
         }
     }
 
-    fn shard(&self, shard: usize, folded: &mut Folded, in_doubt: bool, before: Stat) -> Result<Stat, CommitError> {
+    fn shard(&self, shard: usize, folded: &mut Folded, state: &mut ShardState) -> Result<(), CommitError> {
+        let (in_doubt, before) = (state.in_doubt, state.stat);
         let name = &self.layout.shards[shard].name;
         let io = |doing| move |e| self.layout.io(doing, name, e);
         let sharing = self.storage.sharing(name).map_err(io("look at"))?;
         if !in_doubt && sharing == Sharing::Own {
             let file = self.storage.open(name, Access::ReadWrite).map_err(io("open"))?;
-            self.write_blocks(shard, &file, folded)?;
-            return self.seal(shard, &*file, before);
+            // From here on the file may be half written; one that could not even be opened is as it was.
+            let sealed = self.write_blocks(shard, &file, folded).and_then(|()| self.seal(shard, &*file, before));
+            state.in_doubt = sealed.is_err();
+            state.stat = sealed?;
+            return Ok(());
         }
         // The name may be a link to the file that others share; the copy takes the place of the link.
         let copy = format!("{INCOMING}/{name}");
-        let made = (|| {
-            if in_doubt {
-                self.storage.open(name, Access::Read).map_err(io("open"))?.forget_cache();
-            }
-            self.storage.create_directory(INCOMING).map_err(io("make a private copy of"))?;
-            self.storage.copy(name, &copy).map_err(io("make a private copy of"))?;
-            let file = self.storage.open(&copy, Access::ReadWrite).map_err(io("make a private copy of"))?;
-            self.write_blocks(shard, &file, folded)?;
-            if in_doubt {
-                self.check(shard, &*file)?;
-            }
-            let stat = self.seal(shard, &*file, before)?;
-            self.storage.rename(&copy, name).map_err(io("replace"))?;
-            self.storage.sync_directory(".").map_err(io("replace"))?;
-            Ok(stat)
-        })();
-        if made.is_err() {
+        let copied = self.private_copy(shard, &copy, folded, in_doubt, before);
+        let stat = copied.and_then(|stat| self.storage.rename(&copy, name).map_err(io("replace")).map(|()| stat));
+        let stat = stat.inspect_err(|_| {
             let _ = self.storage.remove_file(&copy);
+        })?;
+        let synced = self.storage.sync_directory(".").map_err(io("replace"));
+        // Until that works, the name may lead to the file before after a crash: the next copy syncs it anew.
+        state.in_doubt = synced.is_err();
+        synced?;
+        state.stat = stat;
+        Ok(())
+    }
+
+    /// Makes `copy` what the shard is to become.
+    fn private_copy(
+        &self,
+        shard: usize,
+        copy: &str,
+        folded: &mut Folded,
+        in_doubt: bool,
+        before: Stat,
+    ) -> Result<Stat, CommitError> {
+        let name = &self.layout.shards[shard].name;
+        let io = |doing| move |e| self.layout.io(doing, name, e);
+        if in_doubt {
+            self.storage.open(name, Access::Read).map_err(io("open"))?.forget_cache();
         }
-        made
+        self.storage.create_directory(INCOMING).map_err(io("make a private copy of"))?;
+        self.storage.copy(name, copy).map_err(io("make a private copy of"))?;
+        let file = self.storage.open(copy, Access::ReadWrite).map_err(io("make a private copy of"))?;
+        self.write_blocks(shard, &file, folded)?;
+        if in_doubt {
+            self.check(shard, &*file)?;
+        }
+        self.seal(shard, &*file, before)
     }
 
     fn write_blocks(&self, shard: usize, file: &Arc<dyn StoredFile>, folded: &mut Folded) -> Result<(), CommitError> {

@@ -1,6 +1,7 @@
 //! What the tests of commits share: small model directories, and live weights that are just bytes.
 #![allow(dead_code)] // each test file uses a part of it
 
+pub mod hooked;
 pub mod memory;
 pub mod world;
 
