@@ -254,6 +254,31 @@ fn what_a_start_folds_into_private_copies_is_what_it_reads() {
 }
 
 #[test]
+fn a_commit_that_is_open_is_read_to_its_end_though_it_is_pruned() {
+    let scratch = Scratch::new();
+    let model = Model::sharded(scratch.join("model"));
+    let mut engine = Engine::new(&model, scratch.join("engine.json"));
+    let mount = Mounting::of(&model, scratch.join("mnt")).engine(&engine).args(&["--keep", "1"]).mount();
+    mount.settled();
+    engine.change_all(1);
+    mount.does("commit");
+    let first = model.disk();
+    let path = mount.path("commits/1").join(&model.shards[0]);
+    let file = fs::File::open(&path).unwrap();
+    let read = || {
+        let mut bytes = vec![0; first[0].len()];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).map(|()| bytes)
+    };
+    assert_same("commit 1", &[read().unwrap()], &first[..1]);
+    engine.change_all(2);
+    mount.does("commit");
+    assert_same("commit 1", &[read().unwrap()], &first[..1]);
+    assert_eq!(file.metadata().unwrap().len(), first[0].len() as u64);
+    drop(file);
+    until("it is gone once it is closed", || errno(fs::File::open(&path)) == Some(libc::ENOENT));
+}
+
+#[test]
 fn a_mount_of_its_own_weights_has_nothing_to_commit() {
     let scratch = Scratch::new();
     let model = Model::single(scratch.join("model"));

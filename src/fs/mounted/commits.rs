@@ -17,6 +17,12 @@ impl Mounted {
     }
 
     pub fn commit_time(&self, id: u64) -> Result<SystemTime, FsError> {
+        // One that is open may be pruned already: its files are there until they are closed.
+        if let Some((snapshot, _)) = self.snapshots.lock().get(&id)
+            && let Some(commit) = snapshot.info()
+        {
+            return Ok(commit.time());
+        }
         let history = self.committer()?.history();
         let commit = history.iter().find(|c| c.id == id).ok_or_else(|| FsError::not_found(id))?;
         Ok(commit.time())
