@@ -279,6 +279,39 @@ fn a_commit_that_is_open_is_read_to_its_end_though_it_is_pruned() {
 }
 
 #[test]
+fn a_rollback_leaves_no_rounded_values_behind_though_the_fold_has_to_wait() {
+    for policy in ["always", "never", "every:2"] {
+        let scratch = Scratch::new();
+        let model = Model::sharded(scratch.join("model"));
+        let mut engine = Engine::new(&model, scratch.join("engine.json"));
+        let mount = Mounting::of(&model, scratch.join("mnt")).engine(&engine).args(&["--fold", policy]).mount();
+        mount.settled();
+        let before = model.disk();
+        // F32 on disk, BF16 live.
+        engine.step(|e| (0..750).for_each(|i| e.set(NORM, i, 9.5)));
+        mount.does("commit");
+        let (live, disk) = (mount.weights(), model.disk());
+
+        let readers = fs::File::open(model.path.join(".weightfs/lock")).unwrap();
+        readers.lock_shared().unwrap();
+        assert_eq!(errno(mount.ctl("rollback 0")), Some(libc::EBUSY));
+        assert!(mount.says().contains(".weightfs/lock"), "{}", mount.says());
+        assert_eq!(mount.status()["committed"]["id"], 1);
+        mount.does("refresh");
+        assert_same("the mount", &mount.weights(), &live);
+        assert_same("the disk", &model.disk(), &disk);
+        drop(readers);
+
+        mount.does("rollback 0");
+        assert_same("the disk", &model.disk(), &before);
+        assert_same("the mount", &mount.weights(), &before);
+        let says = mount.does("commit");
+        assert!(says.contains("nothing changed"), "{policy}: {says}");
+        assert_same("the disk", &model.disk(), &before);
+    }
+}
+
+#[test]
 fn a_mount_of_its_own_weights_has_nothing_to_commit() {
     let scratch = Scratch::new();
     let model = Model::single(scratch.join("model"));

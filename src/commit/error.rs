@@ -43,7 +43,7 @@ pub enum CommitError {
     Pruned { id: u64, oldest: u64 },
     #[error("{path} is damaged ({why}): restore it from a backup, or remove .weightfs to give up the history")]
     Corrupt { path: PathBuf, why: String },
-    #[error("the weights files do not hold the newest commit yet ({why}): try again when that is over")]
+    #[error("the weights files cannot be brought up to the newest commit now ({why}): try again when that is over")]
     NotFolded { why: String },
     #[error("{path} holds no commits: commit once to begin a history")]
     NoHistory { path: PathBuf },

@@ -213,7 +213,7 @@ impl Committer {
     /// weights as they are; trouble after the commit point is in the report's `fold`.
     pub fn commit(&self, live: &dyn ShardBytes, request: &CommitRequest<'_>) -> Result<CommitReport, CommitError> {
         let _working = self.working.lock();
-        let wanted = protocol::Wanted { request: *request, within: None, rollback_to: None };
+        let wanted = protocol::Wanted { request: *request, within: None, rollback_to: None, folds: false };
         self.commit_locked(live, &wanted)
     }
 

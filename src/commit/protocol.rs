@@ -11,6 +11,7 @@ use super::replay::{Layer, layers};
 use super::report::{CommitInfo, CommitReport, FoldOutcome, Phase, PhaseTimes, Progress};
 use super::stage::{self, Staged};
 use super::state::hex;
+use super::storage::Lock;
 use super::{Baseline, CommitRequest, Committer, FoldPolicy, fold, lock, optimizer};
 use crate::image::ShardBytes;
 use crate::memory::BLOCK;
@@ -26,6 +27,8 @@ pub(super) struct Wanted<'a> {
     pub within: Option<&'a [(usize, Range<u64>)]>,
     /// The optimizer's state is taken from that commit as well.
     pub rollback_to: Option<u64>,
+    /// The weights files hold it when it is done, whatever the policy. While somebody reads them nothing is committed.
+    pub folds: bool,
 }
 
 /// A record on the disk, and the table after it.
@@ -81,7 +84,7 @@ impl Committer {
             Some(m) => CommitRequest { step: m.step, optimizer: optimizer.as_ref(), ..wanted.request },
             None => wanted.request,
         };
-        let wanted = &Wanted { request, within: wanted.within, rollback_to: wanted.rollback_to };
+        let wanted = &Wanted { request, ..*wanted };
         let runs = staged.as_ref().map_or(runs, Staged::runs);
         let tensors = touched_tensors(layout, &runs);
         let bytes = |&(s, t): &(usize, usize)| {
@@ -89,20 +92,22 @@ impl Committer {
             tensor.end - tensor.start
         };
         let total = tensors.iter().map(bytes).sum();
-        let nothing = |times| {
-            let fold = self.fold_by_policy(None, &|_| ());
+        let nothing = |times, readers_out| {
+            let fold = self.fold_wanted(wanted, None, readers_out, &|_| ());
             Ok(CommitReport { commit: None, fold, times })
         };
         if runs.is_empty() && !self.optimizer_changed(wanted)? {
-            return nothing(times);
+            return nothing(times, None);
         }
+        // Before the commit, which would have to be taken back.
+        let readers_out = wanted.folds.then(|| self.lock_out_readers()).transpose()?;
         let new = match &staged {
             Some(staged) => NewBytes::Staged(staged),
             None => NewBytes::Streamed(Streamed::new(live, layout, &baseline.table, &runs)?),
         };
         let Some(logged) = self.log(wanted, &baseline, &tensors, new, &|done| tell(Phase::Logging, done, total))?
         else {
-            return nothing(times);
+            return nothing(times, readers_out);
         };
         if hold.take().is_some() {
             times.held = held.elapsed();
@@ -118,7 +123,7 @@ impl Committer {
         }
 
         let start = Instant::now();
-        let fold = self.fold_by_policy(staged.as_ref(), &|done| tell(Phase::Folding, done, dirty));
+        let fold = self.fold_wanted(wanted, staged.as_ref(), readers_out, &|done| tell(Phase::Folding, done, dirty));
         self.store_blocks(baseline.stored.then_some(&changes[..]));
         times.fold = start.elapsed();
         if let Err(e) = self.prune() {
@@ -256,6 +261,21 @@ impl Committer {
         })
     }
 
+    /// Folds when a commit or else the policy says so; `readers_out` when readers are locked out already.
+    fn fold_wanted(
+        &self,
+        wanted: &Wanted,
+        staged: Option<&Staged>,
+        readers_out: Option<Lock>,
+        progress: &dyn Fn(u64),
+    ) -> FoldOutcome {
+        match readers_out {
+            Some(lock) => self.fold_locked(staged, lock, progress),
+            None if wanted.folds => self.fold_pending(staged, progress),
+            None => self.fold_by_policy(staged, progress),
+        }
+    }
+
     /// Folds when the policy says so. `staged` holds the newest commit's blocks.
     pub(super) fn fold_by_policy(&self, staged: Option<&Staged>, progress: &dyn Fn(u64)) -> FoldOutcome {
         let pending = {
@@ -271,23 +291,32 @@ impl Committer {
 
     /// Folds what is pending. The commits are safe in the log, so nothing that goes wrong here is more than a delay.
     pub(super) fn fold_pending(&self, staged: Option<&Staged>, progress: &dyn Fn(u64)) -> FoldOutcome {
-        let deferred = |why: String| {
-            log::warn!("the weights files are not brought up to date yet: {why}");
-            FoldOutcome::Deferred { why }
+        let nothing = {
+            let state = &self.shared.published.read().state;
+            state.folded == state.newest && !state.shards.iter().any(|s| s.in_doubt)
         };
+        if nothing {
+            return FoldOutcome::Folded { blocks: 0, bytes: 0 };
+        }
+        match self.lock_out_readers() {
+            Ok(readers_out) => self.fold_locked(staged, readers_out, progress),
+            Err(CommitError::NotFolded { why }) => deferred(why),
+            Err(e) => deferred(e.to_string()),
+        }
+    }
+
+    /// Until the lock is dropped nobody reads the weights files who asks first.
+    fn lock_out_readers(&self) -> Result<Lock, CommitError> {
+        let lock = lock::lock_out_readers(&*self.shared.storage, &self.shared.layout)?;
+        lock.ok_or_else(|| CommitError::NotFolded { why: format!("somebody reads them under {}", lock::READERS) })
+    }
+
+    fn fold_locked(&self, staged: Option<&Staged>, _readers_out: Lock, progress: &dyn Fn(u64)) -> FoldOutcome {
         let (mut state, pending) = {
             let published = self.shared.published.read();
             (published.state.clone(), layers(&published.records, published.state.folded, published.state.newest))
         };
-        if pending.is_empty() && !state.shards.iter().any(|s| s.in_doubt) {
-            return FoldOutcome::Folded { blocks: 0, bytes: 0 };
-        }
         let (layout, storage) = (&self.shared.layout, &*self.shared.storage);
-        let _readers_out = match lock::lock_out_readers(storage, layout) {
-            Ok(Some(lock)) => lock,
-            Ok(None) => return deferred(format!("somebody reads them under {}", lock::READERS)),
-            Err(e) => return deferred(e.to_string()),
-        };
         let baseline = self.shared.published.read().baseline.clone();
         let source = match staged {
             Some(staged) if pending.len() == 1 => Source::Staged(staged),
@@ -311,6 +340,11 @@ impl Committer {
             (Err(e), _) | (_, Err(e)) => deferred(e.to_string()),
         }
     }
+}
+
+fn deferred(why: String) -> FoldOutcome {
+    log::warn!("the weights files are not brought up to date yet: {why}");
+    FoldOutcome::Deferred { why }
 }
 
 /// Where the record of a commit grows.

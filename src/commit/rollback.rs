@@ -8,7 +8,7 @@ use super::journal::tensors_of;
 use super::layout::Layout;
 use super::past::{self, Past};
 use super::protocol::Wanted;
-use super::report::CommitReport;
+use super::report::{CommitReport, FoldOutcome};
 use super::snapshot::Snapshot;
 use super::{CommitRequest, Committer};
 use crate::image::ShardBytes;
@@ -25,8 +25,9 @@ pub struct RollbackReport {
 }
 
 impl Committer {
-    /// Makes the directory, and `live` when given, what they were at commit `id`. The commit of that comes first: when
-    /// the live weights cannot be written after it, they are a change like any other, and rolling back again is safe.
+    /// Makes the directory, and `live` when given, what they were at commit `id`. The commit of that comes first, folded
+    /// when `live` is given: when the live weights cannot be written after it, they are a change like any other, and
+    /// rolling back again is safe.
     /// The optimizer's state is that of [`Committer::optimizer_state`] of the newest commit afterwards.
     pub fn rollback(&self, id: u64, live: Option<&dyn ShardBytes>) -> Result<RollbackReport, CommitError> {
         self.rollback_to(id, live, &|| ())
@@ -55,12 +56,20 @@ impl Committer {
         let within = snapshot.differences();
         let staging = self.options.staging_memory;
         let past = Past::new(&snapshot, &within, live, staging, past::limit(staging))?;
-        let wanted =
-            Wanted { request: CommitRequest::new(&message, self.step()), within: Some(&within), rollback_to: Some(id) };
+        let wanted = Wanted {
+            request: CommitRequest::new(&message, self.step()),
+            within: Some(&within),
+            rollback_to: Some(id),
+            // Of what an engine holds in a coarser type, the weights files say what it is rounded from.
+            folds: live.is_some(),
+        };
         let mut commit = self.commit_locked(&past, &wanted)?;
         // That of the past is no hold of weights.
         commit.times.held = Duration::ZERO;
         let Some(live) = live else { return Ok(RollbackReport { commit, live_bytes: 0 }) };
+        if let FoldOutcome::Deferred { why } = commit.fold {
+            return Err(CommitError::NotFolded { why });
+        }
         // Of the state that is newest from here on: the one gone back to.
         let table = self.baseline(&|_| ())?.table;
         let alone = live.exclude()?;
