@@ -707,6 +707,37 @@ fn what_others_changed_where_the_log_has_nothing_is_refused_at_the_next_start_to
     }
 }
 
+#[test]
+fn a_lost_state_is_no_reason_to_believe_the_weights_files() {
+    for (shard, table) in [(0, true), (0, false), (1, true), (1, false)] {
+        let setup = Setup::new();
+        let committer = setup.open_with(Options { fold: FoldPolicy::Never, ..Options::default() });
+        setup.live.set(0, 4000, b"mine");
+        commit(&committer, &setup.live, 1);
+        drop(committer);
+        // In the other half of the shard, or in one of which the log has nothing.
+        let path = setup.path().join(&setup.shards[shard].0);
+        let good = std::fs::read(&path).unwrap();
+        let mut theirs = good.clone();
+        theirs[20000] ^= 1;
+        std::fs::write(&path, &theirs).unwrap();
+        std::fs::remove_file(setup.path().join(".weightfs/state.json")).unwrap();
+        if !table {
+            std::fs::remove_file(setup.path().join(BLOCKS)).unwrap();
+        }
+        let before = setup.disk();
+        for _ in 0..2 {
+            let error = Committer::open(setup.model.clone(), Options::default()).map(|_| ()).unwrap_err();
+            assert!(matches!(error, CommitError::Foreign { .. }), "{error}");
+            assert_same!(setup.disk(), before);
+        }
+        std::fs::write(&path, &good).unwrap();
+        let committer = setup.open();
+        assert_same!(setup.disk(), setup.live.bytes());
+        assert!(committer.verify(None).unwrap().wrong.is_empty());
+    }
+}
+
 /// Large tensors of which much changed are compared on all cores, those of which little did side by side; from staged
 /// copies and from the live weights; over files and over commits that are only in the log.
 #[test]

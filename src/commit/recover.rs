@@ -77,8 +77,12 @@ fn state(storage: &dyn Storage, layout: &Layout, records: &[Arc<Record>]) -> Res
     let mut state = match State::load(storage, layout)? {
         Some(state) => state,
         None => {
-            // A new directory; or one whose state was lost: then all of the log is folded again, which does no harm.
+            // A new directory; or one whose state was lost: then all of the log is folded again, which does no harm to
+            // files that it is of. Whether these are is not known any more: they are compared with it first.
             let mut state = State::new(storage, layout)?;
+            if !records.is_empty() {
+                state.shards.iter_mut().for_each(|s| s.stat.inode = 0); // no file has it
+            }
             (state.newest, state.folded) = (oldest - 1, oldest - 1);
             state.store(storage, layout)?;
             state
