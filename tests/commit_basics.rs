@@ -9,7 +9,9 @@ use commit_support::*;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use weightfs::commit::storage::{Access, Storage};
 use weightfs::commit::*;
 use weightfs::image::{ImageError, ShardBytes, StepHold};
@@ -369,6 +371,38 @@ fn a_weights_file_that_may_not_be_opened_for_writing_stays_as_it_is_however_many
     assert!(matches!(committer.fold().unwrap(), FoldOutcome::Folded { .. }));
     assert_same!(setup.disk(), setup.live.bytes());
     assert_eq!(inode(), first, "it was in doubt, and replaced");
+}
+
+#[test]
+fn a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for() {
+    let names = [
+        ".weightfs/state.json",
+        ".weightfs/log/weight_v000001/model.safetensors.index.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+    ];
+    for name in names {
+        let setup = Setup::new();
+        setup.live.set(0, 4000, b"mine");
+        commit(&setup.open(), &setup.live, 1);
+        let path = setup.path().join(name);
+        std::fs::remove_file(&path).unwrap();
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, &path, fifo, 0o600.into(), 0).unwrap();
+        let (model, root, (told, tells)) = (setup.model.clone(), setup.path().to_path_buf(), channel());
+        std::thread::spawn(move || {
+            let _ = told.send(history_readonly(&root).map(|_| ()));
+            // What is below `.weightfs` only: the weights file is open.
+            if name.starts_with(".weightfs") {
+                let _ = told.send(Committer::open(model, Options::default()).map(|_| ()));
+            }
+        });
+        for _ in 0..if name.starts_with(".weightfs") { 2 } else { 1 } {
+            let said = tells.recv_timeout(Duration::from_secs(30)).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let error = said.unwrap_err().to_string();
+            assert!(error.contains("not a regular file"), "{name}: {error}");
+        }
+    }
 }
 
 /// What somebody who hashed the weights files would find, with these bytes in the first.

@@ -2,7 +2,7 @@
 
 use super::storage::{Access, Lock, Sharing, Stat, Storage, StoredFile};
 use crate::memory::is_root_or_us;
-use crate::model::{STATE_DIR, StateFolder};
+use crate::model::{STATE_DIR, StateFolder, open_regular};
 use rustix::fs::{FlockOperation, Mode, OFlags, Timespec, Timestamps};
 use std::fs::File;
 use std::io;
@@ -80,7 +80,7 @@ impl Storage for DiskStorage {
                 flags |= OFlags::NOFOLLOW;
             }
         }
-        Ok(Arc::new(DiskFile(options.custom_flags(flags.bits() as i32).open(&place.path)?)))
+        Ok(Arc::new(DiskFile(open_regular(&mut options, flags, &place.path)?)))
     }
 
     fn stat(&self, path: &str) -> io::Result<Stat> {
@@ -128,7 +128,7 @@ impl Storage for DiskStorage {
 
     fn copy(&self, from: &str, to: &str) -> io::Result<()> {
         let (from, to) = (self.at(from)?, self.at(to)?);
-        let mut source = File::options().read(true).custom_flags(from.flags().bits() as i32).open(&from.path)?;
+        let mut source = open_regular(File::options().read(true), from.flags(), &from.path)?;
         let metadata = source.metadata()?;
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);

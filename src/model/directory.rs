@@ -3,6 +3,8 @@
 use super::ModelError;
 use super::header::{Header, TensorEntry};
 use super::index::Index;
+use super::regular::open_regular;
+use rustix::fs::OFlags;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::ErrorKind;
@@ -28,7 +30,8 @@ pub struct Shard {
 impl Shard {
     fn open(dir: &Path, name: &str) -> Result<Shard, ModelError> {
         let path = dir.join(name);
-        let file = File::open(&path).map_err(|e| ModelError::io(&path, e))?;
+        let file =
+            open_regular(File::options().read(true), OFlags::empty(), &path).map_err(|e| ModelError::io(&path, e))?;
         let header = Header::read(&file, &path)?;
         Ok(Shard { name: name.to_string(), path, header, file })
     }

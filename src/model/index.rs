@@ -1,6 +1,7 @@
 //! `model.safetensors.index.json`: which shard holds which tensor.
 
 use super::ModelError;
+use super::small_file::read_small_text;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path};
@@ -17,7 +18,7 @@ pub(super) struct Index {
 
 impl Index {
     pub fn read(path: &Path) -> Result<Index, ModelError> {
-        let text = std::fs::read_to_string(path).map_err(|e| ModelError::io(path, e))?;
+        let text = read_small_text(path).map_err(|e| ModelError::io(path, e))?;
         let bad = |why: String| ModelError::BadIndex { path: path.to_path_buf(), why };
         let file: IndexFile = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
         for name in file.weight_map.values() {

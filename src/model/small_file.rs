@@ -1,7 +1,8 @@
-//! Files of a model directory that are read whole: settings, tokenizer, template. The directory may be another user's, so that a
+//! Files of a model directory that are read whole: index, settings, tokenizer, template. The directory may be another user's, so that a
 //! name may lead to a pipe that nobody writes to, or to a file without end.
 
-use rustix::fs::{CWD, Mode, OFlags, openat};
+use super::regular::open_regular;
+use rustix::fs::OFlags;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
@@ -20,15 +21,10 @@ pub fn read_small_no_link(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 fn read(path: &Path, more: OFlags) -> io::Result<Vec<u8>> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY | more;
-    let file = File::from(openat(CWD, path, flags, Mode::empty())?);
-    let metadata = file.metadata()?;
-    if !metadata.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
-    }
+    let file = open_regular(File::options().read(true), more, path)?;
     let mut bytes = Vec::new();
     // It may grow while it is read.
-    if metadata.len() > LARGEST || file.take(LARGEST + 1).read_to_end(&mut bytes)? as u64 > LARGEST {
+    if file.metadata()?.len() > LARGEST || file.take(LARGEST + 1).read_to_end(&mut bytes)? as u64 > LARGEST {
         return Err(io::Error::from(io::ErrorKind::FileTooLarge));
     }
     Ok(bytes)
@@ -42,7 +38,7 @@ pub fn read_small_text(path: &Path) -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::{FileType, mknodat};
+    use rustix::fs::{CWD, FileType, mknodat};
     use std::os::unix::fs::symlink;
 
     #[test]

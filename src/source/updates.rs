@@ -2,9 +2,10 @@
 //! step, until a rollback. An engine's weights outlive us: a file beside the commits tells the next weightfs.
 
 use super::engine::Engine;
-use crate::model::{STATE_DIR, StateFolder};
+use crate::model::{STATE_DIR, StateFolder, open_regular};
+use rustix::fs::OFlags;
 use std::fs::OpenOptions;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -80,17 +81,43 @@ impl Marker {
     }
 
     fn read(&self) -> io::Result<String> {
-        std::fs::read_to_string(self.folder()?.path().join(MARKER))
+        let (folder, mut text) = (self.folder()?, String::new());
+        let mut file = open_regular(OpenOptions::new().read(true), OFlags::empty(), &folder.path().join(MARKER))?;
+        file.read_to_string(&mut text)?;
+        Ok(text)
     }
 
     /// Not synced: a machine that goes down takes the engine with it.
     fn put(&self) -> io::Result<()> {
-        let mut options = OpenOptions::new();
-        options.create(true).write(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
-        options.open(self.folder()?.path().join(MARKER))?.write_all(self.engines.as_bytes())
+        let (folder, mut options) = (self.folder()?, OpenOptions::new());
+        options.create(true).write(true).truncate(true).mode(0o600);
+        open_regular(&mut options, OFlags::NOFOLLOW, &folder.path().join(MARKER))?.write_all(self.engines.as_bytes())
     }
 
     fn remove(&self) -> io::Result<()> {
         std::fs::remove_file(self.folder()?.path().join(MARKER))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{CWD, FileType, mknodat};
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    #[test]
+    fn a_pipe_in_the_place_of_the_marker_is_not_waited_for() {
+        let model = tempfile::tempdir().unwrap();
+        let state = model.path().join(STATE_DIR);
+        std::fs::create_dir(&state).unwrap();
+        let marker = Marker { model: model.path().into(), engines: "one".into() };
+        marker.put().unwrap();
+        assert_eq!(marker.read().unwrap(), "one");
+        marker.remove().unwrap();
+        mknodat(CWD, state.join(MARKER), FileType::Fifo, 0o600.into(), 0).unwrap();
+        let (told, tells) = channel();
+        std::thread::spawn(move || told.send((marker.read().is_err(), marker.put().is_err())));
+        assert_eq!(tells.recv_timeout(Duration::from_secs(30)), Ok((true, true)));
     }
 }
