@@ -126,20 +126,23 @@ impl Storage for DiskStorage {
         File::open(&self.directory(path)?.path)?.sync_all()
     }
 
-    fn copy(&self, from: &str, to: &str) -> io::Result<()> {
+    fn copy(&self, from: &str, to: &str) -> io::Result<Arc<dyn StoredFile>> {
         let (from, to) = (self.at(from)?, self.at(to)?);
         let mut source = open_regular(File::options().read(true), from.flags(), &from.path)?;
         let metadata = source.metadata()?;
-        let mut options = File::options();
-        options.read(true).write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
-        let mut target = options.open(&to.path)?;
+        // A file of its own: what has the name already may be one that others know by another name.
+        match std::fs::remove_file(&to.path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let mut target = File::options().read(true).write(true).create_new(true).mode(0o600).open(&to.path)?;
         if rustix::fs::ioctl_ficlone(&target, &source).is_err() {
             io::copy(&mut source, &mut target)?; // copy_file_range where the kernel has it
         }
         target.set_permissions(std::fs::Permissions::from_mode(metadata.mode() & 0o7777 | 0o200))?;
         // Only root may give a file away; for anyone else the copy is simply theirs.
         let _ = std::os::unix::fs::fchown(&target, Some(metadata.uid()), Some(metadata.gid()));
-        Ok(())
+        Ok(Arc::new(DiskFile(target)))
     }
 
     fn sharing(&self, path: &str) -> io::Result<Sharing> {

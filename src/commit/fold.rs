@@ -49,12 +49,12 @@ impl Fold<'_> {
     /// Writes every shard that has changes, and notes in `state` what the files look like now. After an error some are
     /// written, and the one that failed is in doubt if a write of it was begun; folding again ends in the same bytes.
     pub fn run(&self, state: &mut State, progress: &dyn Fn(u64)) -> Result<Folded, CommitError> {
-        let mut folded = Folded::default();
+        let (mut folded, newest) = (Folded::default(), state.newest);
         for shard in 0..self.layout.shards.len() {
             if !self.has_changes(shard) && !state.shards[shard].in_doubt {
                 continue;
             }
-            self.shard(shard, &mut folded, &mut state.shards[shard])?;
+            self.shard(shard, &mut folded, &mut state.shards[shard], newest)?;
             progress(folded.bytes);
         }
         Ok(folded)
@@ -69,13 +69,19 @@ impl Fold<'_> {
         }
     }
 
-    fn shard(&self, shard: usize, folded: &mut Folded, state: &mut ShardState) -> Result<(), CommitError> {
+    fn shard(&self, shard: usize, folded: &mut Folded, state: &mut ShardState, newest: u64) -> Result<(), CommitError> {
         let (in_doubt, before) = (state.in_doubt, state.stat);
         let name = &self.layout.shards[shard].name;
         let io = |doing| move |e| self.layout.io(doing, name, e);
         let sharing = self.storage.sharing(name).map_err(io("look at"))?;
         if !in_doubt && sharing == Sharing::Own {
             let file = self.storage.open(name, Access::ReadWrite).map_err(io("open"))?;
+            // The name was looked at before: somebody may have made it lead elsewhere since.
+            let found = file.stat().map_err(io("look at"))?;
+            if (found.inode, found.bytes) != (before.inode, before.bytes) {
+                let why = "another file took its place".into();
+                return Err(CommitError::Foreign { path: self.layout.path(shard), commit: newest, why });
+            }
             // From here on the file may be half written; one that could not even be opened is as it was.
             let sealed = self.write_blocks(shard, &file, folded).and_then(|()| self.seal(shard, &*file, before));
             state.in_doubt = sealed.is_err();
@@ -112,8 +118,7 @@ impl Fold<'_> {
             self.storage.open(name, Access::Read).map_err(io("open"))?.forget_cache();
         }
         self.storage.create_directory(INCOMING).map_err(io("make a private copy of"))?;
-        self.storage.copy(name, copy).map_err(io("make a private copy of"))?;
-        let file = self.storage.open(copy, Access::ReadWrite).map_err(io("make a private copy of"))?;
+        let file = self.storage.copy(name, copy).map_err(io("make a private copy of"))?;
         self.write_blocks(shard, &file, folded)?;
         if in_doubt {
             self.check(shard, &*file)?;

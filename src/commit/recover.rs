@@ -133,6 +133,8 @@ impl Committer {
         // what was committed, or by somebody else, and then it does not. After a fold nobody could tell any more: it
         // leaves alone what the log does not change, and takes the files as they are then for our own.
         let baseline = self.shared.compare(&changed, &|_| ())?;
+        // A fold writes only into files that look as they are known to.
+        self.shared.adopt(&changed)?;
         self.publish(baseline);
         Ok(Some(self.fold_pending(None, &|_| ())))
     }

@@ -48,8 +48,9 @@ pub trait Storage: Send + Sync {
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
     /// Makes the entries of a directory durable.
     fn sync_directory(&self, path: &str) -> io::Result<()>;
-    /// Copies bytes, mode and owner of a file (shared extents where the file system can).
-    fn copy(&self, from: &str, to: &str) -> io::Result<()>;
+    /// Copies bytes, mode and owner of a file (shared extents where the file system can) into a new one, which replaces
+    /// what is at `to`. Open for reading and writing.
+    fn copy(&self, from: &str, to: &str) -> io::Result<Arc<dyn StoredFile>>;
     fn sharing(&self, path: &str) -> io::Result<Sharing>;
     /// `None` when somebody else holds a lock that excludes this one. Makes the file.
     fn try_lock(&self, path: &str, exclusive: bool) -> io::Result<Option<Lock>>;

@@ -56,7 +56,7 @@ impl Storage for Hooked {
         self.disk.sync_directory(path)
     }
 
-    fn copy(&self, from: &str, to: &str) -> io::Result<()> {
+    fn copy(&self, from: &str, to: &str) -> io::Result<Arc<dyn StoredFile>> {
         self.disk.copy(from, to)
     }
 

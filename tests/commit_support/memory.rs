@@ -422,11 +422,13 @@ impl Storage for MemoryStorage {
         Ok(())
     }
 
-    fn copy(&self, from: &str, to: &str) -> io::Result<()> {
+    fn copy(&self, from: &str, to: &str) -> io::Result<Arc<dyn StoredFile>> {
         let source = self.open(from, Access::Read)?;
         let mut bytes = vec![0; source.stat()?.bytes as usize];
         source.read_exact_at(&mut bytes, 0)?;
-        self.open(to, Access::Create)?.write_all_at(&bytes, 0)
+        let target = self.open(to, Access::Create)?;
+        target.write_all_at(&bytes, 0)?;
+        Ok(target)
     }
 
     fn sharing(&self, path: &str) -> io::Result<Sharing> {
