@@ -312,6 +312,24 @@ fn a_rollback_leaves_no_rounded_values_behind_though_the_fold_has_to_wait() {
 }
 
 #[test]
+fn a_one_shot_commit_says_what_it_folds_first() {
+    let scratch = Scratch::new();
+    let model = Model::single(scratch.join("model"));
+    let mut engine = Engine::new(&model, scratch.join("engine.json"));
+    let mut commit = |seed: u64| {
+        engine.change_all(seed);
+        let mut command = weightfs();
+        command.args(["commit", "--fold", "never"]).arg(&model.path).arg("--weights").arg(&engine.manifest);
+        let output = command.output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert_eq!(commit(1), "");
+    let says = commit(2);
+    assert!(says.contains("brought up to the newest commit") && says.lines().count() == 1, "{says}");
+}
+
+#[test]
 fn a_mount_of_its_own_weights_has_nothing_to_commit() {
     let scratch = Scratch::new();
     let model = Model::single(scratch.join("model"));

@@ -31,7 +31,7 @@ pub fn run(a: CommitArguments) -> anyhow::Result<ExitCode> {
     a.weights.need_manifests(&directory)?;
     let (committer, recovery) = Committer::open(directory.clone(), a.policy.options())?;
     say(&recovery);
-    committer.bring_up_to_date()?;
+    super::bring_up_to_date(&committer)?;
     // Its files once more: a fold puts private copies in the place of those that others share.
     let directory = Arc::new(ModelDirectory::open(&directory.path)?);
     let opened = a.weights.open(&directory, false)?;

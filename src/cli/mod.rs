@@ -13,7 +13,7 @@ mod train;
 mod umount;
 mod weights;
 
-use crate::commit::Recovery;
+use crate::commit::{CommitError, Committer, Recovery};
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
@@ -109,6 +109,17 @@ fn say(recovery: &Recovery) {
     if !said.is_empty() {
         eprintln!("weightfs: {said}");
     }
+}
+
+/// Folds what a policy left in the log, and says so: what comes next reads the weights files.
+fn bring_up_to_date(committer: &Committer) -> Result<(), CommitError> {
+    match committer.bring_up_to_date()? {
+        0 => {}
+        bytes => eprintln!(
+            "weightfs: the weights files were brought up to the newest commit, to be read as that ({bytes} bytes written)"
+        ),
+    }
+    Ok(())
 }
 
 /// Logs go to stderr unless a command says otherwise; `RUST_LOG` wins over `level`.

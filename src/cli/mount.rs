@@ -131,12 +131,7 @@ fn serve(
             let options = CommitOptions { mount_point: Some(point.clone()), ..a.policy.options() };
             let (committer, recovery) = Committer::open(directory.clone(), options).map_err(hint)?;
             super::say(&recovery);
-            match committer.bring_up_to_date()? {
-                0 => {}
-                bytes => eprintln!(
-                    "weightfs: the weights files were brought up to the newest commit, to be read as that ({bytes} bytes written)"
-                ),
-            }
+            super::bring_up_to_date(&committer)?;
             Some(Arc::new(committer))
         }
     };
