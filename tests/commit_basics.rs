@@ -772,6 +772,49 @@ fn a_lost_state_is_no_reason_to_believe_the_weights_files() {
     }
 }
 
+/// A reader finds one of a record's files there and, a moment later, the other one pruned: whoever pruned it has kept both.
+#[test]
+fn a_commit_pruned_while_its_record_is_opened_is_read_all_the_same() {
+    let setup = Setup::new();
+    let ((reached, reaches), (go, goes)) = (channel(), channel());
+    let (goes, armed) = (Mutex::new(goes), Arc::new(AtomicBool::new(false)));
+    let pause = {
+        let armed = armed.clone();
+        move |path: &str, _: Access| {
+            if path.ends_with("weight_v000002/new-values") && armed.swap(false, Ordering::SeqCst) {
+                reached.send(()).unwrap();
+                goes.lock().unwrap().recv().unwrap();
+            }
+            Ok(())
+        }
+    };
+    {
+        let committer = setup.open();
+        for step in 1..=2 {
+            setup.live.set(0, 4000, &[step; 7]);
+            commit(&committer, &setup.live, step.into());
+        }
+    }
+    let options = Options { keep: Keep::Newest(1), ..Options::default() };
+    let committer = Committer::open_on(Hooked::new(setup.path(), pause), &setup.model, options).unwrap().0;
+    committer.ensure_baseline(&|_| ()).unwrap();
+    let snapshot = committer.snapshot(1).unwrap();
+    armed.store(true, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut bytes = vec![0; snapshot.shard_bytes(0) as usize];
+            snapshot.read(0, 0, &mut bytes).map(|()| bytes)
+        });
+        reaches.recv().unwrap();
+        setup.live.set(0, 4000, &[3; 7]);
+        commit(&committer, &setup.live, 3);
+        assert_eq!(committer.history().len(), 1);
+        go.send(()).unwrap();
+        let bytes = reader.join().unwrap().unwrap();
+        assert_eq!(bytes[4000..4007], [1; 7]);
+    });
+}
+
 /// Large tensors of which much changed are compared on all cores, those of which little did side by side; from staged
 /// copies and from the live weights; over files and over commits that are only in the log.
 #[test]

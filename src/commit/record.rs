@@ -234,6 +234,14 @@ impl Record {
         if let Some(files) = self.files.get() {
             return Ok(files);
         }
+        match self.open_files() {
+            Ok(files) => Ok(self.files.get_or_init(|| files)),
+            // A prune that takes the record away meanwhile has opened them first.
+            Err(e) => self.files.get().ok_or(e),
+        }
+    }
+
+    fn open_files(&self) -> Result<Files, CommitError> {
         let open = |facts| Container::open(&self.storage, &self.root, &self.directory, facts);
         let files = Files { xor: open(&self.facts().xor)?, values: open(&self.facts().values)? };
         for tensor in self.head.weight_map.keys() {
@@ -243,7 +251,7 @@ impl Record {
                 }
             }
         }
-        Ok(self.files.get_or_init(|| files))
+        Ok(files)
     }
 
     /// Keeps the files readable after a prune.
