@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use weightfs::commit::storage::{Access, Storage};
 use weightfs::commit::*;
 use weightfs::image::{ImageError, ShardBytes, StepHold};
@@ -371,6 +371,21 @@ fn a_weights_file_that_may_not_be_opened_for_writing_stays_as_it_is_however_many
     assert!(matches!(committer.fold().unwrap(), FoldOutcome::Folded { .. }));
     assert_same!(setup.disk(), setup.live.bytes());
     assert_eq!(inode(), first, "it was in doubt, and replaced");
+}
+
+#[test]
+fn weights_files_from_the_far_future_can_be_committed_to() {
+    let setup = Setup::new();
+    let committer = setup.open();
+    // Nanoseconds since 1970 end in 2262.
+    let far = SystemTime::UNIX_EPOCH + Duration::from_secs(10_413_792_000);
+    let path = setup.path().join(&setup.shards[0].0);
+    std::fs::File::options().write(true).open(path).unwrap().set_modified(far).unwrap();
+    for step in 1..=2 {
+        setup.live.set(0, 4000, &[step; 7]);
+        commit(&committer, &setup.live, step.into());
+        assert_same!(setup.disk(), setup.live.bytes());
+    }
 }
 
 #[test]

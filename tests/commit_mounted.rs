@@ -330,6 +330,21 @@ fn a_one_shot_commit_says_what_it_folds_first() {
 }
 
 #[test]
+fn no_message_in_the_history_tells_the_terminal_what_to_do() {
+    let scratch = Scratch::new();
+    let model = Model::single(scratch.join("model"));
+    let mut engine = Engine::new(&model, scratch.join("engine.json"));
+    engine.change_all(1);
+    let mut command = weightfs();
+    command.args(["commit", "-m", "red: \x1b[31m, next\nline, \u{9b}1m; é \"quoted\""]);
+    succeeds(command.arg(&model.path).arg("--weights").arg(&engine.manifest));
+    let log = succeeds(weightfs().arg("log").arg(&model.path));
+    assert!(log.contains(r#"red: \u{1b}[31m, next\nline, \u{9b}1m; é "quoted""#), "{log}");
+    assert_eq!(log.lines().count(), 2);
+    assert!(log.chars().all(|c| c == '\n' || !c.is_control()), "{log:?}");
+}
+
+#[test]
 fn a_mount_of_its_own_weights_has_nothing_to_commit() {
     let scratch = Scratch::new();
     let model = Model::single(scratch.join("model"));

@@ -66,10 +66,16 @@ pub fn log(a: LogArguments) -> anyhow::Result<ExitCode> {
         println!(
             "{id:>6} {:<20} {step:>8} {changed_elements:>12} {changed_blocks:>10} {logged_bytes:>14}  {}{unfolded}",
             c.time_text(),
-            c.message
+            on_one_line(&c.message)
         );
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Messages are anybody's: none ends its line or tells the terminal what to do.
+fn on_one_line(message: &str) -> String {
+    let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    message.chars().map(shown).collect()
 }
 
 /// Success only if all of it fits.

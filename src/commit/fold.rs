@@ -209,11 +209,11 @@ impl Fold<'_> {
     /// Moves the mtime forward, so that rsync and make notice, and makes the file durable.
     fn seal(&self, shard: usize, file: &dyn StoredFile, before: Stat) -> Result<Stat, CommitError> {
         let io = |e| self.layout.io("fsync", &self.layout.shards[shard].name, e);
-        let mut mtime = now_ns().max(before.mtime_ns + 1);
+        let mut mtime = now_ns().max(before.mtime_ns.saturating_add(1));
         file.set_mtime(mtime).map_err(io)?;
         // A file system that keeps whole seconds only needs the next one.
         if file.stat().map_err(io)?.mtime_ns <= before.mtime_ns {
-            mtime = before.mtime_ns + 2_000_000_000;
+            mtime = before.mtime_ns.saturating_add(2_000_000_000);
             file.set_mtime(mtime).map_err(io)?;
         }
         file.sync().map_err(io)?;
