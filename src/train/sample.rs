@@ -279,11 +279,11 @@ mod tests {
                 "tokenizer.json" => TextModel::read(directory.path()).tokens(&Sample::Text("a".into())).unwrap_err(),
                 _ => no_template(),
             };
-            assert!(error.contains(name) && error.contains("no regular file"), "{error}");
+            assert!(error.contains(name) && error.contains("not a regular file"), "{error}");
         }
         pipe("config.json");
         let error = super::super::Config::read(directory.path()).unwrap_err().to_string();
-        assert!(error.contains("config.json: it is no regular file"), "{error}");
+        assert!(error.contains("config.json: it is not a regular file"), "{error}");
     }
 
     #[test]
