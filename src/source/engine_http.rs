@@ -86,6 +86,8 @@ struct State {
     again: bool,
     /// Requests stand still, or may.
     paused: bool,
+    /// When to ask for the pause again, before its lease ends.
+    renew: Option<Instant>,
     resume: bool,
     working: bool,
     /// A pause failed: the rest of the job goes without.
@@ -102,6 +104,14 @@ impl EngineSync {
     /// Starts the thread. `moved` is told when [`EngineSync::synced`] has something new.
     pub fn start(options: Options, moved: impl Fn() + Send + Sync + 'static) -> Result<EngineSync, EngineHttpError> {
         let client = Client::new(&options)?;
+        EngineSync::by(client, options, moved)
+    }
+
+    fn by(
+        client: Client,
+        options: Options,
+        moved: impl Fn() + Send + Sync + 'static,
+    ) -> Result<EngineSync, EngineHttpError> {
         let shared =
             Shared { options, client, state: Mutex::default(), changed: Condvar::new(), moved: Box::new(moved) };
         let sync = EngineSync { shared: Arc::new(shared) };
@@ -141,11 +151,19 @@ impl EngineSync {
         // Even if the answer is lost, the engine may have obeyed: it is resumed either way.
         state.paused = true;
         drop(state);
-        if let Err(e) = self.shared.client.pause(deadline.saturating_duration_since(Instant::now())) {
-            let mut state = self.shared.state.lock();
-            self.give_up(&mut state, &e);
-        }
+        let paused = self.shared.client.pause(deadline.saturating_duration_since(Instant::now()));
+        self.paused(&mut self.shared.state.lock(), paused);
         Some(Pause { sync: self.clone() })
+    }
+
+    /// `paused`: what came of asking for a pause, and when it has to be asked for again.
+    fn paused(&self, state: &mut State, paused: Result<Option<Instant>, EngineHttpError>) {
+        match paused {
+            // It may have ended while it was renewed.
+            Ok(renew) => state.renew = renew.filter(|_| state.paused),
+            Err(e) => self.give_up(state, &e),
+        }
+        self.shared.changed.notify_all();
     }
 
     fn give_up(&self, state: &mut State, error: &EngineHttpError) {
@@ -186,17 +204,30 @@ impl EngineSync {
             let mut state = shared.state.lock();
             state.working = false;
             shared.changed.notify_all();
-            while state.wanted.is_none() && !state.resume {
-                shared.changed.wait(&mut state);
-            }
+            let renew = loop {
+                let renew = state.renew.take_if(|at| *at <= Instant::now()).is_some();
+                if renew || state.wanted.is_some() || state.resume {
+                    break renew;
+                }
+                match state.renew {
+                    Some(at) => {
+                        shared.changed.wait_until(&mut state, at);
+                    }
+                    None => shared.changed.wait(&mut state),
+                }
+            };
             state.working = true;
             let (wanted, resume) = (state.wanted.take(), std::mem::take(&mut state.resume));
             (state.telling, state.again) = (wanted, false);
             drop(state);
+            let renewed = renew.then(|| shared.client.pause(shared.options.patience));
             // First the cache, then the requests: none may go on with keys and values of older weights.
             let told = wanted.map(|step| shared.client.updated(step));
             let resumed = if resume { Some(shared.client.resume()) } else { None };
             let mut state = shared.state.lock();
+            if let Some(renewed) = renewed {
+                self.paused(&mut state, renewed);
+            }
             if let Some(told) = &told {
                 state.error = told.as_ref().err().map(ToString::to_string);
                 state.told = wanted.filter(|_| told.is_ok()).or(state.told);
@@ -226,6 +257,7 @@ impl Drop for Pause {
     fn drop(&mut self) {
         let mut state = self.sync.shared.state.lock();
         if std::mem::take(&mut state.paused) {
+            state.renew = None;
             state.resume = true;
             self.sync.shared.changed.notify_all();
         }
@@ -238,6 +270,8 @@ struct Client {
     url: String,
     agent: ureq::Agent,
     patience: Duration,
+    /// The plugin ends a pause by itself after this long: we might die in it.
+    lease: Duration,
     key: Option<String>,
 }
 
@@ -260,15 +294,18 @@ impl Client {
             url: options.url.clone(),
             agent: config.into(),
             patience: options.patience,
+            lease: options.patience * 2 + Duration::from_secs(30),
             key: options.key.clone(),
         })
     }
 
-    fn pause(&self, patience: Duration) -> Result<(), EngineHttpError> {
-        // The plugin ends a pause by itself after this long: we might die in it.
-        let lease = format!("{{\"seconds\": {}}}", (self.patience.as_secs_f64() * 2.0 + 30.0).ceil());
+    /// When to ask again: halfway through the lease, where the engine has such a thing.
+    fn pause(&self, patience: Duration) -> Result<Option<Instant>, EngineHttpError> {
+        let renew = Instant::now() + self.lease / 2;
+        let lease = format!("{{\"seconds\": {}}}", self.lease.as_secs_f64());
         let tries = [("/weightfs/pause", lease.as_str()), ("/pause?mode=keep", "")];
-        self.first_route("pause its requests", &tries, patience).map(drop)
+        let (route, _) = self.first_route("pause its requests", &tries, patience)?;
+        Ok((route == 0).then_some(renew))
     }
 
     fn resume(&self) -> Result<(), EngineHttpError> {
@@ -352,6 +389,9 @@ mod tests {
     use std::io::{BufRead, BufReader, Read, Write};
     use std::net::TcpListener;
     use std::sync::mpsc::{Receiver, channel};
+
+    /// Longer than anything takes, and no hang.
+    const LONG: Duration = Duration::from_secs(20);
 
     /// An HTTP server that answers with what `answer` makes of a request's path and body, and tells of each.
     fn serve(answer: impl Fn(&str, &str) -> (u16, &'static str) + Send + 'static) -> (String, Receiver<String>) {
@@ -452,6 +492,64 @@ mod tests {
             drop(pause);
             assert_eq!(requests.recv().unwrap(), "/weightfs/resume");
         }
+    }
+
+    #[test]
+    fn a_pause_is_asked_for_again_for_as_long_as_it_lasts() {
+        let (url, requests) = serve(|_, _| (200, r#"{"success": true}"#));
+        let options = options(&url, When::Step, true);
+        let client = Client { lease: Duration::from_millis(250), ..Client::new(&options).unwrap() };
+        let sync = EngineSync::by(client, options, || {}).unwrap();
+        // It ends while it is renewed, or while it waits for that.
+        for times in [3, 1] {
+            let pause = sync.step_begins();
+            for _ in 0..times {
+                assert_eq!(requests.recv_timeout(LONG).unwrap(), r#"/weightfs/pause {"seconds": 0.25}"#);
+            }
+            drop(pause);
+            // One more may have been under way.
+            while requests.recv_timeout(LONG).unwrap() != "/weightfs/resume" {}
+            assert!(requests.recv_timeout(Duration::from_millis(500)).is_err(), "after its end it is not");
+        }
+        assert_eq!(sync.synced().error, None);
+    }
+
+    #[test]
+    fn vllms_own_pause_does_not_end_by_itself_and_is_asked_for_once() {
+        let (url, requests) = serve(|path, _| (if path.starts_with("/weightfs/") { 404 } else { 200 }, "{}"));
+        let options = options(&url, When::Step, true);
+        let client = Client { lease: Duration::from_millis(20), ..Client::new(&options).unwrap() };
+        let sync = EngineSync::by(client, options, || {}).unwrap();
+        let pause = sync.step_begins();
+        assert!(requests.recv().unwrap().starts_with("/weightfs/pause"));
+        assert_eq!(requests.recv().unwrap(), "/pause?mode=keep");
+        assert!(requests.recv_timeout(Duration::from_millis(300)).is_err());
+        drop(pause);
+    }
+
+    #[test]
+    fn a_pause_that_cannot_be_renewed_is_reported() {
+        let asked = Mutex::new(0);
+        let (url, requests) = serve(move |_, _| {
+            let mut asked = asked.lock();
+            *asked += 1;
+            (if *asked == 2 { 500 } else { 200 }, "{}")
+        });
+        let (tell, moved) = channel();
+        let options = options(&url, When::Step, true);
+        let client = Client { lease: Duration::from_millis(20), ..Client::new(&options).unwrap() };
+        let sync = EngineSync::by(client, options, move || {
+            let _ = tell.send(());
+        })
+        .unwrap();
+        let pause = sync.step_begins();
+        moved.recv_timeout(LONG).unwrap();
+        assert!(sync.synced().error.unwrap().contains("pause its requests: status 500"));
+        drop(pause);
+        for wanted in ["/weightfs/pause", "/weightfs/pause", "/weightfs/resume"] {
+            assert!(requests.recv_timeout(LONG).unwrap().starts_with(wanted), "{wanted}");
+        }
+        assert!(sync.step_begins().is_none(), "the rest of the job goes on without");
     }
 
     #[test]

@@ -85,16 +85,18 @@ async def train_status(request: Request):
 @router.post("/weightfs/pause")
 async def pause(request: Request, seconds: float = Body(30, embed=True, gt=0, le=3600)):
     """Requests in flight stand still; they go on with /weightfs/resume, and after `seconds` in any case: whoever asked may
-    have died."""
+    have died. Who is alive asks again before that, and only the time begins anew."""
     client, state = engine(request), request.app.state
-    end_lease(state)
-    await client.pause_generation(mode="keep")
+    if not end_lease(state):
+        await client.pause_generation(mode="keep")
 
     async def lease():
         await asyncio.sleep(seconds)
+        # From here on it cannot be prolonged.
+        state.weightfs_paused = False
         await client.resume_generation()
 
-    state.weightfs_lease = asyncio.create_task(lease())
+    state.weightfs_lease, state.weightfs_paused = asyncio.create_task(lease()), True
     return {"paused": True}
 
 
@@ -106,9 +108,12 @@ async def resume(request: Request):
 
 
 def end_lease(state):
+    """Do requests stand still by our doing? They do not go on by themselves any more."""
     task, state.weightfs_lease = getattr(state, "weightfs_lease", None), None
+    paused, state.weightfs_paused = getattr(state, "weightfs_paused", False), False
     if task is not None:
         task.cancel()
+    return paused
 
 
 @router.post("/weightfs/updated")
