@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// Between two tries while the engine says that blocks of its cache are still held.
 const RETRY: Duration = Duration::from_millis(100);
+/// The plugin's route takes no longer lease (`endpoint.py`).
+const LONGEST_LEASE: Duration = Duration::from_secs(3600);
 
 /// When the engine is told that its weights have changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -294,7 +296,7 @@ impl Client {
             url: options.url.clone(),
             agent: config.into(),
             patience: options.patience,
-            lease: options.patience * 2 + Duration::from_secs(30),
+            lease: (options.patience * 2 + Duration::from_secs(30)).min(LONGEST_LEASE),
             key: options.key.clone(),
         })
     }
@@ -550,6 +552,15 @@ mod tests {
             assert!(requests.recv_timeout(LONG).unwrap().starts_with(wanted), "{wanted}");
         }
         assert!(sync.step_begins().is_none(), "the rest of the job goes on without");
+    }
+
+    #[test]
+    fn however_long_an_answer_may_take_the_plugin_accepts_the_lease() {
+        for (patience, lease) in [(5, 40), (1785, 3600), (1786, 3600), (86400, 3600)] {
+            let patience = Duration::from_secs(patience);
+            let client = Client::new(&Options { patience, ..options("http://127.0.0.1:1", When::Job, true) }).unwrap();
+            assert_eq!(client.lease.as_secs(), lease, "{patience:?}");
+        }
     }
 
     #[test]
