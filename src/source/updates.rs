@@ -2,10 +2,10 @@
 //! step, until a rollback. An engine's weights outlive us: a file beside the commits tells the next weightfs.
 
 use super::engine::Engine;
-use crate::model::{STATE_DIR, StateFolder, open_regular};
+use crate::model::{STATE_DIR, StateFolder, open_regular, read_small_text};
 use rustix::fs::OFlags;
 use std::fs::OpenOptions;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -81,10 +81,7 @@ impl Marker {
     }
 
     fn read(&self) -> io::Result<String> {
-        let (folder, mut text) = (self.folder()?, String::new());
-        let mut file = open_regular(OpenOptions::new().read(true), OFlags::empty(), &folder.path().join(MARKER))?;
-        file.read_to_string(&mut text)?;
-        Ok(text)
+        read_small_text(&self.folder()?.path().join(MARKER))
     }
 
     /// Not synced: a machine that goes down takes the engine with it.
