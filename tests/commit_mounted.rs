@@ -312,6 +312,37 @@ fn a_rollback_leaves_no_rounded_values_behind_though_the_fold_has_to_wait() {
 }
 
 #[test]
+fn what_a_fold_puts_in_the_place_of_a_shared_file_is_what_is_read_from_then_on() {
+    let scratch = Scratch::new();
+    let model = Model::sharded(scratch.join("model"));
+    let mut engine = Engine::new(&model, scratch.join("engine.json"));
+    let mount = Mounting::of(&model, scratch.join("mnt")).engine(&engine).mount();
+    mount.settled();
+    let before = model.disk();
+    // F32 on disk, BF16 live: what the file has tells what the live value was rounded from.
+    engine.step(|e| (0..750).for_each(|i| e.set(NORM, i, 9.5)));
+    mount.does("commit");
+    // A backup by `cp -al`: from here on files are replaced, not written.
+    for (i, name) in model.shards.iter().enumerate() {
+        fs::hard_link(model.path.join(name), scratch.join(format!("backup-{i}"))).unwrap();
+    }
+    mount.does("rollback 0");
+    assert_same("the mount", &mount.weights(), &before);
+    let says = mount.does("commit");
+    assert!(says.contains("nothing changed"), "{says}");
+    assert_same("the disk", &model.disk(), &before);
+    // The same with a commit in between.
+    engine.step(|e| (0..750).for_each(|i| e.set(NORM, i, 3.5)));
+    mount.does("commit");
+    let committed = model.disk();
+    engine.step(|e| (0..750).for_each(|i| e.set(NORM, i, 4.5)));
+    mount.does("commit");
+    mount.does("rollback 3");
+    assert_same("the mount", &mount.weights(), &committed);
+    assert!(mount.does("commit").contains("nothing changed"));
+}
+
+#[test]
 fn a_one_shot_commit_says_what_it_folds_first() {
     let scratch = Scratch::new();
     let model = Model::single(scratch.join("model"));

@@ -18,6 +18,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
 use std::mem::ManuallyDrop;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -194,7 +195,7 @@ impl Adapter {
     /// Answers here, or on a thread of its own where that may take long.
     fn serve(&self, name: &str, apart_from_others: bool, answer: impl FnOnce(&Tree) + Send + 'static) {
         if !apart_from_others {
-            return answer(&self.tree);
+            return guarded(|| answer(&self.tree));
         }
         let tree = self.tree.clone();
         apart(name, move || answer(&tree));
@@ -312,10 +313,10 @@ impl Filesystem for Adapter {
         let write = !matches!(flags.acc_mode(), fuser::OpenAccMode::O_RDONLY);
         let pid = req.pid();
         if !self.tree.open_may_wait(ino.0) {
-            return match self.tree.open(ino.0, write, pid) {
+            return guarded(|| match self.tree.open(ino.0, write, pid) {
                 Ok(opening) => self.reply_open(opening, reply),
                 Err(e) => reply.error(errno(e)),
-            };
+            });
         }
         let (tree, backings, direct_maps) = (self.tree.clone(), self.backings.clone(), self.direct_maps);
         apart("open", move || match tree.open(ino.0, write, pid) {
@@ -340,10 +341,10 @@ impl Filesystem for Adapter {
             Err(e) => reply.error(errno(e)),
         };
         if !self.tree.read_may_wait(fh.0) {
-            return read(&self.tree);
+            return guarded(|| read(&self.tree));
         }
         if self.waiting_reads.fetch_add(1, Ordering::AcqRel) < WAITING_READS {
-            read(&self.tree);
+            guarded(|| read(&self.tree));
         } else {
             let tree = self.tree.clone();
             apart("read", move || read(&tree));
@@ -580,6 +581,14 @@ impl Filesystem for Adapter {
             Ok(false) => reply.poll(PollEvents::empty()),
             Err(e) => reply.error(errno(e)),
         }
+    }
+}
+
+/// Answers on one of the threads that serve requests: a fault of ours costs its answer (EIO, when the reply is dropped), and
+/// not the thread, the last of which would take the mount with it.
+fn guarded(answer: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(answer)).is_err() {
+        log::error!("a request met a fault in weightfs and was answered EIO");
     }
 }
 

@@ -265,7 +265,7 @@ impl Tree {
         };
         let shard = |shard: usize, mtime: SystemTime| -> Result<Attributes, FsError> {
             // The live weights do not go with the file's name: whoever puts another there says nothing of who may read these.
-            let disk = mounted.directory.shards[shard].file.metadata();
+            let disk = mounted.directory.shards[shard].file().metadata();
             let disk = disk.map_or_else(|_| ours(Kind::File, 0o400, mtime), |m| from_disk(&m, ino));
             let size = mounted.directory.shards[shard].bytes();
             Ok(Attributes { kind: Kind::File, size, mtime, ctime: mtime, cacheable: false, ..disk })

@@ -83,7 +83,7 @@ impl Attached {
 
     pub(super) fn disk(shard: &Shard, offset: u64, dst: &mut [u8]) -> Result<(), ImageError> {
         let at = |source| ImageError::Disk { path: shard.path.clone(), source };
-        shard.file.read_exact_at(dst, offset).map_err(at)
+        shard.file().read_exact_at(dst, offset).map_err(at)
     }
 
     /// Contiguous live memory under the shard's bytes from `offset` on, if there is.

@@ -4,11 +4,14 @@ use super::ModelError;
 use super::header::{Header, TensorEntry};
 use super::index::Index;
 use super::regular::open_regular;
+use parking_lot::RwLock;
 use rustix::fs::OFlags;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Our own state beside the weights; hidden in a mount.
 pub const STATE_DIR: &str = ".weightfs";
@@ -23,22 +26,46 @@ pub struct Shard {
     /// The name inside the directory, which may be a symbolic link (a hub cache holds links only).
     pub path: PathBuf,
     pub header: Header,
-    /// Opened for reading. A commit that replaces a file opens its own; bytes of tensors that no engine holds are read here.
-    pub file: File,
+    file: RwLock<Arc<File>>,
 }
 
 impl Shard {
     fn open(dir: &Path, name: &str) -> Result<Shard, ModelError> {
         let path = dir.join(name);
-        let file =
-            open_regular(File::options().read(true), OFlags::empty(), &path).map_err(|e| ModelError::io(&path, e))?;
+        let file = open_weights(&path)?;
         let header = Header::read(&file, &path)?;
-        Ok(Shard { name: name.to_string(), path, header, file })
+        Ok(Shard { name: name.to_string(), path, header, file: RwLock::new(Arc::new(file)) })
+    }
+
+    /// Open for reading. What no engine holds is read here, and what an engine's coarser values are rounded from.
+    pub fn file(&self) -> Arc<File> {
+        self.file.read().clone()
+    }
+
+    /// Takes the file that has the name now, where that is another one with the same header.
+    fn reopen(&self) -> Result<(), ModelError> {
+        let identity =
+            |file: &File| file.metadata().map(|m| (m.dev(), m.ino())).map_err(|e| ModelError::io(&self.path, e));
+        let file = open_weights(&self.path)?;
+        if identity(&file)? == identity(&self.file())? {
+            return Ok(());
+        }
+        let header = Header::read(&file, &self.path)?;
+        if (&header.bytes, header.file_bytes) != (&self.header.bytes, self.header.file_bytes) {
+            let why = "another file with other tensors took its place".into();
+            return Err(ModelError::BadShard { path: self.path.clone(), why });
+        }
+        *self.file.write() = Arc::new(file);
+        Ok(())
     }
 
     pub fn bytes(&self) -> u64 {
         self.header.file_bytes
     }
+}
+
+fn open_weights(path: &Path) -> Result<File, ModelError> {
+    open_regular(File::options().read(true), OFlags::empty(), path).map_err(|e| ModelError::io(path, e))
 }
 
 /// A model directory whose shards were all found and checked.
@@ -111,6 +138,12 @@ impl ModelDirectory {
     /// Bytes of all shards.
     pub fn bytes(&self) -> u64 {
         self.shards.iter().map(Shard::bytes).sum()
+    }
+
+    /// A fold puts private copies in the place of weights files that others share: reads the files that are there now. One that
+    /// cannot be taken stays what it was; returns why.
+    pub fn reopen(&self) -> Result<(), ModelError> {
+        self.shards.iter().map(Shard::reopen).fold(Ok(()), Result::and)
     }
 
     pub fn state_dir(&self) -> PathBuf {

@@ -182,7 +182,7 @@ fn has_a_say(user: u32, model: &ModelDirectory) -> bool {
     !rustix::process::geteuid().is_root()
         || user == 0
         || owns(model.path.metadata())
-        || model.shards.iter().all(|shard| owns(shard.file.metadata()))
+        || model.shards.iter().all(|shard| owns(shard.file().metadata()))
 }
 
 /// Paths may differ and mean one directory.

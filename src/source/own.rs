@@ -70,7 +70,7 @@ fn load_shard(shard: &Shard, memory: &dyn Memory, offsets: &[u64]) -> Result<Vec
     let hashed = chunks.into_par_iter().map(|start| {
         let mut buffer = vec![0; CHUNK.min(shard.bytes() - start) as usize];
         let io = |source| SourceError::Io { path: shard.path.clone(), source };
-        shard.file.read_exact_at(&mut buffer, start).map_err(io)?;
+        shard.file().read_exact_at(&mut buffer, start).map_err(io)?;
         let end = start + buffer.len() as u64;
         let first = tensors.partition_point(|t| t.end <= start);
         for (tensor, offset) in tensors[first..].iter().zip(&offsets[first..]).take_while(|(t, _)| t.start < end) {

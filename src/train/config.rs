@@ -54,10 +54,10 @@ impl Config {
         Some(Config(self.get(key)?.as_object()?.clone()))
     }
 
-    /// A count above zero.
+    /// A count above zero, and not so large that a product of two of them and a sum of those would overflow.
     pub fn count(&self, key: &str) -> Result<Option<usize>, Refusal> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        match value.as_u64().filter(|&n| n > 0 && n < 1 << 40) {
+        match value.as_u64().filter(|&n| n > 0 && n <= i32::MAX as u64) {
             Some(n) => Ok(Some(n as usize)),
             None => Err(Refusal::Config(format!("{key} is {value}, which is not a count"))),
         }

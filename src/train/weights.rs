@@ -146,7 +146,7 @@ impl InMemory {
             let shard = &directory.shards[shard];
             let mut bytes = vec![0; tensor.bytes() as usize];
             shard
-                .file
+                .file()
                 .read_exact_at(&mut bytes, tensor.start)
                 .map_err(|source| crate::model::ModelError::io(&shard.path, source))?;
             let spec = TensorSpec { dtype: tensor.dtype, shape: tensor.shape.clone() };

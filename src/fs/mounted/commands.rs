@@ -102,6 +102,7 @@ impl Mounted {
         let request = CommitRequest { moment: Some(&moment), ..CommitRequest::new(message.unwrap_or_default(), 0) };
         self.prepare_optimizer()?;
         let report = committer.commit(&*self.image, &request)?;
+        self.read_files_of_now();
         let step = step.into_inner();
         if report.commit.is_some() {
             self.step.fetch_max(step, Ordering::AcqRel);
@@ -110,6 +111,13 @@ impl Mounted {
         // A job may have gone on since.
         self.facts.lock().dirty = if self.step.load(Ordering::Acquire) > step { "yes" } else { "no" };
         Ok(report.to_string())
+    }
+
+    /// A fold may have put private copies in the place of the weights files.
+    fn read_files_of_now(&self) {
+        if let Err(e) = self.directory.reopen() {
+            log::warn!("{e}; what was there before is read still");
+        }
     }
 
     fn rollback(&self, id: u64) -> Result<String, FsError> {
@@ -123,7 +131,10 @@ impl Mounted {
         let newest = || committer.newest().map(|c| c.id);
         let before = newest();
         let pause = RefCell::new(None);
-        let begins = || *pause.borrow_mut() = self.engine.get().and_then(|engine| engine.step_begins());
+        let begins = || {
+            self.read_files_of_now();
+            *pause.borrow_mut() = self.engine.get().and_then(|engine| engine.step_begins());
+        };
         let done = committer.rollback_live(id, &*self.image, &begins);
         if done.as_ref().map_or(newest() != before, |report| report.live_bytes > 0) {
             // Readers see it as they see a step: with the next open. Also where it failed after its first write.
