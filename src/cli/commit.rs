@@ -33,7 +33,7 @@ pub fn run(a: CommitArguments) -> anyhow::Result<ExitCode> {
     say(&recovery);
     super::bring_up_to_date(&committer)?;
     // Its files once more: a fold puts private copies in the place of those that others share.
-    let directory = Arc::new(ModelDirectory::open(&directory.path)?);
+    directory.reopen()?;
     let opened = a.weights.open(&directory, false)?;
     let step = committer.step() + 1;
     let report =

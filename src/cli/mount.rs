@@ -136,7 +136,7 @@ fn serve(
         }
     };
     // Its files once more: a fold puts private copies in the place of those that others share.
-    let directory = Arc::new(ModelDirectory::open(&directory.path)?);
+    directory.reopen()?;
     let opened = a.weights.open(&directory, !a.read_only)?;
     if let (Some(committer), Some(hashes)) = (&committer, opened.hashes) {
         committer.set_baseline(hashes)?;

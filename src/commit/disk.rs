@@ -2,11 +2,11 @@
 
 use super::storage::{Access, Lock, Sharing, Stat, Storage, StoredFile};
 use crate::memory::is_root_or_us;
-use crate::model::{STATE_DIR, StateFolder, open_regular};
+use crate::model::{STATE_DIR, StateFolder, create_anew, open_regular};
 use rustix::fs::{FlockOperation, Mode, OFlags, Timespec, Timestamps};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -103,10 +103,7 @@ impl Storage for DiskStorage {
     }
 
     fn create_directory(&self, path: &str) -> io::Result<()> {
-        match std::fs::DirBuilder::new().mode(0o700).create(&self.at(path)?.path) {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-            other => other,
-        }
+        StateFolder::make(&self.root, path).map(drop)
     }
 
     fn remove_directory(&self, path: &str) -> io::Result<()> {
@@ -130,12 +127,7 @@ impl Storage for DiskStorage {
         let (from, to) = (self.at(from)?, self.at(to)?);
         let mut source = open_regular(File::options().read(true), from.flags(), &from.path)?;
         let metadata = source.metadata()?;
-        // A file of its own: what has the name already may be one that others know by another name.
-        match std::fs::remove_file(&to.path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
-        let mut target = File::options().read(true).write(true).create_new(true).mode(0o600).open(&to.path)?;
+        let mut target = create_anew(&to.path)?;
         if rustix::fs::ioctl_ficlone(&target, &source).is_err() {
             io::copy(&mut source, &mut target)?; // copy_file_range where the kernel has it
         }

@@ -40,7 +40,7 @@ pub trait Storage: Send + Sync {
     fn stat(&self, path: &str) -> io::Result<Stat>;
     /// Names of the entries of a directory.
     fn list(&self, directory: &str) -> io::Result<Vec<String>>;
-    /// Mode 0700; one that is there is left alone.
+    /// `.weightfs`, or one in it. Mode 0700; one that is there is left alone.
     fn create_directory(&self, path: &str) -> io::Result<()>;
     fn remove_directory(&self, path: &str) -> io::Result<()>;
     fn remove_file(&self, path: &str) -> io::Result<()>;

@@ -1,8 +1,8 @@
 //! The thin adapter: each FUSE request calls the [`Tree`], and the answer or its errno goes back.
 //!
 //! Requests that may take long (commands, opens that move the view, whatever looks at the model directory by its names) run
-//! on threads of their own, so that `status` always answers. The kernel is told of changes from one thread that serves no request: invalidating pages from a handler
-//! waits for a reader who waits for the handler.
+//! on threads of their own, so that `status` always answers. The kernel is told of changes from one thread that serves no
+//! request: invalidating pages from a handler waits for a reader who waits for the handler.
 
 use super::mounted::Event;
 use super::tree::{Attributes, Content, Kind, Opening, Tree};

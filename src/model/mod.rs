@@ -14,7 +14,7 @@ mod state_folder;
 pub use directory::{ModelDirectory, STATE_DIR, Shard};
 pub use dtype::{Dtype, bytes_of, cast_bytes, element_bytes, is_castable, parse_dtype, round_trips, same_value};
 pub use header::{Header, MAX_HEADER_BYTES, TensorEntry};
-pub use regular::open_regular;
+pub use regular::{create_anew, open_regular};
 pub use small_file::{read_small, read_small_no_link, read_small_text};
 pub use state_folder::StateFolder;
 

@@ -15,3 +15,13 @@ pub fn open_regular(options: &mut OpenOptions, flags: OFlags, path: &Path) -> io
         false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file")),
     }
 }
+
+/// Makes a file of its own at `path`, mode 0600, to read and write. What has the name already (a link, a pipe, a file that others
+/// know by another name) loses it and is not written to.
+pub fn create_anew(path: &Path) -> io::Result<File> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    File::options().read(true).write(true).create_new(true).mode(0o600).open(path)
+}

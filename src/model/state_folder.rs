@@ -5,8 +5,10 @@ use crate::memory::is_root_or_us;
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat, readlinkat};
 use std::ffi::OsString;
+use std::fs::DirBuilder;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 /// An open folder: this one, whatever its name leads to later.
@@ -24,6 +26,18 @@ impl StateFolder {
         Ok(StateFolder(folder))
     }
 
+    /// Opens `path`, and makes the last folder of it (mode 0700) if it is not there.
+    pub fn make(root: &Path, path: &str) -> io::Result<StateFolder> {
+        let made = match path.rsplit_once('/') {
+            Some((parent, name)) => create(&StateFolder::open(root, parent)?.path().join(name)),
+            None => create(&root.join(path)),
+        };
+        match made {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
+            _ => StateFolder::open(root, path),
+        }
+    }
+
     pub fn fd(&self) -> &OwnedFd {
         &self.0
     }
@@ -32,6 +46,10 @@ impl StateFolder {
     pub fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
     }
+}
+
+fn create(path: &Path) -> io::Result<()> {
+    DirBuilder::new().mode(0o700).create(path)
 }
 
 fn open_in(at: &OwnedFd, name: &str, whole: &Path) -> io::Result<OwnedFd> {

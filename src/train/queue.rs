@@ -488,7 +488,8 @@ fn failure(e: &StepError, step: u64) -> String {
     format!("step {}: {e}", step + 1)
 }
 
-fn now() -> u64 {
+/// Seconds since 1970.
+pub(crate) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 

@@ -1,13 +1,12 @@
 //! Jobs as they are kept over restarts: one JSON file each in `.weightfs/jobs/`.
 
-use super::queue::{JobRecord, JobState};
-use crate::model::{STATE_DIR, StateFolder, read_small_no_link};
+use super::queue::{JobRecord, JobState, now};
+use crate::model::{STATE_DIR, StateFolder, create_anew, read_small_no_link};
 use parking_lot::Mutex;
-use std::fs::{DirBuilder, File};
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 /// How often the record of a running job is written again: what a kill loses of its losses.
 const EVERY: Duration = Duration::from_secs(1);
@@ -37,12 +36,7 @@ impl JobRecords {
     /// Makes the directory below the `.weightfs` of a model directory if need be, and reads what is there, in order of
     /// ids. A file that is none of ours or damaged is left alone, and said in the log.
     pub fn open(model: &Path) -> io::Result<(JobRecords, Vec<JobRecord>)> {
-        let state = StateFolder::open(model, STATE_DIR)?;
-        match DirBuilder::new().mode(0o700).create(state.path().join(JOBS)) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
-            _ => {}
-        }
-        let folder = StateFolder::open(model, &format!("{STATE_DIR}/{JOBS}"))?;
+        let folder = StateFolder::make(model, &format!("{STATE_DIR}/{JOBS}"))?;
         let (mut records, mut highest) = (Vec::new(), 0);
         for entry in std::fs::read_dir(folder.path())? {
             let path = entry?.path();
@@ -93,19 +87,14 @@ impl JobRecords {
         let mut written = self.written.lock();
         written.last = true;
         let Some(mut record) = running() else { return Ok(()) };
-        record.ended_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        record.ended_at = now();
         self.write(&record, true)
     }
 
     fn write(&self, record: &JobRecord, durably: bool) -> io::Result<()> {
         let path = self.path(record.id);
         let new = path.with_extension("json.new");
-        // Whatever has the name by now (a link, a pipe, another user's file) is not written to.
-        match std::fs::remove_file(&new) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
-        let mut file = File::options().write(true).create_new(true).mode(0o600).open(&new)?;
+        let mut file = create_anew(&new)?;
         file.write_all(&serde_json::to_vec_pretty(record)?)?;
         if durably {
             file.sync_all()?;

@@ -71,7 +71,7 @@ impl Training {
                 });
                 job.state = JobState::Cut;
                 if job.ended_at == 0 {
-                    job.ended_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+                    job.ended_at = queue::now();
                 }
                 cut.push(format!("job {} was cut: {}", job.id, job.error.as_deref().unwrap_or_default()));
                 opened.keep(job)?;
